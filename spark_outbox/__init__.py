@@ -1,0 +1,12 @@
+"""A transactional outbox for Django on PostgreSQL.
+
+All that stands here can be imported before the app registry is ready.
+"""
+
+from spark_outbox.emit import aemit, aemit_many, emit, emit_many
+from spark_outbox.events import Event
+from spark_outbox.registry import handler, source
+
+__version__ = "0.1.0"
+
+__all__ = ["Event", "aemit", "aemit_many", "emit", "emit_many", "handler", "source"]

@@ -1,0 +1,52 @@
+"""System checks: settings and databases that can't work."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from django.core import checks
+from django.core.checks import CheckMessage, Error, Tags, register
+from django.db import connections
+
+from spark_outbox import conf, store
+from spark_outbox.errors import SettingsError
+
+
+def register_checks() -> None:
+    register(check_settings)
+    register(check_databases, Tags.database)
+
+
+def check_settings(**_: Any) -> list[CheckMessage]:
+    try:
+        settings = conf.current()
+    except SettingsError as error:
+        return [Error(str(error), id="spark_outbox.E001")]
+    alias = settings.LISTEN_DATABASE
+    if alias and alias not in connections:
+        return [
+            Error(
+                f"SPARK_OUTBOX['LISTEN_DATABASE'] is {alias!r}, which is not in DATABASES.",
+                id="spark_outbox.E002",
+            )
+        ]
+    return []
+
+
+def check_databases(databases: Sequence[str] | None = None, **_: Any) -> list[CheckMessage]:
+    """Compare each database with what the outbox needs. Run by `migrate` and `check --database`."""
+    found: list[CheckMessage] = []
+    for alias in databases or ():
+        connection = connections[alias]
+        if connection.vendor != "postgresql" or not store.has_outbox(using=alias):
+            continue
+        wanted, actual = conf.current().WAKE, store.wake_mode(using=alias)
+        if wanted != actual:
+            found.append(
+                checks.Warning(
+                    f"SPARK_OUTBOX['WAKE'] is {wanted!r}, but the trigger in database {alias!r} "
+                    f"does {actual!r}.",
+                    hint="manage.py migrate puts the trigger right.",
+                    id="spark_outbox.W001",
+                )
+            )
+    return found

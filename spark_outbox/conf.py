@@ -1,0 +1,99 @@
+"""The SPARK_OUTBOX setting as one frozen dataclass. The only module that reads django.conf.settings."""
+
+import difflib
+from dataclasses import dataclass, fields
+from datetime import timedelta
+from functools import cache
+from typing import Any
+
+from django.conf import settings as django_settings
+from django.core.signals import setting_changed
+
+from spark_outbox.errors import SettingsError
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Settings:
+    """Every setting with its default. Durations are seconds, or a timedelta."""
+
+    WAKE: str = "gated"
+    """How the trigger tells sleeping workers: `gated`, `always`, or `never`. Applied by `migrate`."""
+
+    DISPATCH: str = "worker"
+    """Who handles events: `worker`, or `on_commit`, in the emitting process after its commit."""
+
+    REQUIRE_ATOMIC: bool = False
+    """Whether emit() outside `transaction.atomic()` raises NotInTransaction."""
+
+    BATCH_SIZE: int = 500
+    """The most events that a worker locks at once."""
+
+    COMMIT_INTERVAL: float = 0.05
+    """Seconds after which a worker commits what it has handled and takes a new batch."""
+
+    POLL_INTERVAL: float = 60.0
+    """Seconds after which a sleeping worker looks for events that no notification told it of."""
+
+    LISTEN_DATABASE: str | None = ""
+    """Alias of a direct connection for LISTEN, for workers behind a transaction pooler.
+    The empty string means the worker's own; None means no LISTEN at all: it polls."""
+
+    def __post_init__(self) -> None:
+        for name in ("COMMIT_INTERVAL", "POLL_INTERVAL"):
+            object.__setattr__(self, name, _seconds(name, getattr(self, name)))
+        _one_of("WAKE", self.WAKE, "gated", "always", "never")
+        _one_of("DISPATCH", self.DISPATCH, "worker", "on_commit")
+        if type(self.REQUIRE_ATOMIC) is not bool:
+            raise _error("REQUIRE_ATOMIC", self.REQUIRE_ATOMIC, "True or False")
+        if type(self.BATCH_SIZE) is not int or self.BATCH_SIZE < 1:
+            raise _error("BATCH_SIZE", self.BATCH_SIZE, "a whole number, 1 or more")
+        if not (self.LISTEN_DATABASE is None or isinstance(self.LISTEN_DATABASE, str)):
+            raise _error("LISTEN_DATABASE", self.LISTEN_DATABASE, "a database alias or None")
+
+
+@cache
+def current() -> Settings:
+    """Return the settings in force. Raises SettingsError on an unknown name or a bad value."""
+    given: Any = getattr(django_settings, "SPARK_OUTBOX", {})
+    if not isinstance(given, dict):
+        raise SettingsError(f"SPARK_OUTBOX must be a dict, not {type(given).__name__}.")
+    known = [field.name for field in fields(Settings)]
+    for name in given:
+        if name not in known:
+            close = difflib.get_close_matches(str(name).upper(), known, n=1)
+            hint = f"Did you mean {close[0]!r}?" if close else f"Known names: {', '.join(known)}."
+            raise SettingsError(f"SPARK_OUTBOX has no setting {name!r}. {hint}")
+    return Settings(**given)
+
+
+def debug() -> bool:
+    return bool(django_settings.DEBUG)
+
+
+def use_tz() -> bool:
+    return bool(django_settings.USE_TZ)
+
+
+def _seconds(name: str, value: object) -> float:
+    if isinstance(value, timedelta):
+        value = value.total_seconds()
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 10**8:
+        raise _error(name, value, "a number of seconds above 0, or a timedelta")
+    return float(value)
+
+
+def _one_of(name: str, value: object, *choices: str) -> None:
+    if value not in choices:
+        raise _error(name, value, " or ".join(map(repr, choices)))
+
+
+def _error(name: str, value: object, wanted: str) -> SettingsError:
+    return SettingsError(f"SPARK_OUTBOX[{name!r}] is {value!r}; it must be {wanted}.")
+
+
+def _forget(*, setting: str, **_: object) -> None:
+    if setting == "SPARK_OUTBOX":
+        current.cache_clear()
+
+
+setting_changed.connect(_forget, dispatch_uid="spark_outbox.conf")

@@ -1,0 +1,200 @@
+"""emit(): write events into the outbox, on the caller's connection and in the caller's transaction."""
+
+import datetime as dt
+import os
+import time
+import uuid
+from collections.abc import AsyncIterable, Iterable, Iterator, Mapping
+from functools import partial
+from itertools import islice
+from typing import Any
+
+from asgiref.sync import sync_to_async
+from django.db import router, transaction
+from django.dispatch import Signal
+
+from spark_outbox import conf, store
+from spark_outbox.errors import InvalidEvent, NotInTransaction
+from spark_outbox.events import Event
+from spark_outbox.payload import dump
+from spark_outbox.store import NewRow
+
+CHUNK_SIZE = 1000
+
+AnyEvent = Event | Mapping[str, Any]
+
+
+def emit(
+    group: str | AnyEvent,
+    key: str | None = None,
+    *,
+    ordering_key: str | None = None,
+    available_at: dt.datetime | None = None,
+    delay: dt.timedelta | float | None = None,
+    headers: Mapping[str, Any] | None = None,
+    using: str | None = None,
+    **payload: Any,
+) -> Event | None:
+    """Write one event in the current transaction; return it, or None if its key exists already.
+
+    Instead of a group and options it takes an Event, or a dict of the same names. Without a key it
+    gets a time-ordered UUID. `delay` is seconds or a timedelta, counted by the database's clock;
+    `available_at` an aware datetime. `using` is a database alias; the default is where the router
+    writes the outbox.
+
+    If another open transaction has written the same key, this waits for it to end. A duplicate
+    leaves the transaction as it was. Raises InvalidEvent, UnstorableValue or NotInTransaction before
+    anything is written.
+    """
+    if isinstance(group, str):
+        event = Event(
+            group,
+            key,
+            ordering_key=ordering_key,
+            available_at=available_at,
+            delay=delay,
+            headers=headers,
+            **payload,
+        )
+    else:
+        options = (key, ordering_key, available_at, delay, headers)
+        if payload or any(option is not None for option in options):
+            raise InvalidEvent("Give an event, or a group and options, not both.")
+        event = Event.of(group)
+    alias = _writable(using)
+    row = prepare(event)
+    stored = store.insert(row, using=alias)
+    if stored is None:
+        return None
+    event.key = row.key
+    event.id, event.created_at = stored
+    _announce(alias)
+    return event
+
+
+def emit_many(
+    events: Iterable[AnyEvent], *, using: str | None = None, chunk_size: int = CHUNK_SIZE
+) -> int:
+    """Write any number of events, `chunk_size` a statement; return how many were new.
+
+    `events` is read as a stream. Each statement is sorted by key, so two calls that write the same
+    keys wait for each other and don't deadlock; calls of several chunks in long transactions may, if
+    they come in different orders. Outside a transaction each chunk is committed by itself.
+    """
+    if chunk_size < 1:
+        raise ValueError(f"chunk_size must be 1 or more, not {chunk_size}.")
+    alias = _writable(using)
+    rows = (prepare(Event.of(event)) for event in events)
+    return sum(write(chunk, using=alias) for chunk in _chunks(rows, chunk_size))
+
+
+async def aemit(
+    group: str | AnyEvent, key: str | None = None, *, using: str | None = None, **options: Any
+) -> Event | None:
+    """Do what `emit` does, from async code, as Django's own async ORM methods do."""
+    return await sync_to_async(emit)(group, key, using=using, **options)
+
+
+async def aemit_many(
+    events: Iterable[AnyEvent] | AsyncIterable[AnyEvent],
+    *,
+    using: str | None = None,
+    chunk_size: int = CHUNK_SIZE,
+) -> int:
+    """Do what `emit_many` does, from async code; `events` may be an async iterable, too."""
+    emit_chunk = sync_to_async(partial(emit_many, using=using, chunk_size=chunk_size))
+    if not isinstance(events, AsyncIterable):
+        return await emit_chunk(events)
+    new = 0
+    chunk: list[AnyEvent] = []
+    async for event in events:
+        chunk.append(event)
+        if len(chunk) >= chunk_size:
+            new += await emit_chunk(chunk)
+            chunk = []
+    return new + await emit_chunk(chunk)
+
+
+def prepare(event: Event) -> NewRow:
+    """Return the row that will hold `event`. Raises InvalidEvent or UnstorableValue."""
+    delay = event.delay
+    if delay is not None and not isinstance(delay, dt.timedelta):
+        delay = _seconds(delay)
+    if event.available_at is not None:
+        _check_time(event.available_at)
+    return NewRow(
+        event.key or time_ordered_key(),
+        event.group,
+        dump(event.payload) if event.payload else "{}",
+        dump(event.headers, root="headers") if event.headers else "{}",
+        event.ordering_key,
+        event.available_at,
+        delay,
+    )
+
+
+def write(rows: Iterable[NewRow], *, using: str) -> int:
+    """Write prepared rows in one statement, sorted by key; return how many were new."""
+    new = store.insert_many(sorted(rows, key=_by_key), using=using)
+    if new:
+        _announce(using)
+    return new
+
+
+def time_ordered_key() -> str:
+    """Return a new UUID of version 7 (RFC 9562): its order is that of time, to the millisecond."""
+    milliseconds = time.time_ns() // 1_000_000
+    random_bits = int.from_bytes(os.urandom(10)) & ~(0xF << 76) & ~(0b11 << 62)
+    return str(uuid.UUID(int=milliseconds << 80 | 0x7 << 76 | 0b10 << 62 | random_bits))
+
+
+events_committed = Signal()
+"""Sent with `using` after a transaction that has emitted, with DISPATCH = "on_commit" alone."""
+
+
+def _announce(using: str) -> None:
+    """Have new events handled in this process after the commit, once, if the settings say so."""
+    if conf.current().DISPATCH != "on_commit":
+        return
+    hooks = transaction.get_connection(using).run_on_commit
+    if not any(getattr(hook[1], "func", None) == events_committed.send for hook in hooks):
+        send = partial(events_committed.send, sender=None, using=using)
+        transaction.on_commit(send, using=using, robust=True)
+
+
+def _writable(using: str | None) -> str:
+    from spark_outbox.models import OutboxEvent
+
+    alias = using or router.db_for_write(OutboxEvent)
+    if conf.current().REQUIRE_ATOMIC and not transaction.get_connection(alias).in_atomic_block:
+        raise NotInTransaction(
+            f"emit() outside a transaction on database {alias!r}, and SPARK_OUTBOX['REQUIRE_ATOMIC'] "
+            "is set: put it and the change it tells of into one `with transaction.atomic():`."
+        )
+    return alias
+
+
+def _seconds(delay: float) -> dt.timedelta:
+    try:
+        return dt.timedelta(seconds=delay)
+    except (TypeError, ValueError, OverflowError):
+        raise InvalidEvent(f"The delay is seconds or a timedelta, not {delay!r}.") from None
+
+
+def _check_time(available_at: dt.datetime) -> None:
+    if not isinstance(available_at, dt.datetime):
+        raise InvalidEvent(f"available_at is a datetime, not {available_at!r}.")
+    if conf.use_tz() and available_at.tzinfo is None:
+        raise InvalidEvent(
+            f"available_at {available_at} has no time zone. django.utils.timezone.make_aware() "
+            "gives it one."
+        )
+
+
+def _by_key(row: NewRow) -> str:
+    return row.key
+
+
+def _chunks(rows: Iterator[NewRow], size: int) -> Iterator[list[NewRow]]:
+    while chunk := list(islice(rows, size)):
+        yield chunk

@@ -1,0 +1,141 @@
+"""Event: what sources yield, what emit() returns, what handlers get."""
+
+import datetime as dt
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+from spark_outbox.errors import InvalidEvent
+from spark_outbox.payload import LazyPayload, References, is_plain_text
+
+MAX_LENGTH = 255
+"""Characters that a group, a key or an ordering key may have; the table checks it as well."""
+
+
+class StoredRow(NamedTuple):
+    """A claimed row of the outbox table, in the order in which the store selects it."""
+
+    id: int
+    key: str
+    group: str
+    payload: str
+    headers: str
+    ordering_key: str | None
+    attempts: int
+    created_at: dt.datetime
+
+
+class Event(Mapping[str, Any]):
+    """A group, a unique key, and the payload: everything else it was given, by name.
+
+    `event["name"]` and `event.get("name")` look at group, key and the payload; `event.name` looks
+    at the event's own attributes first. Its `id`, `created_at` and `attempt` (1 for the first) are
+    set once it is stored. Events compare by identity.
+
+    Raises InvalidEvent for a group or key that the table would refuse.
+    """
+
+    __slots__ = (
+        "attempt",
+        "available_at",
+        "created_at",
+        "delay",
+        "group",
+        "headers",
+        "id",
+        "key",
+        "ordering_key",
+        "payload",
+    )
+
+    __eq__ = object.__eq__
+    __hash__ = object.__hash__
+
+    def __init__(
+        self,
+        /,
+        group: str,
+        key: str | None = None,
+        *,
+        ordering_key: str | None = None,
+        available_at: dt.datetime | None = None,
+        delay: dt.timedelta | float | None = None,
+        headers: Mapping[str, Any] | None = None,
+        **payload: Any,
+    ) -> None:
+        self.group = check_text("group", group)
+        self.key = None if key is None else check_text("key", key)
+        self.ordering_key = None if ordering_key is None else check_text("ordering_key", ordering_key)
+        if available_at is not None and delay is not None:
+            raise InvalidEvent("Give available_at or delay, not both.")
+        self.available_at = available_at
+        self.delay = delay
+        self.headers: Mapping[str, Any] = headers or {}
+        self.payload: Mapping[str, Any] = payload
+        self.id: int | None = None
+        self.created_at: dt.datetime | None = None
+        self.attempt = 1
+
+    @classmethod
+    def from_row(cls, row: StoredRow, references: References) -> "Event":
+        """Return a stored event; its payload is parsed when a handler first looks at it."""
+        event = cls.__new__(cls)
+        event.id, event.key, event.group, text, headers, event.ordering_key, attempts, created = row
+        event.payload = LazyPayload(text, references)
+        event.headers = {} if headers == "{}" else LazyPayload(headers, references)
+        event.created_at = created
+        event.attempt = attempts + 1
+        event.available_at = event.delay = None
+        return event
+
+    @classmethod
+    def of(cls, value: "Event | Mapping[str, Any]") -> "Event":
+        """Return `value` as an Event; a mapping has the names that the constructor takes."""
+        if isinstance(value, Event):
+            return value
+        if not isinstance(value, Mapping):
+            raise InvalidEvent(f"An event is an Event or a dict with a group and a key, not {value!r}.")
+        try:
+            return cls(**value)
+        except TypeError:
+            if "group" not in value:
+                raise InvalidEvent(f"This event has no group; it has {sorted(value)}.") from None
+            raise
+
+    def __getitem__(self, name: str) -> Any:
+        if name == "group":
+            return self.group
+        if name == "key":
+            return self.key
+        return self.payload[name]
+
+    def __getattr__(self, name: str) -> Any:
+        if not name.startswith("__"):
+            try:
+                return self.payload[name]
+            except KeyError:
+                pass
+        raise AttributeError(f"This event has no {name!r} in its payload.")
+
+    def __iter__(self) -> Iterator[str]:
+        yield "group"
+        yield "key"
+        yield from self.payload
+
+    def __len__(self) -> int:
+        return 2 + len(self.payload)
+
+    def __repr__(self) -> str:  # never the payload: this ends up in logs
+        return f"<Event {self.group} {self.key!r} id={self.id}>"
+
+
+def check_text(name: str, value: object) -> str:
+    """Return `value` if it can be a group, key or ordering key; else raise InvalidEvent."""
+    if not isinstance(value, str):
+        raise InvalidEvent(f"The {name} must be text, not {type(value).__name__}: {value!r:.100}.")
+    if not 0 < len(value) <= MAX_LENGTH:
+        raise InvalidEvent(
+            f"The {name} must have 1 to {MAX_LENGTH} characters; {value[:40]!r} has {len(value)}."
+        )
+    if not is_plain_text(value):
+        raise InvalidEvent(f"The {name} {value!r} has a character that PostgreSQL can't store.")
+    return str(value)

@@ -1,0 +1,133 @@
+"""The outbox tables. They describe the rows; whatever runs against them is in store.py.
+
+An event's status:
+
+    pending ──> done         every handler that matched succeeded
+       │  ╰───> unhandled    no handler matched its group
+       ╰─ again at available_at, after a handler failed
+
+`available_at` NULL means ready now; a time means delayed, or to be tried again then.
+"""
+
+from django.db import models
+from django.db.models import Q
+from django.db.models.expressions import RawSQL
+from django.db.models.functions import Length
+from django.db.models.lookups import GreaterThanOrEqual, LessThanOrEqual
+
+from spark_outbox.events import MAX_LENGTH
+
+EMPTY_OBJECT = RawSQL("'{}'::jsonb", ())
+NOW = RawSQL("statement_timestamp()", ())  # not now(): a transaction may be hours old
+
+
+class EventStatus(models.TextChoices):
+    PENDING = "pending"
+    DONE = "done"
+    FAILED = "failed"
+    UNHANDLED = "unhandled"
+    RUNNING = "running"
+    DISCARDED = "discarded"
+
+
+class DeliveryStatus(models.TextChoices):
+    PENDING = "pending"
+    DONE = "done"
+    FAILED = "failed"
+    RUNNING = "running"
+    DISCARDED = "discarded"
+
+
+def _status(choices: type[models.TextChoices]) -> "models.TextField[str, str]":
+    return models.TextField(choices=choices, db_default=choices["PENDING"])
+
+
+def _bounded(name: str, *, table: str) -> models.CheckConstraint:
+    length = Length(name)
+    return models.CheckConstraint(
+        name=f"{table}_{name}_length",
+        condition=Q(GreaterThanOrEqual(length, 1), LessThanOrEqual(length, MAX_LENGTH)),
+    )
+
+
+class OutboxEvent(models.Model):
+    """An event as it is stored; handlers see it as spark_outbox.Event."""
+
+    id = models.BigAutoField(primary_key=True)
+    key = models.TextField()
+    group = models.TextField(db_column="event_group")
+    payload = models.JSONField(db_default=EMPTY_OBJECT)
+    headers = models.JSONField(db_default=EMPTY_OBJECT)
+    status = _status(EventStatus)
+    attempts = models.IntegerField(db_default=0)
+    available_at = models.DateTimeField(null=True, blank=True)
+    ordering_key = models.TextField(null=True, blank=True)  # noqa: DJ001, NULL is "no order"
+    created_at = models.DateTimeField(db_default=NOW)
+    finished_at = models.DateTimeField(null=True, blank=True)
+    last_error = models.TextField(db_default="", blank=True)
+
+    class Meta:
+        db_table = "spark_outbox_event"
+        verbose_name = "event"
+        constraints = [
+            # Not unique=True: that adds a second index, for LIKE, which each emit would pay for.
+            models.UniqueConstraint(fields=["key"], name="spark_outbox_event_key"),
+            _bounded("key", table="spark_outbox_event"),
+            _bounded("group", table="spark_outbox_event"),
+            _bounded("ordering_key", table="spark_outbox_event"),
+            models.CheckConstraint(
+                name="spark_outbox_event_status", condition=Q(status__in=EventStatus.values)
+            ),
+        ]
+        indexes = [
+            models.Index(
+                name="spark_outbox_event_ready",
+                fields=["id"],
+                condition=Q(status="pending", available_at__isnull=True),
+            ),
+            models.Index(
+                name="spark_outbox_event_due",
+                fields=["available_at"],
+                condition=Q(status="pending", available_at__isnull=False),
+            ),
+            models.Index(
+                name="spark_outbox_event_done", fields=["finished_at"], condition=Q(status="done")
+            ),
+        ]
+
+    def __str__(self) -> str:
+        return self.key
+
+
+class Delivery(models.Model):
+    """What one handler owes or has done for one event; exists only once an event needed two tries."""
+
+    id = models.BigAutoField(primary_key=True)
+    # The migration adds the foreign key itself: one that deletes in the database, for plain SQL.
+    event = models.ForeignKey(
+        OutboxEvent,
+        on_delete=models.CASCADE,
+        related_name="deliveries",
+        db_constraint=False,
+        db_index=False,
+    )
+    handler = models.TextField()
+    status = _status(DeliveryStatus)
+    attempts = models.IntegerField(db_default=0)
+    last_error = models.TextField(db_default="", blank=True)
+    attempted_at = models.DateTimeField(db_default=NOW)
+
+    class Meta:
+        db_table = "spark_outbox_delivery"
+        verbose_name_plural = "deliveries"
+        constraints = [
+            models.UniqueConstraint(
+                fields=["event", "handler"], name="spark_outbox_delivery_event_handler"
+            ),
+            models.CheckConstraint(
+                name="spark_outbox_delivery_status", condition=Q(status__in=DeliveryStatus.values)
+            ),
+        ]
+
+    def __str__(self) -> str:
+        return f"{self.handler} of event {self.event_id}"

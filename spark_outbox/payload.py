@@ -1,0 +1,394 @@
+"""Python values <-> the JSON text in the payload column. Runs no SQL, but for fetching model instances.
+
+What JSON can't say is an object with the one key "$":
+
+    {"$": ["datetime", "2026-01-31T12:00:00+00:00"]}
+    {"$": ["model", "shop.order", 5, "default"]}      a reference; see References
+
+A dict of the user's that has a key "$", or a key that JSON would change (5 would come back as "5"),
+is written as its pairs, {"$": ["dict", [[key, value], …]]}, so nothing a user stores can be taken
+for one of our tags. jsonb keeps numbers as decimals: a float that would come back as an int, or a
+negative zero, is tagged too, and so is text with a NUL or a lone surrogate, which jsonb refuses.
+"""
+
+import base64
+import copy
+import datetime as dt
+import decimal
+import enum
+import json
+import math
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+from django.apps import apps
+from django.db import models, router
+from django.utils.functional import Promise
+
+from spark_outbox.errors import InstanceGone, UnreadablePayload, UnstorableValue
+
+TAG = "$"
+MAX_DEPTH = 100
+
+# Where a value stands: its parent's place, its key or index there, and its depth. Only an error
+# turns it into text, so that the good case pays for no formatting.
+Place = tuple["Place | None", Any, int]
+Encoder = Callable[[Any, Place], Any]
+
+
+# Encoding
+
+
+def dump(values: Mapping[str, Any], *, root: str = "payload") -> str:
+    """Return `values` as JSON text for a jsonb column.
+
+    Raises UnstorableValue, which names the value's path, as in `payload["a"][3]`, and the cure.
+    """
+    place: Place = (None, root, 0)
+    document = {_plain_name(name, root): encode(values[name], (place, name, 1)) for name in values}
+    return json.dumps(document, separators=(",", ":"), allow_nan=False)
+
+
+def encode(value: Any, place: Place) -> Any:
+    """Return `value` in terms that json.dumps takes and jsonb returns unchanged."""
+    encoder = _ENCODERS.get(type(value)) or _find_encoder(value, place)
+    return encoder(value, place)
+
+
+def _plain_name(name: str, root: str) -> str:
+    if name == TAG or not is_plain_text(name):
+        raise UnstorableValue(f"{root} can't have a value named {name!r}. Choose another name.")
+    return name
+
+
+def is_plain_text(value: str) -> bool:
+    """Return whether PostgreSQL can store `value`: it has no NUL and no lone surrogate."""
+    if value.isascii():
+        return "\0" not in value
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return "\0" not in value
+
+
+def _str(value: str, _: Place) -> Any:
+    if is_plain_text(value):
+        return value
+    return {TAG: ["text", _base64(value.encode("utf-8", "surrogatepass"))]}
+
+
+def _int(value: int, place: Place) -> Any:
+    if value.bit_length() > 12_000:  # Python itself won't read more than 4,300 digits
+        raise _refuse(place, "is too large an integer", "Store it as text or bytes")
+    return value
+
+
+def _float(value: float, place: Place) -> Any:
+    if not math.isfinite(value):
+        raise _refuse(place, f"is {value}, which JSON can't store", "Store None or text instead")
+    text = repr(value)
+    if "e" in text or text == "-0.0":
+        return {TAG: ["float", text]}
+    return value
+
+
+def _list(value: Iterable[Any], place: Place) -> Any:
+    depth = _deeper(place)
+    return [encode(item, (place, index, depth)) for index, item in enumerate(value)]
+
+
+def _dict(value: Mapping[Any, Any], place: Place) -> Any:
+    depth = _deeper(place)
+    if all(type(key) is str and key != TAG and is_plain_text(key) for key in value):
+        return {key: encode(item, (place, key, depth)) for key, item in value.items()}
+    pairs = [
+        [encode(key, (place, key, depth)), encode(item, (place, key, depth))]
+        for key, item in value.items()
+    ]
+    return {TAG: ["dict", pairs]}
+
+
+def _deeper(place: Place) -> int:
+    depth = place[2] + 1
+    if depth > MAX_DEPTH:  # what can be written can be read, whatever the stack looks like then
+        raise UnstorableValue(
+            f"The payload is nested more than {MAX_DEPTH} levels deep, or contains itself. "
+            "Store an identifier instead."
+        )
+    return depth
+
+
+def _tagged(tag: str, convert: Callable[[Any], Any]) -> Encoder:
+    return lambda value, place: {TAG: [tag, convert(value)]}
+
+
+def _set(tag: str) -> Encoder:
+    def encode_set(value: Iterable[Any], place: Place) -> Any:
+        depth = _deeper(place)
+        items = [encode(item, (place, item, depth)) for item in value]
+        return {TAG: [tag, sorted(items, key=json.dumps)]}  # the same text for the same set
+
+    return encode_set
+
+
+def _tuple(value: tuple[Any, ...], place: Place) -> Any:
+    return {TAG: ["tuple", _list(value, place)]}
+
+
+def _time(value: dt.time, place: Place) -> Any:
+    if value.tzinfo is not None and value.utcoffset() is None:
+        raise _refuse(place, "is a time in a zone without a fixed offset", "Store a datetime")
+    return {TAG: ["time", value.isoformat()]}
+
+
+def _base64(value: bytes) -> str:
+    return base64.b64encode(value).decode("ascii")
+
+
+def _instance(value: models.Model, place: Place) -> Any:
+    if value.pk is None or value._state.adding:
+        raise _refuse(place, f"is an unsaved {value._meta.label}", "Call its save() before emit()")
+    # Where it is written is where it is current: with a read replica, the primary.
+    alias = router.db_for_write(type(value), instance=value)
+    return {TAG: ["model", value._meta.label_lower, encode(value.pk, place), alias]}
+
+
+def _refuse(place: Place, what: str, cure: str) -> UnstorableValue:
+    return UnstorableValue(f"{_text(place)} {what}. {cure}.")
+
+
+def _text(place: Place) -> str:
+    parent, key, _ = place
+    if parent is None:
+        return str(key)
+    return _text(parent) + (f'["{key}"]' if isinstance(key, str) else f"[{key!r}]")
+
+
+def _as_is(value: Any, _: Place) -> Any:
+    return value
+
+
+_ENCODERS: dict[type, Encoder] = {
+    str: _str,
+    int: _int,
+    float: _float,
+    bool: _as_is,
+    type(None): _as_is,
+    list: _list,
+    dict: _dict,
+    tuple: _tuple,
+    set: _set("set"),
+    frozenset: _set("frozenset"),
+    dt.datetime: _tagged("datetime", dt.datetime.isoformat),
+    dt.date: _tagged("date", dt.date.isoformat),
+    dt.time: _time,
+    dt.timedelta: _tagged("timedelta", lambda value: [value.days, value.seconds, value.microseconds]),
+    decimal.Decimal: _tagged("decimal", str),
+    uuid.UUID: _tagged("uuid", str),
+    bytes: _tagged("bytes", _base64),
+    bytearray: _tagged("bytes", _base64),
+    memoryview: _tagged("bytes", _base64),
+}
+
+# For subclasses; the order matters: an enum may be an int, a datetime is a date, a bool an int.
+_FALLBACKS: tuple[tuple[Any, Encoder], ...] = (
+    (models.Model, _instance),
+    (enum.Enum, lambda value, place: encode(value.value, place)),
+    ((Promise, str), lambda value, place: _str(str(value), place)),
+    (int, lambda value, place: _int(int(value), place)),
+    (float, lambda value, place: _float(float(value), place)),
+    (dt.datetime, _ENCODERS[dt.datetime]),
+    *((kind, _ENCODERS[kind]) for kind in (dt.date, dt.time, dt.timedelta, decimal.Decimal)),
+    *((kind, _ENCODERS[kind]) for kind in (uuid.UUID, bytes, bytearray, list, tuple)),
+    *((kind, _ENCODERS[kind]) for kind in (set, frozenset)),
+    (Mapping, _dict),
+)
+
+
+def _find_encoder(value: Any, place: Place) -> Encoder:
+    # isinstance() sees through Django's lazy objects, such as request.user, by __class__.
+    for kind, encoder in _FALLBACKS:
+        if isinstance(value, kind):
+            return encoder
+    if isinstance(value, models.QuerySet | models.Manager):
+        raise _refuse(place, "is a queryset", "Store a list of instances, or of their keys")
+    if isinstance(value, type) or callable(value):
+        raise _refuse(place, f"is callable ({value!r})", "Call it and store what it returns")
+    kind_name = f"{type(value).__module__}.{type(value).__qualname__}"
+    raise _refuse(
+        place,
+        f"is a {kind_name}, which can't be stored",
+        "Store plain values (text, numbers, dates, lists, dicts) or a saved model instance",
+    )
+
+
+# Decoding
+
+
+class References:
+    """The model instances that a batch's payloads refer to: one query a model, at first access.
+
+    Every access hands out a copy of its own, so that what one handler does to an instance stays
+    with it. A statement that may have changed a model's table makes the next access fetch anew;
+    see `forget`.
+    """
+
+    def __init__(self) -> None:
+        self._unread: list[LazyPayload] = []
+        self._fetched: dict[tuple[type[models.Model], str], dict[Any, models.Model]] = {}
+
+    def add(self, payload: "LazyPayload") -> None:
+        self._unread.append(payload)
+
+    def close(self) -> None:
+        """End the batch: whoever kept an event fetches for it alone from now on."""
+        self._unread.clear()
+        self._fetched.clear()
+
+    def get(self, label: str, pk: Any, alias: str) -> models.Model:
+        """Return the row as it is now. Raises InstanceGone, or UnreadablePayload for no such model."""
+        try:
+            model = apps.get_model(label)
+        except (LookupError, ValueError, AttributeError):
+            raise UnreadablePayload(
+                f"The payload refers to the model {label!r}, which is not installed here."
+            ) from None
+        rows = self._fetched.get((model, alias))
+        if rows is None or pk not in rows:
+            rows = self._fetched[model, alias] = {**(rows or {}), **self._fetch(model, pk, alias)}
+        found = rows.get(pk)
+        if found is None:
+            raise InstanceGone(
+                f"{model._meta.label} {pk!r} in database {alias!r} is gone: "
+                "it was deleted after the event was emitted."
+            )
+        return copy.copy(found)
+
+    def forget(self, sql: str | None = None) -> None:
+        """Drop the instances whose tables `sql` names; all of them without it."""
+        for model, alias in list(self._fetched):
+            tables = (parent._meta.db_table for parent in (model, *model._meta.get_parent_list()))
+            if sql is None or any(table in sql for table in tables):
+                del self._fetched[model, alias]
+
+    def _fetch(self, model: type[models.Model], pk: Any, alias: str) -> dict[Any, models.Model]:
+        wanted = {pk}
+        for payload in self._unread:
+            wanted.update(payload.keys_of(model._meta.label_lower, alias))
+        try:
+            return {row.pk: row for row in model._base_manager.using(alias).filter(pk__in=wanted)}
+        except (TypeError, ValueError) as error:
+            raise UnreadablePayload(f"{pk!r} is no key of {model._meta.label}: {error}") from error
+
+
+class LazyPayload(Mapping[str, Any]):
+    """A stored payload: parsed at first access, each top-level value decoded when it is asked for.
+
+    Raises UnreadablePayload if the text is not an object that `dump` could have written.
+    """
+
+    __slots__ = ("_document", "_references", "_text", "_values")
+
+    def __init__(self, text: str, references: References) -> None:
+        self._text = text
+        self._references = references
+        self._document: dict[str, Any] | None = None
+        self._values: dict[str, Any] = {}
+        references.add(self)
+
+    def __getitem__(self, name: str) -> Any:
+        if name not in self._values:
+            self._values[name] = self._decode(self._parsed()[name])
+        return self._values[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._parsed())
+
+    def __len__(self) -> int:
+        return len(self._parsed())
+
+    def keys_of(self, label: str, alias: str) -> Iterator[Any]:
+        """Yield the primary keys of the model `label` that this payload refers to."""
+        try:
+            found = list(_references_in(self._parsed()))
+        except (UnreadablePayload, RecursionError):
+            return  # its own event will say so
+        for name, pk, where in found:
+            if (name, where) == (label, alias):
+                yield self._decode(pk)
+
+    def _parsed(self) -> dict[str, Any]:
+        if self._document is None:
+            try:
+                document = json.loads(self._text)
+            except (ValueError, RecursionError) as error:
+                raise UnreadablePayload(f"The payload can't be parsed: {error}") from error
+            if not isinstance(document, dict):
+                raise UnreadablePayload(
+                    f"The payload is a JSON {type(document).__name__}; it must be an object."
+                )
+            self._document = document
+        return self._document
+
+    def _decode(self, value: Any) -> Any:
+        if isinstance(value, list):
+            return [self._decode(item) for item in value]
+        if not isinstance(value, dict):
+            return value
+        if len(value) != 1 or TAG not in value:
+            return {key: self._decode(item) for key, item in value.items()}
+        try:
+            tag, *content = value[TAG]
+            return self._decode_tag(tag, content)
+        except (UnreadablePayload, InstanceGone):
+            raise
+        except (ArithmeticError, LookupError, TypeError, ValueError) as error:
+            raise UnreadablePayload(
+                f"The payload has a tag that can't be read: {value!r:.200} ({error})"
+            ) from error
+
+    def _decode_tag(self, tag: Any, content: list[Any]) -> Any:
+        if tag == "model":
+            label, pk, alias = content
+            return self._references.get(label, self._decode(pk), alias)
+        (inner,) = content
+        match tag:
+            case "dict":
+                return {self._decode(key): self._decode(item) for key, item in inner}
+            case "tuple" | "set" | "frozenset":
+                return _COLLECTIONS[tag](self._decode(item) for item in inner)
+        return _DECODERS[tag](inner)
+
+
+_COLLECTIONS: dict[str, Callable[[Iterable[Any]], Any]] = {
+    "tuple": tuple,
+    "set": set,
+    "frozenset": frozenset,
+}
+
+_DECODERS: dict[str, Callable[[Any], Any]] = {
+    "text": lambda text: base64.b64decode(text, validate=True).decode("utf-8", "surrogatepass"),
+    "float": float,
+    "datetime": dt.datetime.fromisoformat,
+    "date": dt.date.fromisoformat,
+    "time": dt.time.fromisoformat,
+    "timedelta": lambda parts: dt.timedelta(*parts),
+    "decimal": decimal.Decimal,
+    "uuid": uuid.UUID,
+    "bytes": lambda text: base64.b64decode(text, validate=True),
+}
+
+
+def _references_in(value: Any) -> Iterator[tuple[Any, Any, Any]]:
+    if isinstance(value, list):
+        for item in value:
+            yield from _references_in(item)
+    elif isinstance(value, dict):
+        match value:
+            case {"$": ["model", label, pk, alias]} if len(value) == 1:
+                yield label, pk, alias
+            case _:
+                for item in value.values():
+                    yield from _references_in(item)

@@ -1,0 +1,134 @@
+"""Which handlers get an event, and which sources speak for a model. Filled at import; runs no SQL."""
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from django.db.models import Model
+
+from spark_outbox.errors import RegistrationError
+from spark_outbox.events import MAX_LENGTH, Event
+
+HandlerFunction = Callable[[Event], object]
+SourceFunction = Callable[[Any], Iterable[Event | Mapping[str, Any]]]
+F = TypeVar("F", bound=Callable[..., object])
+
+_MATCHED_GROUPS = 1024  # groups come from the database: the cache must not grow with them
+
+
+@dataclass(frozen=True, slots=True)
+class Handler:
+    """A function for the events whose group matches a pattern, under the name its deliveries bear."""
+
+    name: str
+    pattern: re.Pattern[str]
+    function: HandlerFunction
+
+
+class Registry:
+    """Handlers in registration order, and sources by model."""
+
+    def __init__(self) -> None:
+        self.handlers: list[Handler] = []
+        self.sources: dict[type[Model], list[SourceFunction]] = {}
+        self._matches: dict[str, tuple[Handler, ...]] = {}
+
+    def add_handler(self, function: HandlerFunction, *, group: str, name: str | None = None) -> Handler:
+        """Register `function` for the groups in which `re.search` finds `group`.
+
+        The name defaults to the function's dotted path. A function that is registered for a second
+        pattern has its pattern in the name, too. Raises RegistrationError for a pattern that does
+        not compile, and for a name that is taken.
+        """
+        if not callable(function):
+            raise RegistrationError(f"A handler must be callable; {function!r} is not.")
+        try:
+            pattern = re.compile(group)
+        except (re.error, TypeError) as error:
+            raise RegistrationError(
+                f"The pattern {group!r} of {function!r} does not compile: {error}."
+            ) from error
+        if name is None:
+            name = dotted_path(function)
+            if any(h.name == name and h.function is function for h in self.handlers):
+                name = f"{name}:{group}"
+        if not isinstance(name, str) or not 0 < len(name) <= MAX_LENGTH:
+            raise RegistrationError(f"A handler's name has 1 to {MAX_LENGTH} characters: {name!r}.")
+        if any(handler.name == name for handler in self.handlers):
+            raise RegistrationError(
+                f"There is a handler {name!r} already. Retries are kept under a handler's name: "
+                "give this one another with name=…"
+            )
+        handler = Handler(name, pattern, function)
+        self.handlers.append(handler)
+        self._matches.clear()
+        return handler
+
+    def add_source(self, function: SourceFunction, *, model: type[Model]) -> None:
+        """Register `function` for saved instances of `model`, and for the sweep over all of them."""
+        if not (isinstance(model, type) and issubclass(model, Model)):
+            raise RegistrationError(f"A source needs a model class, not {model!r}.")
+        if not callable(function):
+            raise RegistrationError(f"A source must be callable; {function!r} is not.")
+        sources = self.sources.setdefault(model, [])
+        if function in sources:
+            raise RegistrationError(
+                f"{dotted_path(function)} is a source of {model._meta.label} already."
+            )
+        sources.append(function)
+
+    def handlers_for(self, group: str) -> tuple[Handler, ...]:
+        """Return the handlers that match `group`, in registration order."""
+        try:
+            return self._matches[group]
+        except KeyError:
+            pass
+        if len(self._matches) >= _MATCHED_GROUPS:
+            self._matches.clear()
+        found = tuple(handler for handler in self.handlers if handler.pattern.search(group))
+        self._matches[group] = found
+        return found
+
+
+registry = Registry()
+
+
+def handler(group: str, *, name: str | None = None) -> Callable[[F], F]:
+    """Decorate a function that handles the events whose group matches the regex `group`.
+
+    Handlers are called in registration order with one Event each. What one writes through the
+    worker's database connection is committed together with the event's done mark, or not at all.
+    """
+    if not isinstance(group, str):
+        raise RegistrationError('Write @handler(r"^pattern"): it needs the pattern of its groups.')
+
+    def register(function: F) -> F:
+        registry.add_handler(function, group=group, name=name)
+        return function
+
+    return register
+
+
+def source(model: type[Model]) -> Callable[[F], F]:
+    """Decorate a generator function that yields the events of one instance of `model`.
+
+    It runs after every save, in the saver's transaction, and in `manage.py process_spark_sources`.
+    It may yield the same keys each time: each is handled once.
+    """
+
+    def register(function: F) -> F:
+        registry.add_source(function, model=model)  # type: ignore[arg-type]
+        return function
+
+    return register
+
+
+def dotted_path(function: Callable[..., object]) -> str:
+    """Return `module.qualname`. Raises RegistrationError if the object has no name of its own."""
+    try:
+        return f"{function.__module__}.{function.__qualname__}"
+    except AttributeError:
+        raise RegistrationError(
+            f"{function!r} has no name of its own: give it one with name=…"
+        ) from None

@@ -1,0 +1,377 @@
+"""Every SQL statement that spark_outbox runs, one constant each, next to what maps its rows.
+
+Functions run on the Django connection `using`, in whatever transaction it is in. Times are the
+database's. Outcomes are written under a guard, `status = 'pending'` on a row that this transaction
+has locked, and say how many rows they applied to.
+"""
+
+import datetime as dt
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+from django.db import connections
+
+from spark_outbox.events import StoredRow
+
+
+def _run(sql: str, params: Any = None, *, using: str) -> int:
+    """Run a statement; return how many rows it wrote."""
+    with connections[using].cursor() as cursor:
+        cursor.execute(sql, params)
+        return int(cursor.rowcount)
+
+
+def _rows(sql: str, params: Any = None, *, using: str) -> list[Any]:
+    with connections[using].cursor() as cursor:
+        cursor.execute(sql, params)
+        return list(cursor.fetchall())
+
+
+def value(sql: str, params: Any = None, *, using: str) -> Any:
+    """Run a statement of this module; return the first value of its first row."""
+    return _rows(sql, params, using=using)[0][0]
+
+
+def _columns(rows: Iterable[Sequence[Any]]) -> list[list[Any]]:
+    """Turn rows into the arrays that `unnest` turns into rows again."""
+    return [list(column) for column in zip(*rows, strict=True)]
+
+
+# Emit
+
+
+class NewRow(NamedTuple):
+    """An event, ready to be written. `delay` is added to the database's clock."""
+
+    key: str
+    group: str
+    payload: str
+    headers: str
+    ordering_key: str | None
+    available_at: dt.datetime | None
+    delay: dt.timedelta | None
+
+
+INSERT = """
+insert into spark_outbox_event
+    (key, event_group, payload, headers, ordering_key, available_at)
+values
+    (%s, %s, %s::jsonb, %s::jsonb, %s, coalesce(%s, statement_timestamp() + %s::interval))
+on conflict do nothing
+returning id, created_at
+"""
+
+INSERT_MANY = """
+insert into spark_outbox_event
+    (key, event_group, payload, headers, ordering_key, available_at)
+select
+    key, event_group, payload, headers, ordering_key,
+    coalesce(available_at, statement_timestamp() + delay)
+from unnest(
+    %s::text[], %s::text[], %s::jsonb[], %s::jsonb[], %s::text[], %s::timestamptz[], %s::interval[]
+) as new (key, event_group, payload, headers, ordering_key, available_at, delay)
+on conflict do nothing
+"""
+
+
+def insert(row: NewRow, *, using: str) -> tuple[int, dt.datetime] | None:
+    """Write one event; return its id and time, or None if its key exists.
+
+    Waits for a transaction that has written the same key and not ended yet.
+    """
+    stored = _rows(INSERT, row, using=using)
+    return stored[0] if stored else None
+
+
+def insert_many(rows: Sequence[NewRow], *, using: str) -> int:
+    """Write events in one statement, in the order given; return how many were new."""
+    return _run(INSERT_MANY, _columns(rows), using=using)
+
+
+# Claim
+#
+# One table and no join: PostgreSQL then checks the conditions again on the row it has locked, so a
+# row that another worker has settled meanwhile is not claimed a second time. FOR NO KEY UPDATE lets
+# a handler insert rows that refer to the event.
+
+_COLUMNS = """
+    id, key, event_group, payload::text, headers::text, ordering_key, attempts, created_at
+"""
+
+CLAIM_READY = f"""
+select {_COLUMNS} from spark_outbox_event
+where status = 'pending' and available_at is null and id >= %(floor)s {{groups}}
+order by id limit %(limit)s
+for no key update skip locked
+"""
+
+CLAIM_DUE = f"""
+select {_COLUMNS} from spark_outbox_event
+where status = 'pending' and available_at <= statement_timestamp() {{groups}}
+order by available_at limit %(limit)s
+for no key update skip locked
+"""
+
+_GROUPS = "and event_group ~ %(groups)s"
+
+
+def claim_ready(floor: int, limit: int, *, groups: str | None, using: str) -> list[StoredRow]:
+    """Lock up to `limit` ready events with an id of `floor` or more, lowest first."""
+    return _claim(CLAIM_READY, using, floor=floor, limit=limit, groups=groups)
+
+
+def claim_due(limit: int, *, groups: str | None, using: str) -> list[StoredRow]:
+    """Lock up to `limit` delayed or failed events whose time has come, earliest first."""
+    return _claim(CLAIM_DUE, using, limit=limit, groups=groups)
+
+
+def _claim(sql: str, using: str, **params: Any) -> list[StoredRow]:
+    rows = _rows(_with_groups(sql, params["groups"]), params, using=using)
+    return list(map(StoredRow._make, rows))
+
+
+def _with_groups(sql: str, groups: str | None) -> str:
+    return sql.format(groups="" if groups is None else _GROUPS)
+
+
+class Outlook(NamedTuple):
+    """What a worker that found nothing to claim can expect."""
+
+    ready: bool
+    """There are events it could not claim: another transaction holds their rows."""
+    due_in: float
+    """Seconds until the next delayed event; infinity if there is none."""
+
+
+OUTLOOK = """
+select
+    exists (
+        select from spark_outbox_event
+        where status = 'pending' and available_at is null {groups}
+    ) or exists (
+        select from spark_outbox_event
+        where status = 'pending' and available_at <= statement_timestamp() {groups}
+    ),
+    (
+        select extract(epoch from min(available_at) - statement_timestamp())::float
+        from spark_outbox_event
+        where status = 'pending' and available_at > statement_timestamp() {groups}
+    )
+"""
+
+
+def outlook(*, groups: str | None, using: str) -> Outlook:
+    ((ready, due_in),) = _rows(_with_groups(OUTLOOK, groups), {"groups": groups}, using=using)
+    return Outlook(ready, math.inf if due_in is None else due_in)
+
+
+CHECK_GROUPS = "select '' ~ %s"
+
+
+def check_groups(pattern: str, *, using: str) -> None:
+    """Raise DataError if `pattern` is no regular expression to PostgreSQL."""
+    _rows(CHECK_GROUPS, [pattern], using=using)
+
+
+# Settle
+
+
+class Failure(NamedTuple):
+    """An event that has a handler to be called again, `delay` from now."""
+
+    event_id: int
+    delay: dt.timedelta
+    error: str
+
+
+class Settled(NamedTuple):
+    """What one handler did about one event that is not finished: `done`, or `pending` after an error."""
+
+    event_id: int
+    handler: str
+    status: str
+    error: str
+
+
+FINISH = """
+update spark_outbox_event
+set status = %(status)s, attempts = attempts + 1, finished_at = statement_timestamp()
+where id = any(%(ids)s) and status = 'pending'
+"""
+
+POSTPONE = """
+update spark_outbox_event as event
+set attempts = attempts + 1,
+    available_at = statement_timestamp() + failure.delay,
+    last_error = failure.error
+from unnest(%s::bigint[], %s::interval[], %s::text[]) as failure (event_id, delay, error)
+where event.id = failure.event_id and event.status = 'pending'
+"""
+
+RECORD_DELIVERIES = """
+insert into spark_outbox_delivery as delivery
+    (event_id, handler, status, last_error, attempts, attempted_at)
+select event_id, handler, status, error, 1, statement_timestamp()
+from unnest(%s::bigint[], %s::text[], %s::text[], %s::text[])
+    as settled (event_id, handler, status, error)
+on conflict (event_id, handler) do update set
+    status = excluded.status,
+    last_error = excluded.last_error,
+    attempts = delivery.attempts + 1,
+    attempted_at = excluded.attempted_at
+where delivery.status = 'pending'
+"""
+
+DISCARD_DELIVERIES = """
+update spark_outbox_delivery
+set status = 'discarded'
+where event_id = any(%s) and status = 'pending'
+"""
+
+SETTLED_HANDLERS = """
+select event_id, handler from spark_outbox_delivery
+where event_id = any(%s) and status <> 'pending'
+"""
+
+
+def finish(ids: list[int], status: str, *, using: str) -> int:
+    """Give events their final status; return to how many it applied."""
+    return _run(FINISH, {"ids": ids, "status": status}, using=using)
+
+
+def postpone(failures: Sequence[Failure], *, using: str) -> int:
+    """Let events wait for their next attempt; return to how many it applied."""
+    return _run(POSTPONE, _columns(failures), using=using)
+
+
+def record_deliveries(settled: Sequence[Settled], *, using: str) -> None:
+    """Note which handlers have succeeded and which are owed, of events that are not finished."""
+    _run(RECORD_DELIVERIES, _columns(settled), using=using)
+
+
+def discard_deliveries(event_ids: list[int], *, using: str) -> None:
+    """Give up what finished events still owe: to handlers that are not registered any more."""
+    _run(DISCARD_DELIVERIES, [event_ids], using=using)
+
+
+def settled_handlers(event_ids: list[int], *, using: str) -> dict[int, set[str]]:
+    """Return the names of the handlers that are through with each of these events."""
+    found: dict[int, set[str]] = {}
+    for event_id, name in _rows(SETTLED_HANDLERS, [event_ids], using=using):
+        found.setdefault(event_id, set()).add(name)
+    return found
+
+
+# Isolation: a savepoint per handler that touches the database
+
+SAVEPOINT = "savepoint spark_outbox"
+NEXT_SAVEPOINT = "release savepoint spark_outbox; savepoint spark_outbox"  # one round trip
+ROLLBACK_TO_SAVEPOINT = "rollback to savepoint spark_outbox"
+CHECK_CONSTRAINTS = "set constraints all immediate"
+
+
+def savepoint(sql: str, *, using: str) -> None:
+    """Run one of the statements above, past the wrappers and the log that watch the handlers' SQL."""
+    connection = connections[using]
+    with connection.wrap_database_errors:
+        connection.connection.execute(sql, prepare=False)
+
+
+# Wake: the two advisory locks of the migration's trigger, and LISTEN
+
+LISTEN = "listen spark_outbox"
+
+OUTBOX_OID = "select 'spark_outbox_event'::regclass::oid::integer"
+
+TAKE_S = "select pg_try_advisory_lock_shared(7531002, %s)"
+LET_GO_OF_S = "select pg_advisory_unlock_shared(7531002, %s)"
+# Whether no transaction that has emitted is still open.
+PROBE_K = """
+select case when pg_try_advisory_lock(7531001, %(oid)s)
+    then pg_advisory_unlock(7531001, %(oid)s) else false end
+"""
+
+
+def listen(*, using: str) -> None:
+    _run(LISTEN, using=using)
+
+
+# A worker's session
+
+SERVER_VERSION = "select current_setting('server_version')"
+
+# So that the server soon notices a worker that is gone: during a statement, or behind a cut line.
+SESSION = """
+select set_config(name, setting, false) from (values
+    ('application_name', 'spark_worker'),
+    ('client_connection_check_interval', '1s'),
+    ('tcp_keepalives_idle', '5'),
+    ('tcp_keepalives_interval', '2'),
+    ('tcp_keepalives_count', '3'),
+    ('tcp_user_timeout', '15s')
+) as wanted (name, setting)
+"""
+
+
+def set_up_session(*, using: str) -> str:
+    """Prepare the connection of a worker; return the server's version."""
+    _rows(SESSION, using=using)
+    version: str = value(SERVER_VERSION, using=using)
+    return version.split(maxsplit=1)[0]
+
+
+# The wake trigger's mode, see SPARK_OUTBOX["WAKE"]
+
+WAKE_MODE = """
+select coalesce((
+    select substring(convert_from(tgargs, 'UTF8') from '^[a-z]+')
+    from pg_trigger
+    where tgrelid = to_regclass('spark_outbox_event') and tgname = 'spark_outbox_wake'
+), 'never')
+"""
+
+SET_WAKE_MODE = {
+    mode: f"""
+create or replace trigger spark_outbox_wake after insert on spark_outbox_event
+    referencing new table as inserted
+    for each statement execute function spark_outbox_wake('{mode}')
+"""
+    for mode in ("gated", "always")
+} | {"never": "drop trigger if exists spark_outbox_wake on spark_outbox_event"}
+
+HAS_OUTBOX = "select to_regclass('spark_outbox_status') is not null"
+
+
+def has_outbox(*, using: str) -> bool:
+    """Return whether the migrations of spark_outbox have run in this database."""
+    return bool(value(HAS_OUTBOX, using=using))
+
+
+def wake_mode(*, using: str) -> str:
+    """Return what the trigger does: `gated`, `always`, or `never`."""
+    mode: str = value(WAKE_MODE, using=using)
+    return mode
+
+
+def set_wake_mode(mode: str, *, using: str) -> None:
+    """Make the trigger do `mode`. Locks the outbox against writers until the transaction ends."""
+    _run(SET_WAKE_MODE[mode], using=using)
+
+
+# For people's tests
+
+LAST_ID = "select coalesce(max(id), 0) from spark_outbox_event"
+
+EVENTS_AFTER = f"""
+select {_COLUMNS} from spark_outbox_event where id > %s order by id
+"""
+
+
+def last_id(*, using: str) -> int:
+    return int(value(LAST_ID, using=using))
+
+
+def events_after(last: int, *, using: str) -> list[StoredRow]:
+    """Return the events of any status with a higher id than `last`, in order."""
+    return list(map(StoredRow._make, _rows(EVENTS_AFTER, [last], using=using)))

@@ -1,0 +1,50 @@
+"""For the tests of projects that use spark_outbox. Everything works inside TestCase's transaction."""
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from spark_outbox import store
+from spark_outbox.events import Event
+from spark_outbox.payload import References
+from spark_outbox.registry import Handler
+from spark_outbox.worker import Worker
+
+
+def drain(*, using: str = "default", raise_exceptions: bool = True) -> int:
+    """Handle the ready events on the current connection, as a worker would; return how many.
+
+    Includes those that handlers emit meanwhile, but not what is delayed or waits for another
+    attempt. The first exception that a handler raised is raised again at the end, unless
+    `raise_exceptions` is False; its event has been postponed as by a worker.
+    """
+    errors: list[Exception] = []
+
+    def remember(event: Event, handler: Handler, error: Exception) -> None:
+        error.add_note(f"raised by handler {handler.name} on {event!r}")
+        errors.append(error)
+
+    handled = Worker(using=using, on_error=remember).drain()
+    if errors and raise_exceptions:
+        raise errors[0]
+    return handled
+
+
+def emitted(group: str = "", *, using: str = "default") -> list[Event]:
+    """Return the stored events whose group the regex `group` is found in, in order, of any status."""
+    return _events_after(0, group, using)
+
+
+@contextmanager
+def capture_events(group: str = "", *, using: str = "default") -> Iterator[list[Event]]:
+    """Collect the events that are emitted inside the `with` block; the list is filled at its end."""
+    before = store.last_id(using=using)
+    captured: list[Event] = []
+    yield captured
+    captured += _events_after(before, group, using)
+
+
+def _events_after(last: int, group: str, using: str) -> list[Event]:
+    references = References()
+    events = [Event.from_row(row, references) for row in store.events_after(last, using=using)]
+    return [event for event in events if re.search(group, event.group)]

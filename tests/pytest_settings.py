@@ -1,0 +1,10 @@
+"""The demo project's settings, on the server that `tests.postgres` chooses for tests."""
+
+import os
+
+from tests import postgres
+
+TEST_SERVER = postgres.for_tests()
+os.environ["DATABASE_URL"] = TEST_SERVER.url
+
+from tests.settings import *  # noqa: E402, F403

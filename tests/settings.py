@@ -1,0 +1,28 @@
+"""The demo project: django-spark's challenges, on DATABASE_URL or an embedded PostgreSQL."""
+
+import os
+
+from tests import postgres
+
+SERVER = (
+    postgres.Server(os.environ["DATABASE_URL"], "DATABASE_URL")
+    if os.environ.get("DATABASE_URL")
+    else postgres.embedded("demo")
+)
+DATABASES = {"default": postgres.django_database(SERVER.url)}
+
+SECRET_KEY = "not a secret: this project runs on your machine alone"
+DEBUG = os.environ.get("DEBUG") == "1"
+ALLOWED_HOSTS = ["*"] if DEBUG else []
+INSTALLED_APPS = [
+    "django.contrib.contenttypes",
+    "django.contrib.auth",
+    "spark_outbox",
+    "tests.challenges",
+]
+USE_TZ = True
+TIME_ZONE = "UTC"
+DEFAULT_AUTO_FIELD = "django.db.models.BigAutoField"
+PASSWORD_HASHERS = ["django.contrib.auth.hashers.MD5PasswordHasher"]
+EMAIL_BACKEND = "django.core.mail.backends.locmem.EmailBackend"
+TEMPLATES = [{"BACKEND": "django.template.backends.django.DjangoTemplates", "APP_DIRS": True}]
