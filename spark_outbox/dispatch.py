@@ -113,6 +113,7 @@ class Dispatcher:
     def _call(self, handler: Handler, event: Event, isolation: Isolation) -> Exception | None:
         started = self._clock()
         isolation.begin()
+        event.start_over()
         try:
             handler.function(event)
             isolation.end()

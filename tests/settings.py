@@ -7,10 +7,11 @@ from tests import postgres
 SERVER = (
     postgres.Server(os.environ["DATABASE_URL"], "DATABASE_URL")
     if os.environ.get("DATABASE_URL")
-    else postgres.embedded("demo")
+    else postgres.embedded("demo", keep=True)
 )
 DATABASES = {"default": postgres.django_database(SERVER.url)}
 
+BASE_DIR = postgres.ROOT
 SECRET_KEY = "not a secret: this project runs on your machine alone"
 DEBUG = os.environ.get("DEBUG") == "1"
 ALLOWED_HOSTS = ["*"] if DEBUG else []
@@ -19,6 +20,7 @@ INSTALLED_APPS = [
     "django.contrib.auth",
     "spark_outbox",
     "tests.challenges",
+    *os.environ.get("EXTRA_APPS", "").split(),
 ]
 USE_TZ = True
 TIME_ZONE = "UTC"

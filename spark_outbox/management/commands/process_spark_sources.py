@@ -1,0 +1,115 @@
+"""Sweep all instances of models through their sources: for events that depend on time, and repairs."""
+
+import sys
+from typing import Any
+
+from django.apps import apps
+from django.core.management.base import BaseCommand, CommandError, CommandParser
+from django.db import router
+from django.db.models import Model
+
+from spark_outbox.emit import CHUNK_SIZE
+from spark_outbox.registry import SourceFunction, dotted_path, registry
+from spark_outbox.sources import Sweep, sweep
+
+
+class Command(BaseCommand):
+    help = (
+        "Sends all instances of models through their sources, which emits what has not been emitted "
+        "yet. Run it from a timer for sources that depend on the date, and after an import that went "
+        "around save()."
+    )
+
+    def add_arguments(self, parser: CommandParser) -> None:
+        parser.add_argument(
+            "models",
+            nargs="*",
+            metavar="app.Model",
+            help="the models to sweep (default: all that have a source)",
+        )
+        parser.add_argument(
+            "--source", metavar="NAME", help="only this source: its dotted path, or the end of it"
+        )
+        parser.add_argument(
+            "--chunk-size",
+            type=int,
+            default=CHUNK_SIZE,
+            metavar="N",
+            help="instances in memory at once (default: %(default)s)",
+        )
+        parser.add_argument("--dry-run", action="store_true", help="emit nothing, only count")
+        parser.add_argument(
+            "--database", metavar="ALIAS", help="default: where the router reads each model"
+        )
+
+    def handle(self, **options: Any) -> None:
+        if options["chunk_size"] < 1:
+            raise CommandError("--chunk-size must be 1 or more.")
+        errors = 0
+        for model, sources in self._chosen(options["models"], options["source"]).items():
+            errors += self._sweep(model, sources, options)
+        if errors:
+            raise CommandError(f"{errors} times a source failed; see above. The rest is emitted.")
+
+    def _chosen(self, labels: list[str], source: str | None) -> dict[type[Model], list[SourceFunction]]:
+        models = [self._model(label) for label in labels] or list(registry.sources)
+        chosen = {
+            model: [
+                function
+                for function in registry.sources[model]
+                if source is None or f".{dotted_path(function)}".endswith(f".{source}")
+            ]
+            for model in models
+        }
+        chosen = {model: functions for model, functions in chosen.items() if functions}
+        if source is not None and not chosen:
+            known = sorted({dotted_path(f) for model in models for f in registry.sources[model]})
+            raise CommandError(f"There is no source {source!r}. Sources: {', '.join(known)}")
+        if not chosen:
+            self.stderr.write("No source is registered: nothing to do.")
+        return chosen
+
+    def _model(self, label: str) -> type[Model]:
+        try:
+            model = apps.get_model(label)
+        except (LookupError, ValueError) as error:
+            raise CommandError(f"{label}: {error}") from None
+        if model not in registry.sources:
+            known = ", ".join(model._meta.label for model in registry.sources)
+            raise CommandError(f"{label} has no source. Models with one: {known or 'none'}")
+        return model
+
+    def _sweep(self, model: type[Model], sources: list[SourceFunction], options: dict[str, Any]) -> int:
+        using = options["database"] or router.db_for_write(model)
+        total = model._default_manager.using(using).count() if sys.stderr.isatty() else 0
+        label = model._meta.label
+
+        def report(instance: Model, source: SourceFunction, error: Exception) -> None:
+            self.stderr.write(
+                f"{label} {instance.pk!r}: {dotted_path(source)} raised {type(error).__name__}: {error}"
+            )
+
+        count = Sweep()
+        for count in sweep(
+            model,
+            sources,
+            using=using,
+            chunk_size=options["chunk_size"],
+            dry_run=options["dry_run"],
+            on_error=report,
+        ):
+            if total:
+                self._show_progress(label, count.instances, total)
+        self.stdout.write(
+            f"{label}: {count.instances} instances, {count.events} events, {count.new} new"
+            + (" (dry run: nothing was emitted)" if options["dry_run"] else "")
+        )
+        return count.errors
+
+    def _show_progress(self, label: str, done: int, total: int) -> None:
+        filled = min(30, 30 * done // total)
+        bar = "█" * filled + "·" * (30 - filled)
+        self.stderr.write(
+            f"\r{label} {bar} {done}/{total}", ending="\n" if done >= total else "", style_func=str
+        )
+        self.stderr.flush()

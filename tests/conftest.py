@@ -1,0 +1,35 @@
+import contextlib
+from collections.abc import Iterator
+
+import pytest
+from django.conf import settings
+
+from spark_outbox.registry import Registry, registry
+from tests import postgres
+
+
+def pytest_report_header() -> str:
+    return f"postgresql: {settings.TEST_SERVER.description}"
+
+
+def pytest_unconfigure() -> None:
+    postgres.stop_containers()
+
+
+@contextlib.contextmanager
+def empty(of: Registry) -> Iterator[Registry]:
+    handlers, sources = list(of.handlers), dict(of.sources)
+    of.clear()
+    try:
+        yield of
+    finally:
+        of.clear()
+        of.handlers.extend(handlers)
+        of.sources.update(sources)
+
+
+@pytest.fixture
+def own_registry() -> Iterator[Registry]:
+    """Empty the project's registry for one test: it registers what it needs."""
+    with empty(registry) as emptied:
+        yield emptied

@@ -1,0 +1,181 @@
+"""What tests share: waiting for something to become true, connections and workers of their own."""
+
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import psycopg
+from django.conf import settings
+from django.db import connection, connections
+from psycopg.conninfo import make_conninfo
+
+from spark_outbox.worker import Worker
+
+T = TypeVar("T")
+
+PATIENCE = 30.0
+"""Seconds until a test gives up on something that should happen at once."""
+
+HOUR = 3600.0
+
+
+def eventually(probe: Callable[[], T], *, patience: float = PATIENCE) -> T:
+    """Return the first true value of `probe`; fail if there is none within `patience` seconds."""
+    deadline, pause = time.monotonic() + patience, 0.001
+    while not (found := probe()):
+        assert time.monotonic() < deadline, f"still {found!r} after {patience} s"
+        time.sleep(pause)
+        pause = min(pause * 2, 0.05)
+    return found
+
+
+def conninfo() -> str:
+    """Return the connection string of the test database."""
+    names = {"NAME": "dbname", "USER": "user", "PASSWORD": "password", "HOST": "host", "PORT": "port"}
+    database = connection.settings_dict
+    return make_conninfo(**{name: database[key] for key, name in names.items() if database[key]})
+
+
+def connect(**options: Any) -> psycopg.Connection[Any]:
+    """Open a connection that is not Django's; in autocommit mode unless told otherwise."""
+    return psycopg.connect(conninfo(), **{"autocommit": True, **options})
+
+
+def notifications(listener: psycopg.Connection[Any]) -> int:
+    """Return how many notifications have arrived on a connection that LISTENs."""
+    listener.execute("select 1")
+    return sum(1 for _ in listener.notifies(timeout=0))
+
+
+@contextmanager
+def worker_thread(**options: Any) -> Iterator[Worker]:
+    """Run a worker in a thread, with a connection of its own, until the end of the block.
+
+    It polls once an hour unless told otherwise: whatever it finds, it was woken for. The block
+    starts once the worker LISTENs.
+    """
+    ready = threading.Event()
+    worker = Worker(**{"poll_interval": HOUR, "on_ready": lambda _: ready.set(), **options})
+    errors: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            worker.run()
+        except BaseException as error:
+            errors.append(error)
+        finally:
+            connections.close_all()
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    try:
+        assert ready.wait(PATIENCE)
+        yield worker
+    finally:
+        worker.stop()
+        thread.join(PATIENCE)
+        assert not thread.is_alive()
+        assert not errors, errors
+
+
+def sleeping_workers() -> int:
+    """Return how many workers hold S: they sleep, or are about to."""
+    with connection.cursor() as cursor:
+        cursor.execute(
+            "select count(*) from pg_locks where locktype = 'advisory' and classid = 7531002 and granted"
+        )
+        row = cursor.fetchone()
+        return int(row[0]) if row else 0
+
+
+def wait_until_asleep(count: int = 1) -> None:
+    """Wait until `count` workers have nothing left to do."""
+    eventually(lambda: sleeping_workers() == count)
+
+
+def is_asleep(pid: int) -> bool:
+    """Return whether the backend `pid` is idle outside a transaction."""
+    with connection.cursor() as cursor:
+        cursor.execute("select state from pg_stat_activity where pid = %s", [pid])
+        return cursor.fetchone() == ("idle",)
+
+
+class WorkerProcess:
+    """A real `manage.py spark_worker`, with a socket where its messages to systemd arrive."""
+
+    def __init__(self, *arguments: str, url: str | None = None, **environment: str) -> None:
+        self._folder = tempfile.TemporaryDirectory(prefix="spark")
+        address = f"{self._folder.name}/notify"
+        self._messages = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self._messages.bind(address)
+        self._messages.settimeout(PATIENCE)
+        self._output = Path(f"{self._folder.name}/output")
+        with self._output.open("w") as output:
+            self.process = subprocess.Popen(
+                [sys.executable, settings.BASE_DIR / "manage.py", "spark_worker", *arguments],
+                env={
+                    **os.environ,
+                    "DATABASE_URL": url or conninfo(),
+                    "NOTIFY_SOCKET": address,
+                    "PYTHONUNBUFFERED": "1",
+                    **environment,
+                },
+                stdout=output,
+                stderr=subprocess.STDOUT,
+            )
+
+    def __enter__(self) -> "WorkerProcess":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.kill()
+        self.process.wait()
+        self._messages.close()
+        self._folder.cleanup()
+
+    @property
+    def output(self) -> str:
+        return self._output.read_text()
+
+    def message(self) -> str:
+        """Return the next message that the worker sends to systemd."""
+        try:
+            return self._messages.recv(1000).decode()
+        except TimeoutError:
+            raise AssertionError(f"no message from the worker; its output:\n{self.output}") from None
+
+    def has_message(self) -> bool:
+        return bool(select.select([self._messages], [], [], 0)[0])
+
+    def wait_until_ready(self) -> "WorkerProcess":
+        assert self.message() == "READY=1"
+        return self
+
+    def signal(self, number: signal.Signals) -> None:
+        self.process.send_signal(number)
+
+    def wait(self) -> int:
+        """Return the exit code; a signal's number, negative, if one ended the process."""
+        return self.process.wait(PATIENCE)
+
+
+def manage(*arguments: str, url: str | None = None) -> subprocess.CompletedProcess[str]:
+    """Run manage.py in a process of its own, on the test database."""
+    return subprocess.run(
+        [sys.executable, settings.BASE_DIR / "manage.py", *arguments],
+        env={**os.environ, "DATABASE_URL": url or conninfo()},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
