@@ -90,11 +90,10 @@ class Dispatcher:
         outcomes: Outcomes,
     ) -> bool:
         """Run one event's handlers; return whether one lost a fight for locks."""
-        event_id = event.id or 0
         if not handlers:
-            outcomes.unhandled.append(event_id)
+            outcomes.unhandled.append(event.id)
             return False
-        settled = batch.settled.get(event_id, ())
+        settled = batch.settled.get(event.id, ())
         owed = [h for h in handlers if h.name not in settled] if settled else handlers
         errors = {}
         for handler in owed:
@@ -102,10 +101,10 @@ class Dispatcher:
             if error is not None:
                 errors[handler.name] = error
         if not errors:
-            outcomes.done.append(event_id)
+            outcomes.done.append(event.id)
             if event.attempt > 1:
-                outcomes.retried.append(event_id)
-                outcomes.deliveries += [Settled(event_id, h.name, "done", "") for h in owed]
+                outcomes.retried.append(event.id)
+                outcomes.deliveries += [Settled(event.id, h.name, "done", "") for h in owed]
             return False
         self._fail(event, owed, errors, outcomes)
         return any(is_contention(error) for error in errors.values())
@@ -141,22 +140,21 @@ class Dispatcher:
         outcomes: Outcomes,
     ) -> None:
         seconds = backoff.delay(event.attempt)
-        event_id = event.id or 0
         texts = {name: error_text(error) for name, error in errors.items()}
         for handler in owed:
             if handler.name in errors:
                 outcomes.deliveries.append(
-                    Settled(event_id, handler.name, "pending", texts[handler.name])
+                    Settled(event.id, handler.name, "pending", texts[handler.name])
                 )
             else:
-                outcomes.deliveries.append(Settled(event_id, handler.name, "done", ""))
+                outcomes.deliveries.append(Settled(event.id, handler.name, "done", ""))
         outcomes.failures.append(
-            Failure(event_id, dt.timedelta(seconds=seconds), "\n".join(texts.values()))
+            Failure(event.id, dt.timedelta(seconds=seconds), "\n".join(texts.values()))
         )
         for name, error in errors.items():
             context = {
                 "handler": name,
-                "event_id": event_id,
+                "event_id": event.id,
                 "attempt": event.attempt,
                 "error": type(error).__qualname__,
                 "seconds": round(seconds, 1),

@@ -1,9 +1,6 @@
 """emit(): write events into the outbox, on the caller's connection and in the caller's transaction."""
 
 import datetime as dt
-import os
-import time
-import uuid
 from collections.abc import AsyncIterable, Iterable, Iterator, Mapping
 from functools import partial
 from itertools import islice
@@ -62,11 +59,9 @@ def emit(
             raise InvalidEvent("Give an event, or a group and options, not both.")
         event = Event.of(group)
     alias = _writable(using)
-    row = prepare(event)
-    stored = store.insert(row, using=alias)
+    stored = store.insert(prepare(event), using=alias)
     if stored is None:
         return None
-    event.key = row.key
     event.id, event.created_at = stored
     _announce(alias)
     return event
@@ -123,7 +118,7 @@ def prepare(event: Event) -> NewRow:
     if event.available_at is not None:
         _check_time(event.available_at)
     return NewRow(
-        event.key or time_ordered_key(),
+        event.key,
         event.group,
         dump(event.payload) if event.payload else "{}",
         dump(event.headers, root="headers") if event.headers else "{}",
@@ -139,13 +134,6 @@ def write(rows: Iterable[NewRow], *, using: str) -> int:
     if new:
         _announce(using)
     return new
-
-
-def time_ordered_key() -> str:
-    """Return a new UUID of version 7 (RFC 9562): its order is that of time, to the millisecond."""
-    milliseconds = time.time_ns() // 1_000_000
-    random_bits = int.from_bytes(os.urandom(10)) & ~(0xF << 76) & ~(0b11 << 62)
-    return str(uuid.UUID(int=milliseconds << 80 | 0x7 << 76 | 0b10 << 62 | random_bits))
 
 
 events_committed = Signal()

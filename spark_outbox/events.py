@@ -1,6 +1,9 @@
 """Event: what sources yield, what emit() returns, what handlers get."""
 
 import datetime as dt
+import os
+import time
+import uuid
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -28,8 +31,8 @@ class Event(Mapping[str, Any]):
     """A group, a unique key, and the payload: everything else it was given, by name.
 
     `event["name"]` and `event.get("name")` look at group, key and the payload; `event.name` looks
-    at the event's own attributes first. Its `id`, `created_at` and `attempt` (1 for the first) are
-    set once it is stored. Events compare by identity.
+    at the event's own attributes first. Without a key it gets a time-ordered UUID. Its `id` (0 until
+    then) and `created_at` are set when it is stored; `attempt` is 1 for the first. Events compare by identity.
 
     Raises InvalidEvent for a group or key that the table would refuse.
     """
@@ -63,7 +66,7 @@ class Event(Mapping[str, Any]):
         **payload: Any,
     ) -> None:
         self.group = check_text("group", group)
-        self.key = None if key is None else check_text("key", key)
+        self.key = time_ordered_key() if key is None else check_text("key", key)
         self.ordering_key = None if ordering_key is None else check_text("ordering_key", ordering_key)
         if available_at is not None and delay is not None:
             raise InvalidEvent("Give available_at or delay, not both.")
@@ -71,7 +74,7 @@ class Event(Mapping[str, Any]):
         self.delay = delay
         self.headers: Mapping[str, Any] = headers or {}
         self.payload: Mapping[str, Any] = payload
-        self.id: int | None = None
+        self.id = 0
         self.created_at: dt.datetime | None = None
         self.attempt = 1
 
@@ -144,3 +147,10 @@ def check_text(name: str, value: object) -> str:
     if not is_plain_text(value):
         raise InvalidEvent(f"The {name} {value!r} has a character that PostgreSQL can't store.")
     return str(value)
+
+
+def time_ordered_key() -> str:
+    """Return a new UUID of version 7 (RFC 9562): its order is that of time, to the millisecond."""
+    milliseconds = time.time_ns() // 1_000_000
+    random_bits = int.from_bytes(os.urandom(10)) & ~(0xF << 76) & ~(0b11 << 62)
+    return str(uuid.UUID(int=milliseconds << 80 | 0x7 << 76 | 0b10 << 62 | random_bits))

@@ -207,7 +207,7 @@ class Worker:
             self._size = min(self._size * 2, self.batch_size)
         handled_ready = batch.events[batch.due : outcomes.count]
         if handled_ready:
-            self._floor = (handled_ready[-1].id or 0) + 1
+            self._floor = handled_ready[-1].id + 1
         self._due_at = self._clock() + self.commit_interval
         if outcomes.unhandled:
             context = {"event_ids": outcomes.unhandled[:20], "events": len(outcomes.unhandled)}

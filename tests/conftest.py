@@ -9,7 +9,7 @@ from tests import postgres
 
 
 def pytest_report_header() -> str:
-    return f"postgresql: {settings.TEST_SERVER.description}"
+    return f"postgresql: {settings.SERVER.description}"
 
 
 def pytest_unconfigure() -> None:

@@ -4,8 +4,10 @@ import os
 
 from tests import postgres
 
-TEST_SERVER = postgres.for_tests()
-os.environ["DATABASE_URL"] = TEST_SERVER.url
+_server = postgres.for_tests()
+os.environ["DATABASE_URL"] = _server.url
 os.environ["EXTRA_APPS"] = "tests.probe"
 
 from tests.settings import *  # noqa: E402, F403
+
+SERVER = _server

@@ -10,9 +10,8 @@ from django.db import DatabaseError, IntegrityError, connection, connections, tr
 from django.utils import timezone
 
 from spark_outbox import Event, aemit, aemit_many, emit, emit_many
-from spark_outbox.emit import time_ordered_key
 from spark_outbox.errors import InvalidEvent, NotInTransaction
-from spark_outbox.events import MAX_LENGTH
+from spark_outbox.events import MAX_LENGTH, time_ordered_key
 from spark_outbox.models import OutboxEvent
 from tests.tools import PATIENCE, connect, eventually
 

@@ -107,7 +107,7 @@ def is_asleep(pid: int) -> bool:
     """Return whether the backend `pid` is idle outside a transaction."""
     with connection.cursor() as cursor:
         cursor.execute("select state from pg_stat_activity where pid = %s", [pid])
-        return cursor.fetchone() == ("idle",)
+        return bool(cursor.fetchone() == ("idle",))
 
 
 class WorkerProcess:

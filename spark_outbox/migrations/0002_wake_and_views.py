@@ -47,8 +47,8 @@ begin
         perform pg_notify('spark_outbox', '');
     elsif not pg_try_advisory_xact_lock_shared(7531001, this) then
         perform pg_notify('spark_outbox', '');             -- a worker tests K this instant
-    elsif pg_try_advisory_lock(7531002, this) then
-        perform pg_advisory_unlock(7531002, this);         -- nobody sleeps: say nothing
+    elsif pg_try_advisory_lock(7531002, this) and pg_advisory_unlock(7531002, this) then
+        null;                                              -- nobody sleeps: say nothing
     else
         perform pg_notify('spark_outbox', '');
     end if;

@@ -227,7 +227,7 @@ def save_something(challenges: list[Challenge], books: Books) -> None:
 
 
 def keys_of(events: Iterable[Any]) -> list[str]:
-    return [Event.of(event).key or "" for event in events]
+    return [Event.of(event).key for event in events]
 
 
 @contextmanager
