@@ -75,7 +75,8 @@ class Worker:
         self._size = min(16, self.batch_size)  # of the next claim
         self._floor = 0  # the lowest id that can still be ready, as far as this worker knows
         self._sweep_at = -math.inf  # when to claim from id 0 again
-        self._due_at = -math.inf  # when a busy worker looks at delayed events again
+        self._due_at = -math.inf  # when a busy worker looks for due events again
+        self._looked_for_due = False
 
     # The loop
 
@@ -160,15 +161,17 @@ class Worker:
         """
         started = self._clock()
         limit = 1 if self._careful else self._size
-        sweep = sweep or started >= self._sweep_at
-        rows = store.claim_ready(
-            0 if sweep else self._floor, limit, groups=self.groups, using=self.using
-        )
-        if sweep:
+        from_zero = sweep or started >= self._sweep_at
+        floor = 0 if from_zero else self._floor
+        rows = store.claim_ready(floor, limit, groups=self.groups, using=self.using)
+        if from_zero:
             now = self._clock()
             self._sweep_at = now + max(SWEEP_INTERVAL, 10 * (now - started))
         due: list[StoredRow] = []
-        if sweep or (started >= self._due_at and len(rows) == limit):
+        # Not twice in a row: a backlog of due events must leave slow handlers time for ready ones.
+        self._looked_for_due = sweep or (started >= self._due_at and not self._looked_for_due)
+        if self._looked_for_due:
+            self._due_at = started + self.commit_interval
             due = store.claim_due(max(1, limit // 4), groups=self.groups, using=self.using)
         rows = due + rows
         if self._careful:
@@ -208,7 +211,6 @@ class Worker:
         handled_ready = batch.events[batch.due : outcomes.count]
         if handled_ready:
             self._floor = handled_ready[-1].id + 1
-        self._due_at = self._clock() + self.commit_interval
         if outcomes.unhandled:
             context = {"event_ids": outcomes.unhandled[:20], "events": len(outcomes.unhandled)}
             logger.warning("No handler matched %(events)s events.", context, extra=context)
@@ -219,6 +221,7 @@ class Worker:
         if self.handle_batch(sweep=True):
             return
         outlook = store.outlook(groups=self.groups, using=self.using)
+        self._due_at = self._clock() + min(outlook.due_in, SWEEP_INTERVAL)
         notified = False
         while not (notified or self._stopping):
             timeout = min(

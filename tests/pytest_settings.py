@@ -11,3 +11,5 @@ os.environ["EXTRA_APPS"] = "tests.probe"
 from tests.settings import *  # noqa: E402, F403
 
 SERVER = _server
+# The same database by another connection.
+DATABASES["other"] = {**DATABASES["default"], "TEST": {"MIRROR": "default"}}  # noqa: F405

@@ -1,0 +1,675 @@
+"""The worker in this process: claim, dispatch, settle; isolation, commit interval, floor."""
+
+import gc
+import itertools
+import re
+import threading
+
+import pytest
+from django.db import IntegrityError, connection, connections, transaction
+
+from spark_outbox import emit, emit_many, store
+from spark_outbox.isolation import MAX_SUBTRANSACTIONS
+from spark_outbox.models import Delivery, OutboxEvent
+from spark_outbox.worker import Worker
+from tests.challenges.models import Challenge, Donation, Handled
+from tests.tools import HOUR, connect, eventually, wait_until_asleep, worker_thread
+
+pytestmark = pytest.mark.django_db(transaction=True)
+
+
+def note(event):
+    Handled.objects.create(key=event.key, handler="note")
+
+
+def statuses():
+    return dict(OutboxEvent.objects.order_by("id").values_list("key", "status"))
+
+
+def make_due():
+    """Let the time of every postponed event have come."""
+    with connection.cursor() as cursor:
+        cursor.execute(
+            "update spark_outbox_event set available_at = statement_timestamp() "
+            "where available_at is not null and status = 'pending'"
+        )
+
+
+class Statements:
+    """Every statement that goes over the wire on Django's connection, ours included."""
+
+    def __init__(self):
+        self.sql = []
+
+    def __enter__(self):
+        self._context = connection.execute_wrapper(self)
+        self._context.__enter__()
+        self._savepoint = store.savepoint
+        store.savepoint = self._record_savepoint
+        return self
+
+    def __exit__(self, *error):
+        store.savepoint = self._savepoint
+        self._context.__exit__(*error)
+
+    def _record_savepoint(self, sql, *, using):
+        self.sql.append(sql)
+        self._savepoint(sql, using=using)
+
+    def __call__(self, execute, sql, params, many, context):
+        self.sql.append(sql)
+        return execute(sql, params, many, context)
+
+    def count(self, pattern):
+        return sum(bool(re.search(pattern, sql, re.IGNORECASE)) for sql in self.sql)
+
+
+# The happy path
+
+
+def test_events_are_handled_in_order_and_marked_done(own_registry):
+    own_registry.add_handler(note, group="^g")
+    emit_many({"group": "g", "key": f"{n:03}"} for n in range(100))
+    assert Worker().drain() == 100
+    assert list(Handled.objects.order_by("id").values_list("key", flat=True)) == [
+        f"{n:03}" for n in range(100)
+    ]
+    event = OutboxEvent.objects.first()
+    assert (event.status, event.attempts, event.last_error) == ("done", 1, "")
+    assert event.finished_at >= event.created_at
+
+
+def test_handlers_are_called_in_registration_order_if_their_regex_is_found_in_the_group(own_registry):
+    calls = []
+    for name, pattern in [("z", "paid"), ("a", "^order"), ("m", "^paid"), ("b", "order_(paid|sent)$")]:
+        own_registry.add_handler(
+            lambda event, name=name: calls.append((event.group, name)), group=pattern, name=name
+        )
+    emit("order_paid")
+    emit("prepaid_order")
+    Worker().drain()
+    assert calls == [
+        ("order_paid", "z"),
+        ("order_paid", "a"),
+        ("order_paid", "b"),
+        ("prepaid_order", "z"),
+    ]
+
+
+def test_an_event_that_nobody_handles_is_unhandled_and_not_done(own_registry, caplog):
+    emit("g", "key")
+    assert Worker().drain() == 1
+    assert statuses() == {"key": "unhandled"}
+    assert "No handler matched 1 events" in caplog.text
+
+
+def test_the_happy_path_is_one_insert_one_update_and_no_savepoint(own_registry):
+    own_registry.add_handler(lambda event: None, group="", name="nothing")
+    with Statements() as statements:
+        emit_many({"group": "g", "key": f"{n}"} for n in range(10))
+        worker = Worker()
+        worker.handle_batch()
+    assert statements.count("insert") == 1
+    assert statements.count("update spark") == 1
+    assert statements.count("savepoint|delivery") == 0
+    assert not Delivery.objects.exists()
+
+
+def test_a_handlers_writes_and_its_done_mark_are_committed_together(own_registry):
+    seen = []
+
+    def handle(event):
+        note(event)
+        with connect() as other:
+            seen.append(other.execute("select count(*) from challenges_handled").fetchone())
+
+    own_registry.add_handler(handle, group="")
+    emit("g", "key")
+    Worker().drain()
+    assert seen == [(0,)]
+    assert Handled.objects.count() == 1
+
+
+def test_two_workers_handle_each_of_2000_events_once(own_registry):
+    handled = []
+    own_registry.add_handler(
+        lambda event: (note(event), handled.append(threading.current_thread())), group="", name="h"
+    )
+    with worker_thread(batch_size=20), worker_thread(batch_size=20):
+        wait_until_asleep(2)
+        emit_many(({"group": "g", "key": f"{n}"} for n in range(2000)), chunk_size=100)
+        eventually(lambda: OutboxEvent.objects.filter(status="done").count() == 2000)
+    keys = list(Handled.objects.values_list("key", flat=True))
+    assert sorted(keys, key=int) == [f"{n}" for n in range(2000)]
+    assert len(handled) == 2000
+    assert len(set(handled)) == 2  # both took part
+
+
+# Handlers that fail
+
+
+def test_a_failing_handler_hurts_neither_its_siblings_nor_other_events(own_registry):
+    def fail(event):
+        note(event)
+        if event.key == "5":
+            raise RuntimeError("no")
+
+    own_registry.add_handler(lambda event: note(event), group="", name="before")
+    own_registry.add_handler(fail, group="", name="fail")
+    own_registry.add_handler(lambda event: note(event), group="", name="after")
+    emit_many({"group": "g", "key": f"{n}"} for n in range(10))
+    Worker().drain()
+
+    assert {key for key, status in statuses().items() if status == "pending"} == {"5"}
+    assert Handled.objects.filter(key="5").count() == 2
+    assert Handled.objects.count() == 9 * 3 + 2
+    failed = OutboxEvent.objects.get(key="5")
+    assert failed.attempts == 1
+    assert "RuntimeError: no" in failed.last_error
+    assert failed.available_at > failed.created_at
+
+
+def test_a_retry_runs_only_the_handlers_that_still_owe(own_registry):
+    calls, attempts = [], []
+    own_registry.add_handler(lambda event: calls.append("fine"), group="", name="fine")
+
+    def flaky(event):
+        calls.append("flaky")
+        attempts.append(event.attempt)
+        if event.attempt < 3:
+            raise RuntimeError("not yet")
+
+    own_registry.add_handler(flaky, group="", name="flaky")
+    emit("g", "key")
+    Worker().drain()
+    assert {d.handler: (d.status, d.attempts) for d in Delivery.objects.all()} == {
+        "fine": ("done", 1),
+        "flaky": ("pending", 1),
+    }
+    for _ in range(2):
+        assert statuses() == {"key": "pending"}
+        make_due()
+        Worker().drain()
+    assert calls == ["fine", "flaky", "flaky", "flaky"]
+    assert attempts == [1, 2, 3]
+    assert statuses() == {"key": "done"}
+    assert {d.handler: (d.status, d.attempts) for d in Delivery.objects.all()} == {
+        "fine": ("done", 1),
+        "flaky": ("done", 3),
+    }
+
+
+def test_a_delivery_owed_to_a_handler_that_is_gone_is_discarded_when_the_event_is_done(own_registry):
+    def fail(event):
+        raise RuntimeError
+
+    own_registry.add_handler(fail, group="", name="old")
+    emit("g", "key")
+    Worker().drain()
+    own_registry.clear()
+    own_registry.add_handler(lambda event: None, group="", name="new")
+    make_due()
+    Worker().drain()
+    assert statuses() == {"key": "done"}
+    assert set(Delivery.objects.values_list("handler", "status")) == {
+        ("old", "discarded"),
+        ("new", "done"),
+    }
+
+
+def test_on_commit_callbacks_of_a_failing_handler_are_dropped_and_others_run_once(own_registry):
+    ran = []
+
+    def handle(event):
+        transaction.on_commit(lambda: ran.append(event.key))
+        with transaction.atomic():
+            transaction.on_commit(lambda: ran.append(event.key + " nested"))
+        assert not ran
+        if event.key == "bad":
+            raise RuntimeError
+
+    own_registry.add_handler(handle, group="")
+    for key in ("good", "bad", "fine"):
+        emit("g", key)
+    Worker().drain()
+    assert ran == ["good", "good nested", "fine", "fine nested"]
+
+
+def test_an_on_commit_callback_that_raises_costs_the_others_nothing(own_registry, caplog):
+    ran = []
+
+    def handle(event):
+        transaction.on_commit(lambda: ran.append(event.key) or 1 / (event.key != "bad"))
+
+    own_registry.add_handler(handle, group="")
+    for key in ("bad", "good"):
+        emit("g", key)
+    assert Worker().drain() == 2
+    assert ran == ["bad", "good"]
+    assert set(statuses().values()) == {"done"}
+
+
+@pytest.mark.parametrize("touch_first", [True, False])
+def test_a_database_error_is_rolled_back_with_what_else_the_handler_did(own_registry, touch_first):
+    def handle(event):
+        if touch_first:
+            note(event)
+        if event.key == "bad":
+            with connection.cursor() as cursor:
+                cursor.execute("select 1 / 0")
+        note(event)
+
+    own_registry.add_handler(handle, group="")
+    for key in ("one", "bad", "two"):
+        emit("g", key)
+    Worker().drain()
+    assert statuses() == {"one": "done", "bad": "pending", "two": "done"}
+    assert not Handled.objects.filter(key="bad").exists()
+
+
+def test_a_handler_that_swallows_a_database_error_fails_with_a_hint(own_registry):
+    def handle(event):
+        note(event)
+        try:
+            with connection.cursor() as cursor:
+                cursor.execute("select 1 / 0")
+        except Exception:  # what the hint is about
+            pass
+
+    own_registry.add_handler(handle, group="")
+    emit("g", "bad")
+    emit("g", "fine", delay=-1)
+    Worker().drain()
+    assert "BrokenTransaction" in OutboxEvent.objects.get(key="bad").last_error
+    assert "transaction.atomic()" in OutboxEvent.objects.get(key="bad").last_error
+    assert not Handled.objects.exists()
+
+
+def test_an_error_caught_outside_atomic_is_none(own_registry):
+    def handle(event):
+        try:
+            with transaction.atomic(), connection.cursor() as cursor:
+                cursor.execute("select 1 / 0")
+        except Exception:
+            note(event)
+
+    own_registry.add_handler(handle, group="")
+    emit("g", "key")
+    Worker().drain()
+    assert statuses() == {"key": "done"}
+    assert Handled.objects.count() == 1
+
+
+def test_a_constraint_that_fails_at_the_commit_fails_the_event_that_broke_it_alone(own_registry):
+    """Django's foreign keys are deferred: at the commit, nobody can tell whose row it was."""
+    challenge = Challenge.objects.create(title="", start_date="2026-01-01", end_date="2026-01-02")
+    runs = []
+
+    def donate(event):
+        runs.append(event.key)
+        Donation.objects.create(challenge_id=challenge.pk if event.key != "5" else -1, amount=1)
+
+    own_registry.add_handler(donate, group="")
+    emit_many({"group": "g", "key": f"{n}"} for n in range(10))
+    Worker().drain()
+    assert {key for key, status in statuses().items() if status == "pending"} == {"5"}
+    assert Donation.objects.count() == 9
+    assert "IntegrityError" in OutboxEvent.objects.get(key="5").last_error
+    # The batch that could not be committed was handled again, once.
+    assert len(runs) == 20
+
+
+def test_the_running_worker_gets_over_it_too(own_registry):
+    def donate(event):
+        if event.key == "bad":
+            Donation.objects.create(challenge_id=-1, amount=1)
+        note(event)
+
+    own_registry.add_handler(donate, group="")
+    emit_many({"group": "g", "key": key} for key in ("1", "bad", "2"))
+    with worker_thread():
+        eventually(lambda: sorted(statuses().values()) == ["done", "done", "pending"])
+        emit("g", "3")
+        eventually(lambda: statuses()["3"] == "done")
+    assert sorted(Handled.objects.values_list("key", flat=True)) == ["1", "2", "3"]
+
+
+def test_a_handler_may_write_rows_that_refer_to_its_event(own_registry):
+    own_registry.add_handler(
+        lambda event: Delivery.objects.create(event_id=event.id, handler="mine", status="done"),
+        group="",
+        name="h",
+    )
+    emit("g", "key")
+    Worker().drain()
+    assert statuses() == {"key": "done"}
+
+
+# Savepoints only when needed
+
+
+def test_a_savepoint_is_taken_at_the_first_touch_and_released_with_the_next(own_registry):
+    own_registry.add_handler(
+        lambda event: note(event) if event.key in "135" else None, group="", name="h"
+    )
+    emit_many({"group": "g", "key": f"{n}"} for n in range(8))
+    worker = Worker()
+    with Statements() as statements:
+        worker.handle_batch()
+    savepoints = [sql for sql in statements.sql if "savepoint" in sql]
+    assert savepoints == [store.SAVEPOINT, store.NEXT_SAVEPOINT, store.NEXT_SAVEPOINT]
+
+
+def test_a_batch_ends_before_its_savepoints_overflow_the_servers_cache(own_registry):
+    own_registry.add_handler(note, group="")
+    emit_many({"group": "g", "key": f"{n:03}"} for n in range(200))
+    worker = Worker(commit_interval=HOUR)
+    sizes = list(itertools.takewhile(bool, (worker.handle_batch() for _ in range(50))))
+    assert sum(sizes) == 200
+    assert max(sizes) == MAX_SUBTRANSACTIONS
+
+
+def test_handlers_that_only_read_do_not_end_a_batch(own_registry):
+    own_registry.add_handler(lambda event: Handled.objects.count(), group="", name="read")
+    emit_many({"group": "g", "key": f"{n}"} for n in range(200))
+    worker = Worker(commit_interval=HOUR)
+    worker._size = 200
+    assert worker.handle_batch() == 200
+
+
+# Commit interval
+
+
+class Clock:
+    def __init__(self):
+        self.now = 0.0
+
+    def __call__(self):
+        return self.now
+
+
+def test_a_batch_is_committed_once_the_commit_interval_is_over(own_registry):
+    clock = Clock()
+
+    def take_20_ms(event):
+        clock.now += 0.02
+
+    own_registry.add_handler(take_20_ms, group="")
+    emit_many({"group": "g", "key": f"{n}"} for n in range(10))
+    worker = Worker(clock=clock, commit_interval=0.05)
+    assert worker.handle_batch() == 3
+    # And the next claim holds no more rows than that.
+    assert worker._size == 3
+    assert worker.handle_batch() == 3
+
+
+def test_a_slow_handler_starts_in_a_fresh_transaction(own_registry):
+    """Locks that a fast handler took must not be held while a stranger's slow one runs."""
+    clock, transactions = Clock(), []
+
+    def handle(event):
+        with connection.cursor() as cursor:
+            cursor.execute("select pg_current_xact_id()::text")
+            transactions.append((event.key, cursor.fetchone()[0]))
+        if event.group == "slow":
+            clock.now += 1
+
+    own_registry.add_handler(handle, group="slow", name="slow")
+    own_registry.add_handler(handle, group="fast", name="fast")
+    for number in range(4):
+        emit("slow", f"slow {number}")
+        emit("fast", f"fast {number}")
+    worker = Worker(clock=clock)
+    while worker.handle_batch():
+        pass
+    by_transaction = {}
+    for key, transaction_id in transactions[1:]:  # at first nobody knows that it is slow
+        by_transaction.setdefault(transaction_id, []).append(key)
+    assert len(transactions) == 8
+    for keys in by_transaction.values():
+        assert not any(key.startswith("slow") for key in keys[1:])
+
+
+def test_a_handler_that_got_fast_again_shares_transactions_again(own_registry):
+    clock, slow = Clock(), [1.0, 0.5] + [0.0] * 100
+
+    def handle(event):
+        clock.now += slow.pop(0)
+
+    own_registry.add_handler(handle, group="")
+    emit_many({"group": "g", "key": f"{n}"} for n in range(60))
+    worker = Worker(clock=clock)
+    sizes = list(itertools.takewhile(bool, (worker.handle_batch() for _ in range(60))))
+    assert sizes[:2] == [1, 1]
+    assert max(sizes) > 10
+
+
+def test_after_a_deadlock_or_lock_timeout_the_batch_is_committed_at_once(own_registry):
+    Challenge.objects.create(title="", start_date="2026-01-01", end_date="2026-01-02")
+
+    def handle(event):
+        if event.key == "2":
+            with connection.cursor() as cursor:
+                cursor.execute("set local lock_timeout = '10ms'")
+            Challenge.objects.select_for_update().get()
+
+    own_registry.add_handler(handle, group="")
+    emit_many({"group": "g", "key": f"{n}"} for n in range(6))
+    with connect() as other, other.transaction():
+        other.execute("select from challenges_challenge for update")
+        assert Worker(commit_interval=HOUR).handle_batch() == 3
+
+
+# Claim
+
+
+def test_the_floor_follows_the_handled_and_a_lower_id_that_commits_later_is_still_found(own_registry):
+    own_registry.add_handler(lambda event: None, group="", name="h")
+    clock = Clock()
+    worker = Worker(clock=clock)
+    with connect() as late:
+        late.execute("begin")
+        late.execute("insert into spark_outbox_event (key, event_group) values ('late', 'g')")
+        emit("g", "early")
+        assert worker.handle_batch() == 1
+        assert worker._floor == OutboxEvent.objects.get(key="early").id + 1
+        late.execute("commit")
+    assert worker.handle_batch() == 0  # below the floor
+    clock.now += 1.5
+    assert worker.handle_batch() == 1  # the sweep
+    assert set(statuses().values()) == {"done"}
+
+
+def test_delayed_events_get_their_turn_while_there_is_a_backlog(own_registry):
+    order = []
+    own_registry.add_handler(lambda event: order.append(event.key), group="", name="h")
+    emit_many({"group": "g", "key": f"ready {n}"} for n in range(200))
+    emit_many({"group": "g", "key": f"due {n}", "delay": -1} for n in range(50))
+    Worker(batch_size=20, commit_interval=1e-9).drain()
+    assert len(order) == 250
+    assert any(key.startswith("ready") for key in order[-20:])
+    assert any(key.startswith("due") for key in order[:40])
+
+
+def test_a_backlog_of_due_events_does_not_starve_ready_ones_of_a_slow_handler(own_registry):
+    clock, order = Clock(), []
+
+    def slow(event):
+        order.append(event.key)
+        clock.now += 1
+
+    own_registry.add_handler(slow, group="")
+    emit_many({"group": "g", "key": f"due {n}", "delay": -1} for n in range(20))
+    emit_many({"group": "g", "key": f"ready {n}"} for n in range(20))
+    worker = Worker(clock=clock)
+    for _ in range(20):
+        worker.handle_batch()
+    assert sum(key.startswith("ready") for key in order) >= 5
+    assert sum(key.startswith("due") for key in order) >= 5
+
+
+def test_groups_leaves_other_groups_to_others(own_registry):
+    own_registry.add_handler(lambda event: None, group="", name="h")
+    for group in ("mail", "webhook", "mailing"):
+        emit(group, group)
+        emit(group, f"{group} due", delay=-1)
+    assert Worker(groups="^mail$").drain() == 2
+    assert statuses() == {
+        "mail": "done",
+        "mail due": "done",
+        "webhook": "pending",
+        "webhook due": "pending",
+        "mailing": "pending",
+        "mailing due": "pending",
+    }
+
+
+def test_rows_that_somebody_else_has_locked_are_passed_by(own_registry):
+    own_registry.add_handler(lambda event: None, group="", name="h")
+    for key in ("held", "free"):
+        emit("g", key)
+    with connect() as other, other.transaction():
+        other.execute("select from spark_outbox_event where key = 'held' for no key update")
+        assert Worker().drain() == 1
+    assert statuses() == {"held": "pending", "free": "done"}
+
+
+def test_an_outcome_does_not_overwrite_what_somebody_decided_meanwhile(own_registry, caplog):
+    def discard_itself(event):
+        OutboxEvent.objects.filter(id=event.id).update(status="discarded")
+
+    own_registry.add_handler(discard_itself, group="")
+    emit("g", "key")
+    Worker().drain()
+    assert statuses() == {"key": "discarded"}
+    assert "Lost the claim on 1 events" in caplog.text
+
+
+# A long life
+
+
+def test_the_worker_gets_over_a_connection_that_the_server_terminates(own_registry, caplog):
+    own_registry.add_handler(note, group="")
+    with worker_thread():
+        for number in range(3):
+            emit("g", f"{number}")
+            eventually(lambda number=number: Handled.objects.count() == number + 1)
+            wait_until_asleep()
+            with connection.cursor() as cursor:
+                cursor.execute(
+                    "select pg_terminate_backend(pid) from pg_stat_activity "
+                    "where application_name = 'spark_worker'"
+                )
+            eventually(lambda number=number: caplog.text.count("trying again") == number + 1)
+            wait_until_asleep()  # it LISTENs again
+        emit("g", "last")
+        eventually(lambda: Handled.objects.count() == 4)
+
+
+def test_an_event_whose_connection_is_lost_in_the_handler_loses_no_attempt(own_registry):
+    terminated = []
+
+    def handle(event):
+        note(event)
+        if not terminated:
+            terminated.append(True)
+            with connection.cursor() as cursor:
+                cursor.execute("select pg_terminate_backend(pg_backend_pid())")
+        note(event)
+
+    own_registry.add_handler(handle, group="")
+    emit("g", "key")
+    with worker_thread():
+        eventually(lambda: statuses() == {"key": "done"})
+    assert OutboxEvent.objects.get().attempts == 1
+    assert Handled.objects.count() == 2
+
+
+@pytest.mark.django_db(transaction=True, databases=["default", "other"])
+def test_other_connections_are_closed_as_at_request_boundaries(own_registry):
+    seen = []
+
+    def handle(event):
+        with connections["other"].cursor() as cursor:
+            cursor.execute("select 1")
+        seen.append(connections["other"].connection)
+
+    own_registry.add_handler(handle, group="")
+    with worker_thread():
+        emit("g", "key")
+        eventually(lambda: seen and seen[0].closed)  # CONN_MAX_AGE is 0
+        emit("g", "key 2")
+        eventually(lambda: len(seen) == 2)
+    assert set(statuses().values()) == {"done"}
+
+
+@pytest.mark.django_db(transaction=True, databases=["default", "other"])
+def test_a_worker_can_listen_on_another_connection_than_it_works_on(own_registry, settings):
+    settings.SPARK_OUTBOX = {"LISTEN_DATABASE": "other"}
+    own_registry.add_handler(note, group="")
+    with worker_thread():
+        for number in range(3):
+            wait_until_asleep()
+            emit("g", f"{number}")
+            eventually(lambda number=number: Handled.objects.count() == number + 1)
+    assert set(statuses().values()) == {"done"}
+
+
+@pytest.mark.django_db(transaction=True, databases=["default", "other"])
+def test_a_worker_works_on_the_database_it_is_told(own_registry):
+    own_registry.add_handler(note, group="")
+    with worker_thread(using="other"):
+        wait_until_asleep()
+        emit("g", "key", using="other")
+        eventually(lambda: Handled.objects.count() == 1)
+
+
+def test_under_debug_the_query_log_does_not_grow(own_registry, settings):
+    settings.DEBUG = True
+    lengths = []
+
+    def handle(event):
+        note(event)
+        lengths.append(len(connection.queries_log))
+
+    own_registry.add_handler(handle, group="")
+    with worker_thread():
+        for number in range(5):
+            emit("g", f"{number}")
+            eventually(lambda number=number: len(lengths) == number + 1)
+            wait_until_asleep()
+    assert max(lengths) < 30
+
+
+def test_memory_does_not_grow_with_the_events(own_registry):
+    own_registry.add_handler(lambda event: event.get("n"), group="", name="h")
+    worker = Worker()
+
+    def handle_some(start):
+        emit_many({"group": f"group {start + n}", "key": f"{start + n}", "n": n} for n in range(3000))
+        worker.drain()
+        gc.collect()
+        return len(gc.get_objects())
+
+    handle_some(0)
+    before = handle_some(10_000)
+    after = handle_some(20_000)
+    assert after - before < 300
+
+
+def test_a_worker_without_an_outbox_says_how_to_get_one(own_registry, monkeypatch):
+    from spark_outbox.errors import NotMigrated
+
+    monkeypatch.setattr(store, "HAS_OUTBOX", "select false")
+    with pytest.raises(NotMigrated, match=r"manage\.py migrate spark_outbox"):
+        Worker().run(drain=True)
+
+
+def test_integrity_errors_of_a_handler_are_its_own(own_registry):
+    errors = []
+    own_registry.add_handler(
+        lambda event: OutboxEvent.objects.create(key=event.key, group="x"), group="", name="h"
+    )
+    emit("g", "key")
+    Worker(on_error=lambda event, handler, error: errors.append(error)).drain()
+    assert [type(error) for error in errors] == [IntegrityError]
