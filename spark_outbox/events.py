@@ -31,8 +31,9 @@ class Event(Mapping[str, Any]):
     """A group, a unique key, and the payload: everything else it was given, by name.
 
     `event["name"]` and `event.get("name")` look at group, key and the payload; `event.name` looks
-    at the event's own attributes first. Without a key it gets a time-ordered UUID. Its `id` (0 until
-    then) and `created_at` are set when it is stored; `attempt` is 1 for the first. Events compare by identity.
+    at the event's own attributes first. Without a key it gets a time-ordered UUID. Its `id` (0
+    until then) and `created_at` are set when it is stored; `attempt` is 1 for the first. Events
+    compare by identity.
 
     Raises InvalidEvent for a group or key that the table would refuse.
     """

@@ -1,5 +1,6 @@
 """What tests share: waiting for something to become true, connections and workers of their own."""
 
+import contextlib
 import os
 import select
 import signal
@@ -123,22 +124,18 @@ class WorkerProcess:
         with self._output.open("w") as output:
             self.process = subprocess.Popen(
                 [sys.executable, settings.BASE_DIR / "manage.py", "spark_worker", *arguments],
-                env={
-                    **os.environ,
-                    "DATABASE_URL": url or conninfo(),
-                    "NOTIFY_SOCKET": address,
-                    "PYTHONUNBUFFERED": "1",
-                    **environment,
-                },
+                env=_environment(url, NOTIFY_SOCKET=address, PYTHONUNBUFFERED="1", **environment),
                 stdout=output,
                 stderr=subprocess.STDOUT,
+                start_new_session=True,
             )
 
     def __enter__(self) -> "WorkerProcess":
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.process.kill()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)  # with --reload there are two
         self.process.wait()
         self._messages.close()
         self._folder.cleanup()
@@ -169,11 +166,20 @@ class WorkerProcess:
         return self.process.wait(PATIENCE)
 
 
+def _environment(url: str | None, **more: str) -> dict[str, str]:
+    return {
+        **os.environ,
+        "DJANGO_SETTINGS_MODULE": "tests.settings",
+        "DATABASE_URL": url or conninfo(),
+        **more,
+    }
+
+
 def manage(*arguments: str, url: str | None = None) -> subprocess.CompletedProcess[str]:
     """Run manage.py in a process of its own, on the test database."""
     return subprocess.run(
         [sys.executable, settings.BASE_DIR / "manage.py", *arguments],
-        env={**os.environ, "DATABASE_URL": url or conninfo()},
+        env=_environment(url),
         capture_output=True,
         text=True,
         timeout=300,

@@ -14,7 +14,7 @@ def probe(event: Event) -> None:
     """Note the call in the ledger; then touch `started`, wait for `go`, raise, or die, as told."""
     Handled.objects.create(key=event.key, handler="probe", note=str(os.getpid()))
     if "started" in event:
-        Path(event["started"]).touch()
+        Path(event["started"]).write_text(str(os.getpid()))
     if "go" in event:
         while not Path(event["go"]).exists():
             time.sleep(0.005)

