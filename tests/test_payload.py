@@ -20,6 +20,7 @@ from spark_outbox.models import OutboxEvent
 from spark_outbox.payload import MAX_DEPTH, LazyPayload, References, dump
 from spark_outbox.testing import drain, emitted
 from tests.challenges.models import Challenge, Donation
+from tests.tools import make_challenge
 
 pytestmark = pytest.mark.django_db
 
@@ -176,10 +177,6 @@ def test_the_deepest_payload_that_can_be_written_can_be_read():
 
 
 # References to model instances
-
-
-def make_challenge(title="One"):
-    return Challenge.objects.create(title=title, start_date="2026-01-01", end_date="2026-02-01")
 
 
 def test_an_instance_is_stored_as_a_reference_and_arrives_freshly_fetched(own_registry):

@@ -37,7 +37,14 @@ def test_the_first_line_tells_a_person_what_runs():
 
 def test_help_teaches():
     text = manage("spark_worker", "--help").stdout
-    for option in ("--drain", "--once", "--groups", "--batch-size", "--commit-interval", "--poll-interval"):
+    for option in (
+        "--drain",
+        "--once",
+        "--groups",
+        "--batch-size",
+        "--commit-interval",
+        "--poll-interval",
+    ):
         assert option in text
     assert "SIGTERM" in text
 

@@ -13,7 +13,7 @@ from spark_outbox.isolation import MAX_SUBTRANSACTIONS
 from spark_outbox.models import Delivery, OutboxEvent
 from spark_outbox.worker import Worker
 from tests.challenges.models import Challenge, Donation, Handled
-from tests.tools import HOUR, connect, eventually, wait_until_asleep, worker_thread
+from tests.tools import HOUR, connect, eventually, make_challenge, wait_until_asleep, worker_thread
 
 pytestmark = pytest.mark.django_db(transaction=True)
 
@@ -302,7 +302,7 @@ def test_an_error_caught_outside_atomic_is_none(own_registry):
 
 def test_a_constraint_that_fails_at_the_commit_fails_the_event_that_broke_it_alone(own_registry):
     """Django's foreign keys are deferred: at the commit, nobody can tell whose row it was."""
-    challenge = Challenge.objects.create(title="", start_date="2026-01-01", end_date="2026-01-02")
+    challenge = make_challenge()
     runs = []
 
     def donate(event):
@@ -445,7 +445,7 @@ def test_a_handler_that_got_fast_again_shares_transactions_again(own_registry):
 
 
 def test_after_a_deadlock_or_lock_timeout_the_batch_is_committed_at_once(own_registry):
-    Challenge.objects.create(title="", start_date="2026-01-01", end_date="2026-01-02")
+    make_challenge()
 
     def handle(event):
         if event.key == "2":

@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import date
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,6 +22,7 @@ from django.db import connection, connections
 from psycopg.conninfo import make_conninfo
 
 from spark_outbox.worker import Worker
+from tests.challenges.models import Challenge
 
 T = TypeVar("T")
 
@@ -109,6 +111,12 @@ def is_asleep(pid: int) -> bool:
     with connection.cursor() as cursor:
         cursor.execute("select state from pg_stat_activity where pid = %s", [pid])
         return bool(cursor.fetchone() == ("idle",))
+
+
+def make_challenge(title: str = "One", *, using: str = "default", **fields: Any) -> Challenge:
+    """Save a challenge that goes on for long; its source emits one event."""
+    dates = {"start_date": date(2026, 1, 1), "end_date": date(2999, 1, 1)}
+    return Challenge.objects.using(using).create(title=title, **{**dates, **fields})
 
 
 class WorkerProcess:

@@ -93,12 +93,8 @@ select
     count(*) filter (where status = 'failed') as failed,
     count(*) filter (where status = 'unhandled') as unhandled,
     count(*) filter (where status = 'discarded') as discarded,
-    greatest(
-        statement_timestamp() - min(coalesce(available_at, created_at)) filter (
-            where status = 'pending'
-            and (available_at is null or available_at <= statement_timestamp())
-        ),
-        interval '0'
+    statement_timestamp() - min(coalesce(available_at, created_at)) filter (
+        where status = 'pending' and (available_at is null or available_at <= statement_timestamp())
     ) as oldest_pending_age
 from spark_outbox_event
 group by event_group;

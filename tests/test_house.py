@@ -1,0 +1,277 @@
+"""What holds the house together: public names, settings, checks, migrations, the view."""
+
+import io
+import json
+from dataclasses import fields
+from datetime import timedelta
+
+import pytest
+from django.core.management import call_command
+from django.db import connection
+
+import spark_outbox
+from spark_outbox import api, checks, conf, emit, errors, store, testing
+from spark_outbox.errors import SettingsError
+from spark_outbox.models import OutboxEvent
+from tests.tools import manage
+
+
+def test_the_public_names_are_these():
+    assert spark_outbox.__all__ == [
+        "Event",
+        "aemit",
+        "aemit_many",
+        "emit",
+        "emit_many",
+        "handler",
+        "source",
+    ]
+    assert api.__all__ == [
+        "HANDLERS",
+        "MODEL_SOURCES",
+        "Event",
+        "event",
+        "only_new_events",
+        "process_events",
+        "register_group_handler",
+        "register_model_event_source",
+    ]
+    for module in (spark_outbox, api):
+        assert all(hasattr(module, name) for name in module.__all__)
+    assert {n for n in vars(testing) if n in {"drain", "emitted", "capture_events"}} == {
+        "drain",
+        "emitted",
+        "capture_events",
+    }
+
+
+def test_every_exception_is_in_the_tree_that_its_module_draws():
+    classes = [
+        c for c in vars(errors).values() if isinstance(c, type) and c.__module__ == errors.__name__
+    ]
+    assert len(classes) > 8
+    for exception in classes:
+        assert issubclass(exception, errors.SparkOutboxError)
+        assert exception.__name__ in errors.__doc__
+
+
+# Settings
+
+
+def test_the_defaults(settings):
+    settings.SPARK_OUTBOX = {}
+    assert conf.current() == conf.Settings()
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"BATCHSIZE": 1}, "Did you mean 'BATCH_SIZE'"),
+        ({"wake": "never"}, "Did you mean 'WAKE'"),
+        ({"XYZZY": 1}, "Known names: WAKE"),
+        ({"WAKE": "sometimes"}, "'gated' or 'always' or 'never'"),
+        ({"DISPATCH": "celery"}, "'worker' or 'on_commit'"),
+        ({"BATCH_SIZE": 0}, "1 or more"),
+        ({"BATCH_SIZE": "500"}, "1 or more"),
+        ({"POLL_INTERVAL": 0}, "above 0"),
+        ({"COMMIT_INTERVAL": True}, "above 0"),
+        ({"REQUIRE_ATOMIC": 1}, "True or False"),
+        ({"LISTEN_DATABASE": 5}, "alias or None"),
+        (["WAKE"], "must be a dict"),
+    ],
+)
+def test_a_bad_setting_is_refused_with_the_cure(settings, given, message):
+    settings.SPARK_OUTBOX = given
+    with pytest.raises(SettingsError, match=message):
+        conf.current()
+    (error,) = checks.check_settings()
+    assert error.id == "spark_outbox.E001"
+
+
+def test_durations_are_seconds_or_timedeltas(settings):
+    settings.SPARK_OUTBOX = {"POLL_INTERVAL": timedelta(minutes=2), "COMMIT_INTERVAL": 1}
+    assert (conf.current().POLL_INTERVAL, conf.current().COMMIT_INTERVAL) == (120.0, 1.0)
+
+
+def test_a_listen_database_that_does_not_exist_is_found_by_check(settings):
+    settings.SPARK_OUTBOX = {"LISTEN_DATABASE": "direct"}
+    (error,) = checks.check_settings()
+    assert error.id == "spark_outbox.E002"
+
+
+@pytest.mark.django_db
+def test_check_warns_if_the_trigger_does_not_do_what_the_settings_say(settings):
+    assert checks.check_databases(databases=["default"]) == []
+    settings.SPARK_OUTBOX = {"WAKE": "always"}
+    (warning,) = checks.check_databases(databases=["default"])
+    assert warning.id == "spark_outbox.W001"
+    assert "does 'gated'" in warning.msg
+
+
+# Migrations
+
+
+@pytest.mark.django_db
+def test_models_and_migrations_agree():
+    out = io.StringIO()
+    call_command("makemigrations", check=True, dry_run=True, stdout=out)
+    assert "No changes" in out.getvalue()
+
+
+def objects():
+    """Return everything of ours that is in the database's catalogue."""
+    with connection.cursor() as cursor:
+        cursor.execute(
+            """
+            select 'relation', relname from pg_class where relname like 'spark%%'
+            union select 'function', proname from pg_proc where proname like 'spark%%'
+            union select 'trigger', tgname from pg_trigger where tgname like 'spark%%'
+            union select 'constraint', conname from pg_constraint where conname like 'spark%%'
+            """
+        )
+        return sorted(cursor.fetchall())
+
+
+@pytest.mark.django_db(transaction=True)
+def test_the_migrations_are_reversible():
+    before = objects()
+    assert ("trigger", "spark_outbox_wake") in before
+    try:
+        done = manage("migrate", "spark_outbox", "zero")
+        assert done.returncode == 0, done.stderr
+        assert objects() == []
+    finally:
+        done = manage("migrate", "spark_outbox")
+    assert done.returncode == 0, done.stderr
+    assert objects() == before
+
+
+@pytest.mark.django_db(transaction=True)
+@pytest.mark.parametrize("mode", ["always", "never", "gated"])
+def test_migrate_makes_the_trigger_do_what_the_settings_say(settings, mode):
+    settings.SPARK_OUTBOX = {"WAKE": mode}
+    try:
+        call_command("migrate", verbosity=0)
+        assert store.wake_mode(using="default") == mode
+    finally:
+        store.set_wake_mode("gated", using="default")
+
+
+@pytest.mark.django_db
+def test_functions_pin_their_search_path():
+    with connection.cursor() as cursor:
+        cursor.execute("select proname, proconfig from pg_proc where proname like 'spark%%'")
+        found = dict(cursor.fetchall())
+        cursor.execute("create schema elsewhere")
+        cursor.execute("set local search_path = elsewhere, public")
+        cursor.execute("create table elsewhere.spark_outbox_event (like public.spark_outbox_event)")
+        cursor.execute("select public.spark_emit('g', 'k')")
+        cursor.execute("select count(*) from public.spark_outbox_event")
+        assert cursor.fetchone() == (1,)
+    assert found == {
+        "spark_emit": ["search_path=public, pg_catalog, pg_temp"],
+        "spark_outbox_wake": ["search_path=pg_catalog, pg_temp"],
+    }
+
+
+@pytest.mark.django_db
+def test_the_table_has_the_indexes_that_the_design_names_and_no_more():
+    with connection.cursor() as cursor:
+        cursor.execute("select indexname from pg_indexes where tablename = 'spark_outbox_event'")
+        assert sorted(name for (name,) in cursor.fetchall()) == [
+            "spark_outbox_event_done",
+            "spark_outbox_event_due",
+            "spark_outbox_event_key",
+            "spark_outbox_event_pkey",
+            "spark_outbox_event_ready",
+        ]
+
+
+@pytest.mark.django_db
+def test_deleting_events_by_sql_deletes_their_deliveries():
+    event = emit("g", "key")
+    OutboxEvent.objects.get().deliveries.create(handler="h")
+    with connection.cursor() as cursor:
+        cursor.execute("delete from spark_outbox_event where id = %s", [event.id])
+        cursor.execute("select count(*) from spark_outbox_delivery")
+        assert cursor.fetchone() == (0,)
+
+
+# The view
+
+
+@pytest.mark.django_db
+def test_the_status_view_counts_by_group():
+    for number in range(3):
+        emit("a", f"a{number}")
+    emit("a", "later", delay=3600)
+    emit("a", "due", delay=-60)
+    emit("b", "done")
+    emit("b", "failed")
+    for status in ("done", "failed"):
+        OutboxEvent.objects.filter(key=status).update(status=status)
+    with connection.cursor() as cursor:
+        cursor.execute(
+            "select event_group, pending, delayed, done, failed, unhandled, running, discarded, "
+            "oldest_pending_age from spark_outbox_status order by 1"
+        )
+        a, b = cursor.fetchall()
+    assert a[:8] == ("a", 4, 1, 0, 0, 0, 0, 0)
+    assert timedelta(seconds=60) <= a[8] < timedelta(seconds=90)
+    assert b == ("b", 0, 0, 1, 1, 0, 0, 0, None)
+
+
+# The demo
+
+
+@pytest.mark.django_db(transaction=True)
+def test_the_demo_balances_its_books():
+    done = manage("spark_demo", "--seconds", "2", "--rate", "100", "--json")
+    assert done.returncode == 0, done.stderr
+    books = json.loads(done.stdout)
+    assert list(books) == [
+        "committed",
+        "rolled_back",
+        "duplicates",
+        "handled",
+        "lost",
+        "handled_twice",
+        "latency_ms",
+        "postgres",
+    ]
+    assert books["committed"] == books["handled"] > 20
+    assert (books["lost"], books["handled_twice"]) == (0, 0)
+    assert books["rolled_back"] > 0
+    assert books["duplicates"] > 0
+    assert 0 < books["latency_ms"]["p50"] <= books["latency_ms"]["p99"]
+
+
+@pytest.mark.django_db(transaction=True)
+def test_the_demo_exits_non_zero_if_the_books_do_not_balance():
+    with connection.cursor() as cursor:
+        cursor.execute(
+            "create function sabotage() returns trigger language plpgsql as $$ begin "
+            "insert into challenges_handled (key, handler, note) values (new.key, 'saboteur', ''); "
+            "return null; end $$"
+        )
+        cursor.execute(
+            "create trigger sabotage after insert on challenges_handled for each row "
+            "when (new.handler <> 'saboteur') execute function sabotage()"
+        )
+    try:
+        done = manage("spark_demo", "--seconds", "1", "--json")
+    finally:
+        with connection.cursor() as cursor:
+            cursor.execute("drop function sabotage cascade")
+    assert done.returncode == 1
+    assert json.loads(done.stdout)["handled_twice"] > 0
+    assert "handled more than once" in done.stderr
+
+
+@pytest.mark.django_db
+def test_settings_are_all_documented_where_they_are_defined():
+    import inspect
+
+    source = inspect.getsource(conf.Settings)
+    for field in fields(conf.Settings):
+        assert f"    {field.name}: " in source

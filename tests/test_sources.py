@@ -1,0 +1,230 @@
+"""Sources: on every save, and in the sweep of process_spark_sources."""
+
+import io
+import os
+import pty
+import subprocess
+import sys
+
+import pytest
+from django.conf import settings
+from django.core.management import CommandError, call_command
+from django.db import connection, transaction
+
+from spark_outbox import Event, source
+from spark_outbox.errors import InvalidEvent
+from spark_outbox.models import OutboxEvent
+from spark_outbox.sources import emit_on_save, sweep
+from spark_outbox.testing import emitted
+from tests.challenges.models import Challenge, Donation
+from tests.tools import connect, conninfo, make_challenge, manage
+
+
+def keys():
+    return sorted(OutboxEvent.objects.values_list("key", flat=True))
+
+
+# On save
+
+
+@pytest.mark.django_db
+def test_saving_an_instance_emits_what_its_sources_yield_once():
+    challenge = make_challenge()
+    challenge.save()
+    assert keys() == [f"challenge_created_{challenge.pk}"]
+    Donation.objects.create(challenge=challenge, amount=5)
+    assert [event.group for event in emitted()] == ["challenge_created", "donation_received"]
+    assert emitted("donation")[0]["challenge"] == challenge
+
+
+@pytest.mark.django_db(transaction=True)
+def test_the_events_are_emitted_in_the_savers_transaction():
+    with transaction.atomic():
+        make_challenge()
+        assert len(keys()) == 1
+        with connect() as other:
+            assert other.execute("select count(*) from spark_outbox_event").fetchone() == (0,)
+        transaction.set_rollback(True)
+    assert keys() == []
+
+
+@pytest.mark.django_db(transaction=True, databases=["default", "other"])
+def test_the_events_are_emitted_in_the_savers_database():
+    with transaction.atomic(using="other"):
+        make_challenge(using="other")
+        assert OutboxEvent.objects.using("other").count() == 1
+        assert OutboxEvent.objects.using("default").count() == 0
+
+
+@pytest.mark.django_db
+def test_a_fixture_that_is_loaded_emits_nothing():
+    challenge = make_challenge()
+    OutboxEvent.objects.all().delete()
+    emit_on_save(sender=Challenge, instance=challenge, using="default", raw=True)
+    assert keys() == []
+
+
+@pytest.mark.django_db
+def test_a_source_that_raises_fails_the_save(own_registry):
+    @source(Challenge)
+    def broken(challenge):
+        yield {"group": "fine", "key": "fine"}
+        yield {"key": "no group"}
+
+    with pytest.raises(InvalidEvent), transaction.atomic():
+        make_challenge()
+    assert not Challenge.objects.exists()
+    assert keys() == []
+
+
+# The sweep
+
+
+def run(*arguments, **options):
+    out, err = io.StringIO(), io.StringIO()
+    error = None
+    try:
+        call_command("process_spark_sources", *arguments, stdout=out, stderr=err, **options)
+    except CommandError as caught:
+        error = caught
+    return out.getvalue(), err.getvalue(), error
+
+
+@pytest.fixture
+def challenges(db):
+    made = [make_challenge(f"{number}") for number in range(25)]
+    OutboxEvent.objects.all().delete()
+    return made
+
+
+def test_the_sweep_emits_what_has_not_been_emitted_yet(challenges):
+    challenges[0].save()
+    out, err, error = run("--chunk-size", "10")
+    assert (err, error) == ("", None)
+    assert out.splitlines() == [
+        "challenges.Challenge: 25 instances, 25 events, 24 new",
+        "challenges.Donation: 0 instances, 0 events, 0 new",
+    ]
+    assert len(keys()) == 25
+    assert "25 instances, 25 events, 0 new" in run()[0]
+
+
+def test_a_dry_run_counts_and_emits_nothing(challenges):
+    challenges[0].save()
+    out, _, _ = run("challenges.Challenge", "--dry-run")
+    assert (
+        out == "challenges.Challenge: 25 instances, 25 events, 24 new (dry run: nothing was emitted)\n"
+    )
+    assert len(keys()) == 1
+
+
+def test_one_source_can_be_chosen_by_its_dotted_path_or_the_end_of_it(challenges, own_registry):
+    @source(Challenge)
+    def one(challenge):
+        yield {"group": "one", "key": f"one {challenge.pk}"}
+
+    @source(Challenge)
+    def another_one(challenge):
+        yield {"group": "another", "key": f"another {challenge.pk}"}
+
+    run("--source", f"{one.__module__}.{one.__qualname__}")
+    assert set(OutboxEvent.objects.values_list("group", flat=True)) == {"one"}
+    OutboxEvent.objects.all().delete()
+    run("--source", "another_one")
+    assert set(OutboxEvent.objects.values_list("group", flat=True)) == {"another"}
+    _, _, error = run("--source", "nope")
+    assert "There is no source 'nope'. Sources: tests.test_sources" in str(error)
+
+
+def test_one_bad_instance_is_reported_and_skipped_and_the_exit_code_is_1(challenges, own_registry):
+    bad = challenges[7]
+
+    @source(Challenge)
+    def picky(challenge):
+        yield {"group": "fine", "key": f"fine {challenge.pk}"}
+        yield {"group": "g", "key": f"g {challenge.pk}", "x": object() if challenge == bad else 1}
+
+    @source(Challenge)
+    def other(challenge):
+        yield Event("other", f"other {challenge.pk}")
+
+    out, err, error = run("--chunk-size", "10")
+    assert out == "challenges.Challenge: 25 instances, 73 events, 73 new\n"
+    assert err.count("\n") == 1
+    assert f"challenges.Challenge {bad.pk}: " in err
+    assert 'UnstorableValue: payload["x"] is a builtins.object' in err
+    assert "1 times a source failed" in str(error)
+    assert error.returncode == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["challenges.Nope"], "doesn't have a 'Nope' model"),
+        (["nope"], "nope"),
+        (["auth.User"], "auth.User has no source. Models with one: challenges.Challenge"),
+        (["--chunk-size", "0"], "1 or more"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(db, arguments, message):
+    _, _, error = run(*arguments)
+    assert message in str(error)
+
+
+def test_the_sweep_is_streamed_in_constant_memory(challenges, django_assert_num_queries):
+    def forget(*_):
+        raise AssertionError
+
+    with django_assert_num_queries(3 + 3 * 3):  # per chunk: a page, a savepoint's two, an insert
+        chunks = sweep(
+            Challenge,
+            [lambda challenge: [{"group": "g", "key": f"{challenge.pk}"}]],
+            using="default",
+            chunk_size=10,
+            dry_run=False,
+            on_error=forget,
+        )
+        counts = [count.instances for count in chunks]
+    assert counts == [10, 20, 25]
+
+
+@pytest.mark.django_db(transaction=True)
+def test_no_transaction_or_cursor_is_open_between_chunks(own_registry):
+    for number in range(5):
+        make_challenge(f"{number}")
+    states = []
+
+    @source(Challenge)
+    def look(challenge):
+        states.append(connection.in_atomic_block)
+        yield {"group": "g", "key": f"{challenge.pk}"}
+
+    run("--chunk-size", "2")
+    assert states == [False] * 5
+    assert len(keys()) == 5
+
+
+@pytest.mark.django_db(transaction=True)
+def test_a_progress_bar_is_shown_on_a_terminal_and_only_there(tmp_path):
+    for number in range(5):
+        make_challenge(f"{number}")
+    assert "█" not in manage("process_spark_sources").stderr
+
+    leader, follower = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, settings.BASE_DIR / "manage.py", "process_spark_sources", "--chunk-size", "2"],
+        env={**os.environ, "DATABASE_URL": conninfo(), "DJANGO_SETTINGS_MODULE": "tests.settings"},
+        stdout=subprocess.DEVNULL,
+        stderr=follower,
+    )
+    os.close(follower)
+    shown = b""
+    try:
+        while block := os.read(leader, 4096):
+            shown += block
+    except OSError:  # the other side is closed
+        pass
+    assert process.wait() == 0
+    assert "██" in shown.decode()
+    assert "2/5" in shown.decode()
+    assert "5/5" in shown.decode()
