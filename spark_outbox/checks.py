@@ -5,7 +5,7 @@ from typing import Any
 
 from django.core import checks
 from django.core.checks import CheckMessage, Error, Tags, register
-from django.db import connections
+from django.db import connections, router
 
 from spark_outbox import conf, store
 from spark_outbox.errors import SettingsError
@@ -13,6 +13,7 @@ from spark_outbox.errors import SettingsError
 
 def register_checks() -> None:
     register(check_settings)
+    register(check_vendor)
     register(check_databases, Tags.database)
 
 
@@ -30,6 +31,23 @@ def check_settings(**_: Any) -> list[CheckMessage]:
             )
         ]
     return []
+
+
+def check_vendor(**_: Any) -> list[CheckMessage]:
+    from spark_outbox.models import OutboxEvent
+
+    alias = router.db_for_write(OutboxEvent)
+    vendor = connections[alias].vendor
+    if vendor == "postgresql":
+        return []
+    return [
+        Error(
+            f"The outbox is to be written to database {alias!r}, which is {vendor}.",
+            hint="spark_outbox needs PostgreSQL. With several databases, have a router's "
+            "db_for_write() and allow_migrate() send its models to one.",
+            id="spark_outbox.E003",
+        )
+    ]
 
 
 def check_databases(databases: Sequence[str] | None = None, **_: Any) -> list[CheckMessage]:

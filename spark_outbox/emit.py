@@ -17,6 +17,7 @@ from spark_outbox.payload import dump
 from spark_outbox.store import NewRow
 
 CHUNK_SIZE = 1000
+MAX_DELAY = dt.timedelta(days=100 * 365)
 
 AnyEvent = Event | Mapping[str, Any]
 
@@ -112,9 +113,7 @@ async def aemit_many(
 
 def prepare(event: Event) -> NewRow:
     """Return the row that will hold `event`. Raises InvalidEvent or UnstorableValue."""
-    delay = event.delay
-    if delay is not None and not isinstance(delay, dt.timedelta):
-        delay = _seconds(delay)
+    delay = None if event.delay is None else _timedelta(event.delay)
     if event.available_at is not None:
         _check_time(event.available_at)
     return NewRow(
@@ -162,11 +161,14 @@ def _writable(using: str | None) -> str:
     return alias
 
 
-def _seconds(delay: float) -> dt.timedelta:
+def _timedelta(delay: dt.timedelta | float) -> dt.timedelta:
     try:
-        return dt.timedelta(seconds=delay)
+        delta = delay if isinstance(delay, dt.timedelta) else dt.timedelta(seconds=delay)
     except (TypeError, ValueError, OverflowError):
         raise InvalidEvent(f"The delay is seconds or a timedelta, not {delay!r}.") from None
+    if abs(delta) > MAX_DELAY:
+        raise InvalidEvent(f"The delay {delta} is more than {MAX_DELAY.days} days.")
+    return delta
 
 
 def _check_time(available_at: dt.datetime) -> None:

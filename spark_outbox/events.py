@@ -73,6 +73,8 @@ class Event(Mapping[str, Any]):
             raise InvalidEvent("Give available_at or delay, not both.")
         self.available_at = available_at
         self.delay = delay
+        if not isinstance(headers, Mapping | None):
+            raise InvalidEvent(f"The headers are a mapping, not {type(headers).__name__}.")
         self.headers: Mapping[str, Any] = headers or {}
         self.payload: Mapping[str, Any] = payload
         self.id = 0
@@ -100,10 +102,10 @@ class Event(Mapping[str, Any]):
             raise InvalidEvent(f"An event is an Event or a dict with a group and a key, not {value!r}.")
         try:
             return cls(**value)
-        except TypeError:
+        except TypeError as error:
             if "group" not in value:
-                raise InvalidEvent(f"This event has no group; it has {sorted(value)}.") from None
-            raise
+                raise InvalidEvent(f"This event has no group; it has {list(value)}.") from None
+            raise InvalidEvent(f"This is no event: {error}") from error
 
     def start_over(self) -> None:
         """Forget what was read of a stored event's payload: the next handler reads it anew."""

@@ -4,9 +4,11 @@ A savepoint is taken the moment a handler first touches the database, in one rou
 release of the one before; a handler that never touches it costs nothing.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
+from django.db import connections
 from django.db.backends.base.base import BaseDatabaseWrapper
 from psycopg.pq import TransactionStatus
 
@@ -20,79 +22,119 @@ MAX_SUBTRANSACTIONS = 60
 
 
 class Isolation:
-    """The savepoints of one batch; to be installed as `execute_wrapper` while handlers run.
+    """The savepoints of one worker's handlers: `batch` around a batch, then per handler `begin` and
+    either `end` or `undo`."""
 
-    `strict` checks deferred constraints at the end of each handler rather than at the commit, where
-    nobody could tell whose they are.
-    """
-
-    def __init__(
-        self, connection: BaseDatabaseWrapper, references: References, *, strict: bool = False
-    ) -> None:
-        self._connection = connection
-        self._references = references
-        self._strict = strict
+    def __init__(self, using: str) -> None:
+        self._using = using
+        self._references = References()
+        self._strict = False
         self._subtransactions = 0
         self._statement = store.SAVEPOINT
-        self._touched = False
+        self._touched = True
         self._wrote = False
         self._callbacks = 0
+        self._cursors: dict[type[Any], type[Any]] = {}
 
     @property
     def full(self) -> bool:
         return self._subtransactions >= MAX_SUBTRANSACTIONS
 
+    @contextmanager
+    def batch(self, references: References, *, strict: bool) -> Iterator[None]:
+        """Watch what is run on the worker's connection, inside its transaction.
+
+        `strict` checks deferred constraints at the end of each handler rather than at the commit,
+        where nobody could tell whose they are.
+        """
+        connection = self._connection()
+        self._references = references
+        self._strict = strict
+        self._subtransactions = 0
+        self._statement = store.SAVEPOINT
+        self._touched = True
+        raw = connection.connection
+        factory, raw.cursor_factory = raw.cursor_factory, self._watched(raw.cursor_factory)
+        try:
+            with connection.execute_wrapper(self._execute):
+                yield
+        finally:
+            raw.cursor_factory = factory
+            self._touched = True
+        # No on_commit callback that raises shall cost other events theirs.
+        hooks: list[Any] = connection.run_on_commit
+        if len(connection.atomic_blocks) == 1:
+            hooks[:] = [(sids, callback, True) for sids, callback, _ in hooks]
+
     def begin(self) -> None:
         """Start a handler."""
         self._touched = False
         self._wrote = False
-        self._callbacks = len(self._connection.run_on_commit)
+        self._callbacks = len(self._connection().run_on_commit)
 
     def end(self) -> None:
         """Accept what the handler did. Raises what makes that impossible."""
         if not self._touched:
             return
-        if self._connection.needs_rollback or self._status() != TransactionStatus.INTRANS:
+        connection = self._connection()
+        status = connection.connection.info.transaction_status
+        if connection.needs_rollback or status != TransactionStatus.INTRANS:
             raise BrokenTransaction(
                 "The handler went on after a database error, and its transaction is dead. Put the "
                 "statement that may fail into `with transaction.atomic():` and catch it outside."
             )
         if self._strict:
-            store.savepoint(store.CHECK_CONSTRAINTS, using=self._connection.alias)
+            store.savepoint(store.CHECK_CONSTRAINTS, using=self._using)
 
     def undo(self) -> None:
         """Take back what the handler did: its statements, and its on_commit callbacks."""
-        del self._connection.run_on_commit[self._callbacks :]
+        connection = self._connection()
+        del connection.run_on_commit[self._callbacks :]
         if self._touched:
-            self._connection.needs_rollback = False
-            store.savepoint(store.ROLLBACK_TO_SAVEPOINT, using=self._connection.alias)
+            connection.needs_rollback = False
+            store.savepoint(store.ROLLBACK_TO_SAVEPOINT, using=self._using)
             self._references.forget()
 
-    def close(self) -> None:
-        """Before the commit: no on_commit callback that raises shall cost other events theirs."""
-        hooks: list[Any] = self._connection.run_on_commit
-        if len(self._connection.atomic_blocks) == 1:
-            hooks[:] = [(sids, callback, True) for sids, callback, _ in hooks]
+    def _connection(self) -> BaseDatabaseWrapper:
+        return connections[self._using]
 
-    def __call__(
+    def _touch(self) -> None:
+        if not self._touched:
+            self._touched = True
+            store.savepoint(self._statement, using=self._using)
+            self._statement = store.NEXT_SAVEPOINT
+
+    def _execute(
         self, execute: Callable[..., Any], sql: Any, params: Any, many: bool, context: Any
     ) -> Any:
-        if not self._touched:
-            store.savepoint(self._statement, using=self._connection.alias)
-            self._statement = store.NEXT_SAVEPOINT
-            self._touched = True
-        text = sql if isinstance(sql, str) else sql.as_string(self._connection.connection)
+        """Wrap every statement that goes through Django."""
+        self._touch()
+        text = sql if isinstance(sql, str) else sql.as_string(self._connection().connection)
         verb = text.lstrip()[:9].upper()
         if not verb.startswith("SELECT"):
-            self._count(verb)
+            if verb == "SAVEPOINT" or not self._wrote:
+                self._subtransactions += 1
+            self._wrote = True
             self._references.forget(text)
         return execute(sql, params, many, context)
 
-    def _count(self, verb: str) -> None:
-        if verb == "SAVEPOINT" or not self._wrote:
-            self._subtransactions += 1
-        self._wrote = True
+    def _watched(self, factory: type[Any]) -> type[Any]:
+        """Return `factory` with a savepoint before what Django's wrappers don't see, such as COPY."""
+        if factory not in self._cursors:
+            touch = self._touch
 
-    def _status(self) -> TransactionStatus:
-        status: TransactionStatus = self._connection.connection.info.transaction_status
-        return status
+            class WatchedCursor(factory):  # type: ignore[misc]
+                def execute(self, *args: Any, **kwargs: Any) -> Any:
+                    touch()
+                    return super().execute(*args, **kwargs)
+
+                def copy(self, *args: Any, **kwargs: Any) -> Any:
+                    touch()
+                    return super().copy(*args, **kwargs)
+
+                def stream(self, *args: Any, **kwargs: Any) -> Any:
+                    touch()
+                    return super().stream(*args, **kwargs)
+
+            self._cursors[factory] = WatchedCursor
+        return self._cursors[factory]

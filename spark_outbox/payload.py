@@ -59,7 +59,7 @@ def encode(value: Any, place: Place) -> Any:
 
 
 def _plain_name(name: str, root: str) -> str:
-    if name == TAG or not is_plain_text(name):
+    if not isinstance(name, str) or name == TAG or not is_plain_text(name):
         raise UnstorableValue(f"{root} can't have a value named {name!r}. Choose another name.")
     return name
 

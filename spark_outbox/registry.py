@@ -1,5 +1,6 @@
 """Which handlers get an event, and which sources speak for a model. Filled at import; runs no SQL."""
 
+import inspect
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -49,6 +50,11 @@ class Registry:
         """
         if not callable(function):
             raise RegistrationError(f"A handler must be callable; {function!r} is not.")
+        if inspect.iscoroutinefunction(function) or inspect.isgeneratorfunction(function):
+            raise RegistrationError(
+                f"{function!r} is async or a generator: calling it would not run it. Write a plain "
+                "function; asgiref.sync.async_to_sync makes one of an async function."
+            )
         try:
             pattern = re.compile(group)
         except (re.error, TypeError) as error:

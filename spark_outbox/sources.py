@@ -21,7 +21,7 @@ def emit_on_save(sender: type[Model], instance: Model, using: str, raw: bool = F
     if raw:
         return
     for source in registry.sources.get(sender, ()):
-        emit_many(source(instance), using=using)
+        emit_many(source(instance) or (), using=using)
 
 
 @dataclass(slots=True)
@@ -54,7 +54,7 @@ def sweep(
         for instance in instances:
             for source in sources:
                 try:
-                    rows += [prepare(Event.of(event)) for event in source(instance)]
+                    rows += [prepare(Event.of(event)) for event in source(instance) or ()]
                 except Exception as error:  # noqa: BLE001, reported and counted
                     count.errors += 1
                     on_error(instance, source, error)

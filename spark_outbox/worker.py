@@ -60,6 +60,7 @@ class Worker:
         self.commit_interval = commit_interval or settings.COMMIT_INTERVAL
         self._clock = clock
         self._on_ready = on_ready
+        self._isolation = Isolation(using)
         self._dispatcher = Dispatcher(
             registry.handlers_for,
             commit_interval=self.commit_interval,
@@ -95,6 +96,7 @@ class Worker:
             except Error as error:
                 self._recover(error)
         self._wake.close()
+        logger.info("Stopped on database %s.", self.using, extra={"database": self.using})
 
     def _work(self, drain: bool, once: bool) -> bool:
         """Claim, dispatch and settle until it is time to stop; return True if the work is done."""
@@ -135,11 +137,9 @@ class Worker:
                     return 0
                 claimed = len(batch.events)
                 self._wake.wake_up()
-                isolation = Isolation(connection, references, strict=self._careful > 0)
-                with connection.execute_wrapper(isolation):
-                    outcomes = self._dispatcher.dispatch(batch, isolation, self._is_stopping)
+                with self._isolation.batch(references, strict=self._careful > 0):
+                    outcomes = self._dispatcher.dispatch(batch, self._isolation, lambda: self._stopping)
                 self._settle(outcomes)
-                isolation.close()
         except DatabaseError:
             if connection.connection is not None and not connection.connection.closed:
                 # Whose fault it was can't be told now; so handle the same events one by one.
@@ -211,6 +211,10 @@ class Worker:
         handled_ready = batch.events[batch.due : outcomes.count]
         if handled_ready:
             self._floor = handled_ready[-1].id + 1
+        if logger.isEnabledFor(logging.DEBUG):
+            for event in batch.events[: outcomes.count]:
+                done = {"event_id": event.id, "group": event.group, "attempt": event.attempt}
+                logger.debug("Dispatched event %(event_id)s of group %(group)s.", done, extra=done)
         if outcomes.unhandled:
             context = {"event_ids": outcomes.unhandled[:20], "events": len(outcomes.unhandled)}
             logger.warning("No handler matched %(events)s events.", context, extra=context)
@@ -256,6 +260,7 @@ class Worker:
                 raise SettingsError(f"--groups {self.groups!r}: {error}") from error
         self._wake.listen()
         self._session = connection.connection
+        logger.info("Ready on database %s.", self.using, extra={"database": self.using})
         if self._on_ready is not None:
             self._on_ready(version)
 
@@ -296,9 +301,6 @@ class Worker:
             if was_careful:
                 raise
             return self.handle_batch()
-
-    def _is_stopping(self) -> bool:
-        return self._stopping
 
 
 _draining = threading.local()

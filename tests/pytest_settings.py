@@ -11,5 +11,9 @@ os.environ["EXTRA_APPS"] = "tests.probe"
 from tests.settings import *  # noqa: E402, F403
 
 SERVER = _server
-# The same database by another connection.
-DATABASES["other"] = {**DATABASES["default"], "TEST": {"MIRROR": "default"}}  # noqa: F405
+# The same database by another connection, with parameters bound by the server.
+DATABASES["other"] = {  # noqa: F405
+    **DATABASES["default"],  # noqa: F405
+    "OPTIONS": {**DATABASES["default"]["OPTIONS"], "server_side_binding": True},  # noqa: F405
+    "TEST": {"MIRROR": "default"},
+}

@@ -7,7 +7,7 @@ from datetime import timedelta
 
 import pytest
 from django.core.management import call_command
-from django.db import connection
+from django.db import connection, connections
 
 import spark_outbox
 from spark_outbox import api, checks, conf, emit, errors, store, testing
@@ -97,6 +97,14 @@ def test_a_listen_database_that_does_not_exist_is_found_by_check(settings):
     settings.SPARK_OUTBOX = {"LISTEN_DATABASE": "direct"}
     (error,) = checks.check_settings()
     assert error.id == "spark_outbox.E002"
+
+
+def test_a_database_that_is_not_postgresql_is_found_by_check(monkeypatch):
+    assert checks.check_vendor() == []
+    monkeypatch.setattr(type(connections["default"]), "vendor", "sqlite")
+    (error,) = checks.check_vendor()
+    assert error.id == "spark_outbox.E003"
+    assert "needs PostgreSQL" in error.hint
 
 
 @pytest.mark.django_db

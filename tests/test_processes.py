@@ -94,7 +94,17 @@ def test_verbosity_2_logs_the_life_of_the_worker():
     emit("probe", "key", **{"raise": "no"})
     with WorkerProcess("--drain", "-v", "2") as worker:
         assert worker.wait() == 0
-        assert "WARNING Handler tests.probe.handlers.probe failed on event" in worker.output
+        for line in (
+            "INFO Ready on database default.",
+            "WARNING Handler tests.probe.handlers.probe failed on event",
+            "INFO Stopped on database default.",
+        ):
+            assert line in worker.output
+        assert "DEBUG" not in worker.output
+    emit("probe", "other")
+    with WorkerProcess("--drain", "-v", "3") as worker:
+        assert worker.wait() == 0
+        assert "DEBUG Dispatched event" in worker.output
 
 
 # Stopping

@@ -267,6 +267,30 @@ def test_a_database_error_is_rolled_back_with_what_else_the_handler_did(own_regi
     assert not Handled.objects.filter(key="bad").exists()
 
 
+@pytest.mark.parametrize("around", ["copy", "callproc", "stream", "raw"])
+def test_what_goes_around_djangos_wrappers_is_rolled_back_too(own_registry, around):
+    insert = "insert into challenges_handled (key, handler, note) values ('x', 'x', '') returning id"
+
+    def handle(event):
+        with connection.cursor() as cursor:
+            if around == "copy":
+                with cursor.copy("copy challenges_handled (key, handler, note) from stdin") as copy:
+                    copy.write_row(("x", "x", ""))
+            elif around == "callproc":
+                cursor.callproc("spark_emit", ["g2", "x", "{}"])
+            elif around == "stream":
+                list(cursor.stream(insert))
+            else:
+                connection.connection.execute(insert)
+        raise RuntimeError
+
+    own_registry.add_handler(handle, group="^g$")
+    emit("g", "key")
+    Worker().drain()
+    assert statuses() == {"key": "pending"}
+    assert not Handled.objects.exists()
+
+
 def test_a_handler_that_swallows_a_database_error_fails_with_a_hint(own_registry):
     def handle(event):
         note(event)
@@ -620,8 +644,14 @@ def test_a_worker_works_on_the_database_it_is_told(own_registry):
     own_registry.add_handler(note, group="")
     with worker_thread(using="other"):
         wait_until_asleep()
-        emit("g", "key", using="other")
-        eventually(lambda: Handled.objects.count() == 1)
+        emit("g", "key", using="other", delay=0.01, headers={"a": 1}, x=[1])
+        emit_many([{"group": "g", "key": "key 2"}, {"group": "g", "x": "y"}], using="other")
+        eventually(lambda: Handled.objects.count() == 3)
+        wait_until_asleep()
+    own_registry.add_handler(lambda event: 1 / 0, group="", name="fail")
+    emit("g", "fails", using="other")
+    assert Worker(using="other", groups="^g").drain() == 1
+    assert statuses()["fails"] == "pending"
 
 
 def test_under_debug_the_query_log_does_not_grow(own_registry, settings):
