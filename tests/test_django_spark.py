@@ -15,7 +15,11 @@ from spark_outbox.models import OutboxEvent
 from spark_outbox.testing import drain
 from tests.challenges.models import Challenge
 
-pytestmark = pytest.mark.django_db
+pytestmark = [
+    pytest.mark.django_db,
+    # Django 6.1 deprecates what the README's example passes to send().
+    pytest.mark.filterwarnings("ignore:The 'fail_silently' argument is deprecated"),
+]
 
 
 # As in django-spark's README

@@ -1,5 +1,6 @@
 """The main job, on real input: save, emit, wake, handle; and then settle the books."""
 
+import io
 import json
 import os
 import random
@@ -83,7 +84,7 @@ class Command(BaseCommand):
             raise CommandError("--seconds and --rate must be above 0.")
         call_command("migrate", verbosity=0)
         # What earlier runs have left over is not this run's business.
-        call_command("spark_worker", drain=True, verbosity=0, stdout=sys.stderr)
+        call_command("spark_worker", drain=True, stdout=io.StringIO())
         self.before = Handled.objects.aggregate(last=Max("id"))["last"] or 0
         books = Books()
         with running_worker(), self._progress(options) as progress:
