@@ -8,7 +8,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 from spark_outbox.errors import InvalidEvent
-from spark_outbox.payload import LazyPayload, References, is_plain_text
+from spark_outbox.payload import LazyPayload, is_plain_text
+from spark_outbox.references import References
 
 MAX_LENGTH = 255
 """Characters that a group, a key or an ordering key may have; the table checks it as well."""

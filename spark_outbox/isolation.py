@@ -14,7 +14,7 @@ from psycopg.pq import TransactionStatus
 
 from spark_outbox import store
 from spark_outbox.errors import BrokenTransaction
-from spark_outbox.payload import References
+from spark_outbox.references import References
 
 # Each savepoint that wrote is a subtransaction id until the commit. PostgreSQL caches 64 of them
 # per backend (PGPROC_MAX_CACHED_SUBXIDS); beyond that every other session's snapshots pay.

@@ -1,4 +1,4 @@
-"""Python values <-> the JSON text in the payload column. Runs no SQL, but for fetching model instances.
+"""Python values <-> the JSON text in the payload column. Runs no SQL: References fetch the instances.
 
 What JSON can't say is an object with the one key "$":
 
@@ -12,8 +12,6 @@ negative zero, is tagged too, and so is text with a NUL or a lone surrogate, whi
 """
 
 import base64
-import contextlib
-import copy
 import datetime as dt
 import decimal
 import enum
@@ -23,12 +21,11 @@ import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
-from django.apps import apps
-from django.core.exceptions import ValidationError
-from django.db import connections, models, router
+from django.db import models, router
 from django.utils.functional import Promise
 
 from spark_outbox.errors import InstanceGone, UnreadablePayload, UnstorableValue
+from spark_outbox.references import References
 
 TAG = "$"
 MAX_DEPTH = 100
@@ -231,85 +228,6 @@ def _find_encoder(value: Any, place: Place) -> Encoder:
 
 
 # Decoding
-
-
-class References:
-    """The model instances that a batch's payloads refer to: one query a model, at first access.
-
-    Every access hands out a copy of its own, so that what one handler does to an instance stays
-    with it. A statement that may have changed a model's table makes the next access fetch anew;
-    see `forget`.
-    """
-
-    def __init__(self) -> None:
-        self._unread: list[LazyPayload] = []
-        self._fetched: dict[tuple[type[models.Model], str], dict[Any, models.Model]] = {}
-
-    def add(self, payload: "LazyPayload") -> None:
-        self._unread.append(payload)
-
-    def close(self) -> None:
-        """End the batch: whoever kept an event fetches for it alone from now on."""
-        self._unread.clear()
-        self._fetched.clear()
-
-    def get(self, label: str, pk: Any, alias: str) -> models.Model:
-        """Return the row as it is now. Raises InstanceGone, or UnreadablePayload for no such model."""
-        try:
-            model = apps.get_model(label)
-        except (LookupError, ValueError, AttributeError):
-            raise UnreadablePayload(
-                f"The payload refers to the model {label!r}, which is not installed here."
-            ) from None
-        if alias not in connections:
-            raise UnreadablePayload(f"The payload refers to the database {alias!r}: no such alias.")
-        try:
-            pk = _key(model, pk)
-        except (TypeError, ValueError, ValidationError) as error:
-            raise UnreadablePayload(f"{pk!r} is no key of {model._meta.label}: {error}") from error
-        rows = self._fetched.get((model, alias))
-        if rows is None or pk not in rows:
-            rows = self._fetched[model, alias] = {**(rows or {}), **self._fetch(model, pk, alias)}
-        found = rows.get(pk)
-        if found is None:
-            raise InstanceGone(
-                f"{model._meta.label} {pk!r} in database {alias!r} is gone: "
-                "it was deleted after the event was emitted."
-            )
-        return copy.copy(found)
-
-    def forget(self, sql: str | None = None) -> None:
-        """Drop the instances whose tables `sql` names; all of them without it."""
-        for model, alias in list(self._fetched):
-            tables = (parent._meta.db_table for parent in (model, *model._meta.get_parent_list()))
-            if sql is None or any(table in sql for table in tables):
-                del self._fetched[model, alias]
-
-    def _fetch(self, model: type[models.Model], pk: Any, alias: str) -> dict[Any, models.Model]:
-        wanted = {pk}
-        for payload in self._unread:
-            for other in payload.keys_of(model._meta.label_lower, alias):
-                # What is wrong with another event's key is for that event to say.
-                with contextlib.suppress(TypeError, ValueError, ValidationError):
-                    wanted.add(_key(model, other))
-        return {row.pk: row for row in model._base_manager.using(alias).filter(pk__in=wanted)}
-
-
-def _key(model: type[models.Model], pk: Any) -> Any:
-    """Return `pk` as the model's own rows have it. Raises ValidationError or TypeError if none can."""
-    fields = model._meta.pk_fields
-    cleaned = tuple(
-        _target(field).clean(value, None)
-        for field, value in zip(fields, pk if len(fields) > 1 else (pk,), strict=True)
-    )
-    return cleaned if len(fields) > 1 else cleaned[0]
-
-
-def _target(field: Any) -> Any:
-    """Follow a key that is a foreign key to the field that it holds the value of."""
-    while field.remote_field:
-        field = field.target_field
-    return field
 
 
 class LazyPayload(Mapping[str, Any]):

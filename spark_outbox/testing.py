@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 from spark_outbox import store
 from spark_outbox.events import Event
-from spark_outbox.payload import References
+from spark_outbox.references import References
 from spark_outbox.registry import Handler
 from spark_outbox.worker import Worker
 

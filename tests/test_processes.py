@@ -341,19 +341,12 @@ def test_reload_restarts_the_worker_when_the_code_changes(tmp_path):
 UNIT = postgres.ROOT / "deploy" / "spark-worker@.service"
 
 
-def test_the_unit_is_valid(tmp_path):
+def test_the_unit_is_valid():
     systemd_analyze = shutil.which("systemd-analyze")
     if systemd_analyze is None:
         pytest.skip("systemd-analyze is not installed")
-    # It checks that programs and files exist: put ours where the unit looks.
-    text = UNIT.read_text().replace("/srv/%i/venv/bin/python", shutil.which("true") or "")
-    unit = tmp_path / UNIT.name
-    unit.write_text(text)
     verified = subprocess.run(
-        [systemd_analyze, "verify", "--man=no", unit.with_name("spark-worker@shop.service")],
-        capture_output=True,
-        text=True,
-        check=False,
+        [systemd_analyze, "verify", "--man=no", UNIT], capture_output=True, text=True, check=False
     )
     complaints = [line for line in verified.stderr.splitlines() if "spark-worker" in line]
     assert (verified.returncode, complaints) == (0, []), verified.stderr

@@ -397,7 +397,7 @@ def test_handlers_that_only_read_do_not_end_a_batch(own_registry):
     own_registry.add_handler(lambda event: Handled.objects.count(), group="", name="read")
     emit_many({"group": "g", "key": f"{n}"} for n in range(200))
     worker = Worker(commit_interval=HOUR)
-    worker._size = 200
+    worker._claims.size = 200
     assert worker.handle_batch() == 200
 
 
@@ -423,7 +423,7 @@ def test_a_batch_is_committed_once_the_commit_interval_is_over(own_registry):
     worker = Worker(clock=clock, commit_interval=0.05)
     assert worker.handle_batch() == 3
     # And the next claim holds no more rows than that.
-    assert worker._size == 3
+    assert worker._claims.size == 3
     assert worker.handle_batch() == 3
 
 
@@ -496,7 +496,7 @@ def test_the_floor_follows_the_handled_and_a_lower_id_that_commits_later_is_stil
         late.execute("insert into spark_outbox_event (key, event_group) values ('late', 'g')")
         emit("g", "early")
         assert worker.handle_batch() == 1
-        assert worker._floor == OutboxEvent.objects.get(key="early").id + 1
+        assert worker._claims.floor == OutboxEvent.objects.get(key="early").id + 1
         late.execute("commit")
     assert worker.handle_batch() == 0  # below the floor
     clock.now += 1.5

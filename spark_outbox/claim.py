@@ -1,0 +1,102 @@
+"""Which rows a worker locks next, and how many: the floor, the sweep, and what is due."""
+
+import math
+from collections.abc import Callable
+
+from spark_outbox import store
+from spark_outbox.dispatch import Batch, Outcomes
+from spark_outbox.events import Event, StoredRow
+from spark_outbox.references import References
+
+SWEEP_INTERVAL = 1.0
+"""Seconds between two claims from id 0, at the most if they are cheap."""
+
+FIRST_SIZE = 16
+
+
+class Claims:
+    """One worker's view of the queue; learns from each batch.
+
+    Entries of handled rows stay in the index, below the first ready one, for as long as any
+    snapshot is open; the *floor* skips them. A lower id can be committed later, or be freed by a
+    worker that died: so now and then, and before it sleeps, the worker *sweeps* from id 0.
+    """
+
+    def __init__(
+        self,
+        *,
+        using: str,
+        groups: str | None,
+        batch_size: int,
+        commit_interval: float,
+        clock: Callable[[], float],
+    ) -> None:
+        self.using = using
+        self.groups = groups
+        self.batch_size = batch_size
+        self.size = min(FIRST_SIZE, batch_size)  # what the last commit intervals managed
+        self.floor = 0  # the lowest id that can still be ready, as far as this worker knows
+        self._commit_interval = commit_interval
+        self._clock = clock
+        self._one_by_one = 0
+        self._sweep_at = -math.inf
+        self._due_at = -math.inf  # when a busy worker looks for due events again
+        self._looked_for_due = False
+
+    @property
+    def careful(self) -> bool:
+        """Events are handled one by one, after a commit that failed through one of them."""
+        return self._one_by_one > 0
+
+    def next(self, references: References, *, sweep: bool) -> Batch:
+        """Lock events that can be handled now; with `sweep`, wherever they are in the queue."""
+        started = self._clock()
+        limit = 1 if self.careful else self.size
+        ready = self._claim_ready(started, limit, from_zero=sweep or started >= self._sweep_at)
+        # Not twice in a row: a backlog of due events must leave slow handlers time for ready ones.
+        self._looked_for_due = sweep or (started >= self._due_at and not self._looked_for_due)
+        due = self._claim_due(started, limit) if self._looked_for_due else []
+        rows = (due + ready)[: 1 if self.careful else None]
+        retried = [row.id for row in rows if row.attempts]
+        return Batch(
+            [Event.from_row(row, references) for row in rows],
+            due=len(due),
+            settled=store.settled_handlers(retried, using=self.using) if retried else {},
+        )
+
+    def learn(self, batch: Batch, outcomes: Outcomes) -> None:
+        """After the commit: move the floor, and fit the size to what was managed."""
+        if self.careful:
+            self._one_by_one -= 1
+        elif outcomes.cut:
+            self.size = max(1, min(outcomes.count, self.batch_size))
+        else:
+            self.size = min(self.size * 2, self.batch_size)
+        handled_ready = batch.events[batch.due : outcomes.count]
+        if handled_ready:
+            self.floor = handled_ready[-1].id + 1
+
+    def doubt(self, batch: Batch) -> None:
+        """After a commit that failed: claim the same events again, and only one at a time."""
+        self._one_by_one = max(1, len(batch.events))
+
+    def start_over(self) -> None:
+        """Trust nothing but the table: after the connection was lost."""
+        self.floor = 0
+        self._sweep_at = self._due_at = -math.inf
+
+    def expect(self, due_in: float) -> None:
+        """Look for due events in `due_in` seconds: that is when the next one's time comes."""
+        self._due_at = self._clock() + min(due_in, SWEEP_INTERVAL)
+
+    def _claim_ready(self, started: float, limit: int, *, from_zero: bool) -> list[StoredRow]:
+        floor = 0 if from_zero else self.floor
+        rows = store.claim_ready(floor, limit, groups=self.groups, using=self.using)
+        if from_zero:
+            now = self._clock()
+            self._sweep_at = now + max(SWEEP_INTERVAL, 10 * (now - started))
+        return rows
+
+    def _claim_due(self, started: float, limit: int) -> list[StoredRow]:
+        self._due_at = started + self._commit_interval
+        return store.claim_due(max(1, limit // 4), groups=self.groups, using=self.using)

@@ -1,0 +1,113 @@
+"""References in payloads -> model instances, fetched for a whole batch at once."""
+
+import contextlib
+import copy
+from collections.abc import Iterable, Iterator
+from typing import Any, Protocol
+
+from django.apps import apps
+from django.core.exceptions import ValidationError
+from django.db import connections, models
+
+from spark_outbox.errors import InstanceGone, UnreadablePayload
+
+Source = tuple[type[models.Model], str]
+
+
+class Referring(Protocol):
+    """A payload, as far as this module is concerned."""
+
+    def keys_of(self, label: str, alias: str) -> Iterator[Any]:
+        """Yield the primary keys of the model `label` in database `alias` that it refers to."""
+
+
+class References:
+    """The model instances that a batch's payloads refer to: one query a model, at first access.
+
+    Every access hands out a copy of its own, so that what one handler does to an instance stays
+    with it. After a statement that may have changed a model's table its instances are fetched anew,
+    each when it is asked for; see `forget`.
+    """
+
+    def __init__(self) -> None:
+        self._payloads: list[Referring] = []
+        self._fetched: dict[Source, dict[Any, models.Model]] = {}
+
+    def add(self, payload: Referring) -> None:
+        self._payloads.append(payload)
+
+    def close(self) -> None:
+        """End the batch: whoever kept an event fetches for it alone from now on."""
+        self._payloads.clear()
+        self._fetched.clear()
+
+    def get(self, label: str, pk: Any, alias: str) -> models.Model:
+        """Return the row as it is now. Raises InstanceGone, or UnreadablePayload for no such model."""
+        source = _model(label), _alias(alias)
+        try:
+            pk = _key(source[0], pk)
+        except (TypeError, ValueError, ValidationError) as error:
+            raise UnreadablePayload(f"{pk!r} is no key of {label}: {error}") from error
+        if source not in self._fetched:
+            self._fetched[source] = _fetch(source, {pk, *self._keys_of(source)})
+        found = self._fetched[source]
+        if pk not in found:
+            found |= _fetch(source, {pk})
+        if pk not in found:
+            raise InstanceGone(
+                f"{source[0]._meta.label} {pk!r} in database {alias!r} is gone: "
+                "it was deleted after the event was emitted."
+            )
+        return copy.copy(found[pk])
+
+    def forget(self, sql: str | None = None) -> None:
+        """Drop the instances whose tables `sql` names; all of them without it."""
+        for (model, _), found in self._fetched.items():
+            tables = (parent._meta.db_table for parent in (model, *model._meta.get_parent_list()))
+            if sql is None or any(table in sql for table in tables):
+                found.clear()
+
+    def _keys_of(self, source: Source) -> Iterator[Any]:
+        model, alias = source
+        for payload in self._payloads:
+            for pk in payload.keys_of(model._meta.label_lower, alias):
+                # What is wrong with another event's key is for that event to say.
+                with contextlib.suppress(TypeError, ValueError, ValidationError):
+                    yield _key(model, pk)
+
+
+def _fetch(source: Source, keys: Iterable[Any]) -> dict[Any, models.Model]:
+    model, alias = source
+    return {row.pk: row for row in model._base_manager.using(alias).filter(pk__in=keys)}
+
+
+def _model(label: Any) -> type[models.Model]:
+    try:
+        return apps.get_model(label)
+    except (LookupError, ValueError, AttributeError):
+        raise UnreadablePayload(
+            f"The payload refers to the model {label!r}, which is not installed here."
+        ) from None
+
+
+def _alias(alias: Any) -> str:
+    if alias not in connections:
+        raise UnreadablePayload(f"The payload refers to the database {alias!r}: no such alias.")
+    return str(alias)
+
+
+def _key(model: type[models.Model], pk: Any) -> Any:
+    """Return `pk` as the model's own rows have it. Raises ValidationError or TypeError if none can."""
+    fields = model._meta.pk_fields
+    cleaned = tuple(
+        _target(field).clean(value, None)
+        for field, value in zip(fields, pk if len(fields) > 1 else (pk,), strict=True)
+    )
+    return cleaned if len(fields) > 1 else cleaned[0]
+
+
+def _target(field: Any) -> Any:
+    """Follow a key that is a foreign key to the field that it holds the value of."""
+    while field.remote_field:
+        field = field.target_field
+    return field
