@@ -68,9 +68,7 @@ def emit(
     return event
 
 
-def emit_many(
-    events: Iterable[AnyEvent], *, using: str | None = None, chunk_size: int = CHUNK_SIZE
-) -> int:
+def emit_many(events: Iterable[AnyEvent], using: str | None = None, chunk_size: int = CHUNK_SIZE) -> int:
     """Write any number of events, `chunk_size` a statement; return how many were new.
 
     `events` is read as a stream. Each statement is sorted by key, so two calls that write the same
@@ -93,7 +91,6 @@ async def aemit(
 
 async def aemit_many(
     events: Iterable[AnyEvent] | AsyncIterable[AnyEvent],
-    *,
     using: str | None = None,
     chunk_size: int = CHUNK_SIZE,
 ) -> int:

@@ -54,9 +54,9 @@ def test_help_teaches():
     [
         (["--database", "nope"], "DATABASES has no 'nope'; it has default"),
         (["--groups", "("], "--groups '(': invalid regular expression"),
-        (["--batch-size", "0"], "0 is less than 1"),
-        (["--batch-size", "many"], "invalid _whole_number value: 'many'"),
-        (["--poll-interval", "-1"], "-1 is no number of seconds above 0"),
+        (["--batch-size", "0"], "'0' is no whole number above 0"),
+        (["--batch-size", "many"], "'many' is no whole number above 0"),
+        (["--poll-interval", "-1"], "'-1' is no number of seconds above 0"),
         (["--drain", "--once"], "not allowed with argument"),
     ],
 )

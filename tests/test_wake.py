@@ -85,10 +85,9 @@ def test_a_worker_that_starts_finds_what_is_there(handled):
 # The race that the gate must not lose
 
 
-def test_an_emit_that_began_while_the_worker_was_busy_and_committed_after_it_slept_is_found(
-    own_registry,
-):
-    """Nobody slept when the trigger ran, so it was silent: K tells the worker that it is out there."""
+@pytest.fixture
+def hold_up(own_registry):
+    """A handler that stays busy with the event "busy" until it may go on; and what it handled."""
     busy, go, handled = threading.Event(), threading.Event(), []
 
     def handle(event):
@@ -98,6 +97,13 @@ def test_an_emit_that_began_while_the_worker_was_busy_and_committed_after_it_sle
         handled.append(event.key)
 
     own_registry.add_handler(handle, group="g")
+    yield busy, go, handled
+    go.set()
+
+
+def test_an_emit_that_began_while_the_worker_was_busy_and_committed_after_it_slept_is_found(hold_up):
+    """Nobody slept when the trigger ran, so it was silent: K tells the worker that it is out there."""
+    busy, go, handled = hold_up
     with worker_thread(poll_interval=HOUR), connect() as emitter, connect() as listener:
         wait_until_asleep()
         emit("g", "busy")
@@ -111,18 +117,10 @@ def test_an_emit_that_began_while_the_worker_was_busy_and_committed_after_it_sle
         assert notifications(listener) == 0  # it was found in silence
 
 
-def test_the_worker_that_ignores_k_would_lose_that_race(own_registry, monkeypatch):
+def test_the_worker_that_ignores_k_would_lose_that_race(hold_up, monkeypatch):
     """The test above bites: without the probe of K the same steps leave the event lying."""
+    busy, go, handled = hold_up
     monkeypatch.setattr(store, "PROBE_K", "select %(oid)s is not null")
-    busy, go, handled = threading.Event(), threading.Event(), []
-
-    def handle(event):
-        if event.key == "busy":
-            busy.set()
-            assert go.wait(PATIENCE)
-        handled.append(event.key)
-
-    own_registry.add_handler(handle, group="g")
     with worker_thread(poll_interval=HOUR), connect() as emitter:
         wait_until_asleep()
         emit("g", "busy")
