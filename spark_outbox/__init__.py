@@ -4,9 +4,20 @@ All that stands here can be imported before the app registry is ready.
 """
 
 from spark_outbox.emit import aemit, aemit_many, emit, emit_many
+from spark_outbox.errors import Discard, Retry
 from spark_outbox.events import Event
 from spark_outbox.registry import handler, source
 
 __version__ = "0.1.0"
 
-__all__ = ["Event", "aemit", "aemit_many", "emit", "emit_many", "handler", "source"]
+__all__ = [
+    "Discard",
+    "Event",
+    "Retry",
+    "aemit",
+    "aemit_many",
+    "emit",
+    "emit_many",
+    "handler",
+    "source",
+]

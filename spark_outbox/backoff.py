@@ -1,18 +1,38 @@
 """How long to wait before the next attempt. Pure."""
 
+import datetime as dt
 import random
+from collections.abc import Callable, Sequence
 
-BASE = 1.0
-CAP = 3600.0
+Seconds = float | dt.timedelta
+Backoff = Seconds | Sequence[Seconds] | Callable[[int], Seconds]
+"""The first delay, which doubles with each attempt; or the delays one by one, the last of them again
+and again; or a function of the attempt."""
 
 
-def delay(attempt: int, *, jitter: float | None = None) -> float:
-    """Return the seconds to wait after the failed `attempt` (1-based): 1, 2, 4 … 3600.
+def delay(
+    attempt: int, backoff: Backoff = 1.0, *, longest: float = 3600.0, jitter: float | None = None
+) -> float:
+    """Return the seconds to wait after the failed `attempt` (1-based).
 
-    `jitter` (0 to 1, random by default) takes away up to half of it, so that what failed together
-    does not come back together.
+    Doubling delays grow up to `longest`, and `jitter` (0 to 1, random by default) takes away up to
+    half, so that what failed together does not come back together. Delays that are given one by one
+    are taken as they are.
     """
+    if callable(backoff):
+        return max(0.0, seconds(backoff(attempt)))
+    if isinstance(backoff, Sequence):
+        return seconds(backoff[min(attempt, len(backoff)) - 1])
     if jitter is None:
         jitter = random.random()  # noqa: S311, no secret
-    full: float = min(CAP, BASE * 2.0 ** min(attempt - 1, 32))
+    full = min(longest, seconds(backoff) * 2.0 ** min(attempt - 1, 32))
     return full * (1 - jitter / 2)
+
+
+def seconds(value: Seconds) -> float:
+    """Return `value` in seconds. Raises TypeError for text and the like."""
+    if isinstance(value, dt.timedelta):
+        return value.total_seconds()
+    if not isinstance(value, int | float):
+        raise TypeError(f"{value!r} is no number of seconds.")
+    return float(value)

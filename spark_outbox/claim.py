@@ -61,7 +61,7 @@ class Claims:
         return Batch(
             [Event.from_row(row, references) for row in rows],
             due=len(due),
-            settled=store.settled_handlers(retried, using=self.using) if retried else {},
+            earlier=store.deliveries(retried, using=self.using) if retried else {},
         )
 
     def learn(self, batch: Batch, outcomes: Outcomes) -> None:

@@ -25,6 +25,15 @@ class Settings:
     REQUIRE_ATOMIC: bool = False
     """Whether emit() outside `transaction.atomic()` raises NotInTransaction."""
 
+    MAX_ATTEMPTS: int = 20
+    """How often a handler is tried on an event before its delivery is `failed`."""
+
+    BACKOFF: float = 1.0
+    """Seconds before the second attempt; doubled, less up to half at random, for each further one."""
+
+    MAX_BACKOFF: float = 3600.0
+    """The longest that these delays grow to, in seconds."""
+
     BATCH_SIZE: int = 500
     """The most events that a worker locks at once."""
 
@@ -39,14 +48,16 @@ class Settings:
     The empty string means the worker's own; None means no LISTEN at all: it polls."""
 
     def __post_init__(self) -> None:
-        for name in ("COMMIT_INTERVAL", "POLL_INTERVAL"):
+        for name in ("BACKOFF", "MAX_BACKOFF", "COMMIT_INTERVAL", "POLL_INTERVAL"):
             object.__setattr__(self, name, _seconds(name, getattr(self, name)))
         _one_of("WAKE", self.WAKE, "gated", "always", "never")
         _one_of("DISPATCH", self.DISPATCH, "worker", "on_commit")
         if type(self.REQUIRE_ATOMIC) is not bool:
             raise _error("REQUIRE_ATOMIC", self.REQUIRE_ATOMIC, "True or False")
-        if type(self.BATCH_SIZE) is not int or self.BATCH_SIZE < 1:
-            raise _error("BATCH_SIZE", self.BATCH_SIZE, "a whole number, 1 or more")
+        for name in ("MAX_ATTEMPTS", "BATCH_SIZE"):
+            number = getattr(self, name)
+            if type(number) is not int or number < 1:
+                raise _error(name, number, "a whole number, 1 or more")
         if not (self.LISTEN_DATABASE is None or isinstance(self.LISTEN_DATABASE, str)):
             raise _error("LISTEN_DATABASE", self.LISTEN_DATABASE, "a database alias or None")
 

@@ -6,11 +6,12 @@ import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from spark_outbox import backoff
+from spark_outbox.errors import BrokenTransaction
 from spark_outbox.events import Event
 from spark_outbox.isolation import Isolation
+from spark_outbox.policy import Verdict
 from spark_outbox.registry import Handler
-from spark_outbox.store import Failure, Settled
+from spark_outbox.store import Attempt, Earlier, Ended, Postponed
 
 logger = logging.getLogger(__name__)
 
@@ -19,12 +20,24 @@ MAX_ERROR_LENGTH = 20_000
 
 @dataclass(slots=True)
 class Batch:
-    """Claimed events, and the handlers that are through with those that were tried before."""
+    """Claimed events, and what is known of those that were tried before."""
 
     events: Sequence[Event]
     due: int = 0
     """How many of them, the first, were not in the ready queue."""
-    settled: dict[int, set[str]] = field(default_factory=dict)
+    earlier: dict[int, dict[str, Earlier]] = field(default_factory=dict)
+
+    def owed(self, event: Event, handlers: Sequence[Handler]) -> list[Handler]:
+        """Return the handlers that an event tried before owes: those due, or all that are pending if
+        somebody has made it ready by hand."""
+        earlier = self.earlier[event.id]
+        ready = event not in self.events[: self.due]
+        return [
+            handler
+            for handler in handlers
+            if (before := earlier.get(handler.name)) is None
+            or (before.status == "pending" and (ready or before.due))
+        ]
 
 
 @dataclass(slots=True)
@@ -33,16 +46,27 @@ class Outcomes:
 
     done: list[int] = field(default_factory=list)
     unhandled: list[int] = field(default_factory=list)
-    failures: list[Failure] = field(default_factory=list)
+    ended: list[Ended] = field(default_factory=list)
+    postponed: list[Postponed] = field(default_factory=list)
+    attempts: list[Attempt] = field(default_factory=list)
     retried: list[int] = field(default_factory=list)
-    """Those done that have deliveries from earlier attempts."""
-    deliveries: list[Settled] = field(default_factory=list)
+    """Finished events that have deliveries."""
     cut: bool = False
     """The batch ended before its last event, or might as well have."""
 
     @property
     def count(self) -> int:
-        return len(self.done) + len(self.unhandled) + len(self.failures)
+        return len(self.done) + len(self.unhandled) + len(self.ended) + len(self.postponed)
+
+
+class TransactionLost(Exception):
+    """A handler has ended the batch's transaction: nothing of the batch can be settled but `alone`,
+    what comes of that handler and its event, in a transaction of its own."""
+
+    def __init__(self, event: Event, alone: Outcomes) -> None:
+        super().__init__(f"{event!r} ended the transaction of its batch.")
+        self.event = event
+        self.alone = alone
 
 
 class Dispatcher:
@@ -58,12 +82,13 @@ class Dispatcher:
         *,
         commit_interval: float,
         clock: Callable[[], float],
-        on_error: Callable[[Event, Handler, Exception], None] | None = None,
+        on_error: Callable[[Event, Handler, BaseException], None] | None = None,
     ) -> None:
         self._handlers_for = handlers_for
         self._commit_interval = commit_interval
         self._clock = clock
         self._on_error = on_error
+        self.daemon = False  # if so, nobody presses Ctrl-C: a KeyboardInterrupt is the handler's own
         self._slow: dict[str, float] = {}  # handler name -> recent seconds, if above the interval
 
     def dispatch(self, batch: Batch, isolation: Isolation, stopping: Callable[[], bool]) -> Outcomes:
@@ -93,37 +118,54 @@ class Dispatcher:
         if not handlers:
             outcomes.unhandled.append(event.id)
             return False
-        settled = batch.settled.get(event.id, ())
-        owed = [h for h in handlers if h.name not in settled] if settled else handlers
-        errors = {}
+        earlier = batch.earlier.get(event.id)
+        owed = handlers if earlier is None else batch.owed(event, handlers)
+        attempts: dict[str, Attempt] = {}
+        contended = False
         for handler in owed:
-            error = self._call(handler, event, isolation)
-            if error is not None:
-                errors[handler.name] = error
-        if not errors:
+            if earlier is not None:
+                event.attempt = earlier[handler.name].attempts + 1 if handler.name in earlier else 1
+            error, seconds = self._call(handler, event, isolation)
+            if error is None:
+                continue
+            attempts[handler.name] = judge(handler, event, error, seconds)
+            contended = contended or is_contention(error)
+            if isolation.lost:
+                alone = Outcomes()
+                culprit = {handler.name: attempts[handler.name]}
+                settle(event, culprit, earlier or {}, {h.name for h in handlers}, alone)
+                raise TransactionLost(event, alone)
+        if attempts or earlier is not None:
+            for handler in owed:
+                attempts.setdefault(handler.name, Attempt(event.id, handler.name, "done"))
+            settle(event, attempts, earlier or {}, {h.name for h in handlers}, outcomes)
+        else:
             outcomes.done.append(event.id)
-            if event.attempt > 1:
-                outcomes.retried.append(event.id)
-                outcomes.deliveries += [Settled(event.id, h.name, "done", "") for h in owed]
-            return False
-        self._fail(event, owed, errors, outcomes)
-        return any(is_contention(error) for error in errors.values())
+        return contended
 
-    def _call(self, handler: Handler, event: Event, isolation: Isolation) -> Exception | None:
+    def _call(
+        self, handler: Handler, event: Event, isolation: Isolation
+    ) -> tuple[BaseException | None, float]:
+        """Run one handler; return what it raised, and for how many seconds it ran."""
+        error: BaseException | None = None
         started = self._clock()
         isolation.begin()
         event.start_over()
         try:
             handler.function(event)
             isolation.end()
-        except Exception as error:  # noqa: BLE001, whatever a handler raises is its delivery's fate
+        except BaseException as raised:  # whatever a handler raises is its delivery's fate
             isolation.undo()
-            if self._on_error is not None:
-                self._on_error(event, handler, error)
-            return error
-        finally:
-            self._note_duration(handler.name, self._clock() - started)
-        return None
+            if isinstance(raised, KeyboardInterrupt) and not self.daemon:
+                raise
+            if isolation.lost and not isinstance(raised, BrokenTransaction):
+                raised = BrokenTransaction(isolation.lost)
+            error = raised
+        seconds = self._clock() - started
+        self._note_duration(handler.name, seconds)
+        if error is not None and self._on_error is not None:
+            self._on_error(event, handler, error)
+        return error, seconds
 
     def _note_duration(self, name: str, seconds: float) -> None:
         if seconds > self._commit_interval or name in self._slow:
@@ -132,45 +174,73 @@ class Dispatcher:
             if recent < self._commit_interval:
                 del self._slow[name]
 
-    def _fail(
-        self,
-        event: Event,
-        owed: Sequence[Handler],
-        errors: dict[str, Exception],
-        outcomes: Outcomes,
-    ) -> None:
-        seconds = backoff.delay(event.attempt)
-        texts = {name: error_text(error) for name, error in errors.items()}
-        for handler in owed:
-            if handler.name in errors:
-                outcomes.deliveries.append(
-                    Settled(event.id, handler.name, "pending", texts[handler.name])
-                )
-            else:
-                outcomes.deliveries.append(Settled(event.id, handler.name, "done", ""))
-        outcomes.failures.append(
-            Failure(event.id, dt.timedelta(seconds=seconds), "\n".join(texts.values()))
-        )
-        for name, error in errors.items():
-            context = {
-                "handler": name,
-                "event_id": event.id,
-                "attempt": event.attempt,
-                "error": type(error).__qualname__,
-                "seconds": round(seconds, 1),
-            }
-            logger.warning(
-                "Handler %(handler)s failed on event %(event_id)s (attempt %(attempt)s, %(error)s); "
-                "it is tried again in %(seconds)s s.",
-                context,
-                extra=context,
-            )
+
+def judge(handler: Handler, event: Event, error: BaseException, seconds: float) -> Attempt:
+    """Say what becomes of a delivery whose handler raised, and log it."""
+    verdict = handler.policy.judge(error, event.attempt)
+    log_verdict(handler, event, error, verdict)
+    return Attempt(
+        event.id,
+        handler.name,
+        verdict.status,
+        error=storable(f"{type(error).__module__}.{type(error).__qualname__}: {error}"),
+        traceback=storable("".join(traceback.format_exception(error))),
+        duration=dt.timedelta(seconds=seconds),
+        delay=verdict.delay,
+        at=verdict.at,
+    )
 
 
-def error_text(error: BaseException) -> str:
-    """Return the traceback as text that PostgreSQL can store; the end, if it is very long."""
-    text = "".join(traceback.format_exception(error)).replace("\0", "\\0")
-    return text.encode("utf-8", "backslashreplace").decode()[-MAX_ERROR_LENGTH:]
+def settle(
+    event: Event,
+    attempts: dict[str, Attempt],
+    earlier: dict[str, Earlier],
+    registered: set[str],
+    outcomes: Outcomes,
+) -> None:
+    """Say what an event comes to that was not, or is not, finished in one go."""
+    outcomes.attempts += attempts.values()
+    statuses = {name: before.status for name, before in earlier.items() if name in registered}
+    statuses.update((name, attempt.status) for name, attempt in attempts.items())
+    error = next((a.traceback for a in reversed(attempts.values()) if a.traceback), "")
+    never_called = bool(registered - statuses.keys())
+    if never_called or "pending" in statuses.values():
+        outcomes.postponed.append(Postponed(event.id, error, never_called))
+        return
+    outcomes.retried.append(event.id)
+    if "failed" in statuses.values():
+        outcomes.ended.append(Ended(event.id, "failed", error))
+    elif "done" in statuses.values():
+        outcomes.done.append(event.id)
+    else:
+        outcomes.ended.append(Ended(event.id, "discarded", error))
+
+
+def log_verdict(handler: Handler, event: Event, error: BaseException, verdict: Verdict) -> None:
+    level, what = {
+        "failed": (logging.ERROR, "failed for good"),
+        "discarded": (logging.INFO, "discarded"),
+        "pending": (logging.WARNING, "failed, to be tried again"),
+    }[verdict.status]
+    context = {
+        "handler": handler.name,
+        "event_id": event.id,
+        "attempt": event.attempt,
+        "error": type(error).__qualname__,
+        "what": what,
+    }
+    logger.log(
+        level,
+        "Handler %(handler)s on event %(event_id)s: %(what)s (attempt %(attempt)s, %(error)s).",
+        context,
+        extra=context,
+    )
+
+
+def storable(text: str) -> str:
+    """Return text that PostgreSQL can store; the end of it, if it is very long."""
+    text = text.replace("\0", "\\0").encode("utf-8", "backslashreplace").decode()
+    return text[-MAX_ERROR_LENGTH:]
 
 
 def is_contention(error: BaseException) -> bool:

@@ -11,12 +11,13 @@ from django.db import router, transaction
 from django.dispatch import Signal
 
 from spark_outbox import conf, store
-from spark_outbox.errors import InvalidEvent, NotInTransaction
+from spark_outbox.errors import DuplicateKey, InvalidEvent, NotInTransaction
 from spark_outbox.events import Event
 from spark_outbox.payload import dump
 from spark_outbox.store import NewRow
 
 CHUNK_SIZE = 1000
+ON_DUPLICATE = ("ignore", "raise", "check")
 MAX_DELAY = dt.timedelta(days=100 * 365)
 
 AnyEvent = Event | Mapping[str, Any]
@@ -31,6 +32,7 @@ def emit(
     delay: dt.timedelta | float | None = None,
     headers: Mapping[str, Any] | None = None,
     using: str | None = None,
+    on_duplicate: str = "ignore",
     **payload: Any,
 ) -> Event | None:
     """Write one event in the current transaction; return it, or None if its key exists already.
@@ -38,7 +40,8 @@ def emit(
     Instead of a group and options it takes an Event, or a dict of the same names. Without a key it
     gets a time-ordered UUID. `delay` is seconds or a timedelta, counted by the database's clock;
     `available_at` an aware datetime. `using` is a database alias; the default is where the router
-    writes the outbox.
+    writes the outbox. `on_duplicate` says what an existing key means: "ignore"; "raise" DuplicateKey;
+    or "check", which raises it if the stored event has another group or payload.
 
     If another open transaction has written the same key, this waits for it to end. A duplicate
     leaves the transaction as it was. Raises InvalidEvent, UnstorableValue or NotInTransaction before
@@ -60,8 +63,18 @@ def emit(
             raise InvalidEvent("Give an event, or a group and options, not both.")
         event = Event.of(group)
     alias = _writable(using)
-    stored = store.insert(prepare(event), using=alias)
+    if on_duplicate not in ON_DUPLICATE:
+        raise InvalidEvent(f"on_duplicate is one of {', '.join(ON_DUPLICATE)}, not {on_duplicate!r}.")
+    row = prepare(event)
+    stored = store.insert(row, using=alias)
     if stored is None:
+        if on_duplicate == "raise":
+            raise DuplicateKey(f"There is an event with the key {row.key!r} already.")
+        if on_duplicate == "check" and not store.is_same(row, using=alias):
+            raise DuplicateKey(
+                f"The event with the key {row.key!r} has another group or payload. A key must tell "
+                "everything apart that shall be handled apart."
+            )
         return None
     event.id, event.created_at = stored
     _announce(alias)

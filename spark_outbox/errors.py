@@ -7,12 +7,17 @@ SparkOutboxError
 ├── EmitError             nothing was written
 │   ├── InvalidEvent      the group, the key or an option is not acceptable
 │   ├── UnstorableValue   a payload value can't be stored; names its path and the cure
-│   └── NotInTransaction  REQUIRE_ATOMIC is set and there is no transaction
-└── HandlingError         raised inside a handler: its delivery fails, and is tried again
+│   ├── NotInTransaction  REQUIRE_ATOMIC is set and there is no transaction
+│   └── DuplicateKey      the key exists, and on_duplicate says that it must not
+└── HandlingError         raised inside a handler
+    ├── Retry             a handler's own word: not now, try me again
+    ├── Discard           a handler's own word: leave it, this event needs nothing from me
     ├── UnreadablePayload the stored payload is not one that emit() writes
     ├── InstanceGone      the row that the payload refers to was deleted since
-    └── BrokenTransaction the handler swallowed a database error and left a dead transaction
+    └── BrokenTransaction the handler left the transaction in a state that can't be committed
 """
+
+import datetime as dt
 
 from django.core.exceptions import ImproperlyConfigured
 
@@ -49,8 +54,35 @@ class NotInTransaction(EmitError, RuntimeError):
     pass
 
 
+class DuplicateKey(EmitError, ValueError):
+    pass
+
+
 class HandlingError(SparkOutboxError):
     pass
+
+
+class Retry(HandlingError):
+    """Raise it in a handler to be called again `after` a timedelta or seconds, or at a datetime.
+
+    Without `after` the handler's backoff decides. It counts as an attempt.
+    """
+
+    def __init__(
+        self, reason: str = "", *, after: dt.timedelta | dt.datetime | float | None = None
+    ) -> None:
+        super().__init__(reason)
+        if isinstance(after, int | float):
+            after = dt.timedelta(seconds=after)
+        if not isinstance(after, dt.timedelta | dt.datetime | None):
+            raise TypeError(f"after is a timedelta, seconds or a datetime, not {after!r}.")
+        if isinstance(after, dt.datetime) and after.tzinfo is None:
+            raise TypeError(f"after {after} has no time zone.")
+        self.after = after
+
+
+class Discard(HandlingError):
+    """Raise it in a handler, with the reason, to be done with an event without having handled it."""
 
 
 class UnreadablePayload(HandlingError, ValueError):

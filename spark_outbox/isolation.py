@@ -33,7 +33,9 @@ class Isolation:
         self._statement = store.SAVEPOINT
         self._touched = True
         self._wrote = False
-        self._callbacks = 0
+        self.lost = ""
+        self._raw: Any = None
+        self._callbacks = self._blocks = self._savepoints = 0
         self._cursors: dict[type[Any], type[Any]] = {}
 
     @property
@@ -68,32 +70,68 @@ class Isolation:
 
     def begin(self) -> None:
         """Start a handler."""
+        connection = self._connection()
+        self.lost = ""
         self._touched = False
         self._wrote = False
-        self._callbacks = len(self._connection().run_on_commit)
+        self._raw = connection.connection
+        self._callbacks = len(connection.run_on_commit)
+        self._blocks = len(connection.atomic_blocks)
+        self._savepoints = len(connection.savepoint_ids)
 
     def end(self) -> None:
-        """Accept what the handler did. Raises what makes that impossible."""
-        if not self._touched:
-            return
+        """Accept what the handler did. Raises BrokenTransaction, or IntegrityError if strict."""
         connection = self._connection()
-        status = connection.connection.info.transaction_status
-        if connection.needs_rollback or status != TransactionStatus.INTRANS:
-            raise BrokenTransaction(
-                "The handler went on after a database error, and its transaction is dead. Put the "
-                "statement that may fail into `with transaction.atomic():` and catch it outside."
-            )
-        if self._strict:
+        self.lost = self._loss()
+        problem = self.lost or self._damage(connection)
+        if problem:
+            raise BrokenTransaction(problem)
+        if self._touched and self._strict:
             store.savepoint(store.CHECK_CONSTRAINTS, using=self._using)
 
     def undo(self) -> None:
-        """Take back what the handler did: its statements, and its on_commit callbacks."""
+        """Take back what the handler did: its statements, and its on_commit callbacks.
+
+        Not so if it has ended the whole transaction: then `lost` says how, and nothing of the batch
+        can be kept. Raises OperationalError if the server has ended it.
+        """
+        self.lost = self._loss()
+        if self.lost:
+            return
         connection = self._connection()
+        connection.needs_rollback = False
+        connection.in_atomic_block = True
         del connection.run_on_commit[self._callbacks :]
+        del connection.atomic_blocks[self._blocks :]
+        del connection.savepoint_ids[self._savepoints :]
         if self._touched:
-            connection.needs_rollback = False
             store.savepoint(store.ROLLBACK_TO_SAVEPOINT, using=self._using)
             self._references.forget()
+
+    def _loss(self) -> str:
+        """Say how the handler has ended the transaction that it shares with others, if it has."""
+        raw = self._raw
+        if self._connection().connection is not raw or (raw.closed and not raw.broken):
+            return "The handler closed the worker's database connection."
+        if self._touched and raw.info.transaction_status == TransactionStatus.IDLE:
+            return "The handler committed or rolled back the worker's transaction."
+        return ""
+
+    def _damage(self, connection: BaseDatabaseWrapper) -> str:
+        """Say what prevents the handler's work from being committed; `undo` mends it."""
+        if len(connection.atomic_blocks) != self._blocks or not connection.in_atomic_block:
+            return "The handler left an atomic() block open."
+        if connection.needs_rollback:
+            return (
+                "The handler called set_rollback(True), or went on after a database error inside of "
+                "atomic(). Put what may fail into `with transaction.atomic():` and catch it outside."
+            )
+        if self._touched and self._raw.info.transaction_status != TransactionStatus.INTRANS:
+            return (
+                "The handler went on after a database error, and its transaction is dead. Put the "
+                "statement that may fail into `with transaction.atomic():` and catch it outside."
+            )
+        return ""
 
     def _connection(self) -> BaseDatabaseWrapper:
         return connections[self._using]

@@ -2,8 +2,10 @@
 
 An event's status:
 
-    pending ──> done         every handler that matched succeeded
-       │  ╰───> unhandled    no handler matched its group
+    pending ──> done         every handler that matched succeeded, or discarded it
+       │  ├───> failed       a handler is out of attempts, and no other is owed: a dead letter
+       │  ├───> discarded    every handler discarded it, or a person did
+       │  ╰───> unhandled    no handler matched its group; a worker that starts and has one puts it back
        ╰─ again at available_at, after a handler failed
 
 `available_at` NULL means ready now; a time means delayed, or to be tried again then.
@@ -91,6 +93,11 @@ class OutboxEvent(models.Model):
                 condition=Q(status="pending", available_at__isnull=False),
             ),
             models.Index(
+                name="spark_outbox_event_unhandled",
+                fields=["group"],
+                condition=Q(status="unhandled"),
+            ),
+            models.Index(
                 name="spark_outbox_event_done", fields=["finished_at"], condition=Q(status="done")
             ),
         ]
@@ -114,8 +121,12 @@ class Delivery(models.Model):
     handler = models.TextField()
     status = _status(DeliveryStatus)
     attempts = models.IntegerField(db_default=0)
-    last_error = models.TextField(db_default="", blank=True)
+    available_at = models.DateTimeField(null=True, blank=True)
     attempted_at = models.DateTimeField(db_default=NOW)
+    duration = models.DurationField(null=True, blank=True)
+    worker = models.TextField(db_default="", blank=True)
+    error = models.TextField(db_default="", blank=True)
+    traceback = models.TextField(db_default="", blank=True)
 
     class Meta:
         db_table = "spark_outbox_delivery"

@@ -8,8 +8,10 @@ from typing import Any, TypeVar
 
 from django.db.models import Model
 
+from spark_outbox.backoff import Backoff
 from spark_outbox.errors import RegistrationError
 from spark_outbox.events import MAX_LENGTH, Event
+from spark_outbox.policy import Exceptions, Policy
 
 HandlerFunction = Callable[[Event], object]
 SourceFunction = Callable[[Any], Iterable[Event | Mapping[str, Any]]]
@@ -25,6 +27,7 @@ class Handler:
     name: str
     pattern: re.Pattern[str]
     function: HandlerFunction
+    policy: Policy
 
 
 class Registry:
@@ -41,7 +44,14 @@ class Registry:
         self.sources.clear()
         self._matches.clear()
 
-    def add_handler(self, function: HandlerFunction, *, group: str, name: str | None = None) -> Handler:
+    def add_handler(
+        self,
+        function: HandlerFunction,
+        *,
+        group: str,
+        name: str | None = None,
+        policy: Policy | None = None,
+    ) -> Handler:
         """Register `function` for the groups in which `re.search` finds `group`.
 
         The name defaults to the function's dotted path. A function that is registered for a second
@@ -72,7 +82,7 @@ class Registry:
                 f"There is a handler {name!r} already. Retries are kept under a handler's name: "
                 "give this one another with name=…"
             )
-        handler = Handler(name, pattern, function)
+        handler = Handler(name, pattern, function, policy or Policy())
         self.handlers.append(handler)
         self._matches.clear()
         return handler
@@ -106,17 +116,34 @@ class Registry:
 registry = Registry()
 
 
-def handler(group: str, *, name: str | None = None) -> Callable[[F], F]:
+def handler(
+    group: str,
+    *,
+    name: str | None = None,
+    max_attempts: int | None = None,
+    backoff: Backoff | None = None,
+    retry_for: Exceptions = (BaseException,),
+    discard_for: Exceptions = (),
+) -> Callable[[F], F]:
     """Decorate a function that handles the events whose group matches the regex `group`.
 
     Handlers are called in registration order with one Event each. What one writes through the
     worker's database connection is committed together with the event's done mark, or not at all.
+
+    One that raises is tried again: `max_attempts` times in all, with the delays of `backoff` (the
+    seconds of the first, which then doubles; or a list of them; or a function of the attempt).
+    `retry_for` names the exceptions that are worth it, others fail at once; after those in
+    `discard_for` the event needs nothing more from this handler. Raises RegistrationError.
     """
     if not isinstance(group, str):
         raise RegistrationError('Write @handler(r"^pattern"): it needs the pattern of its groups.')
 
+    policy = Policy(
+        max_attempts=max_attempts, backoff=backoff, retry_for=retry_for, discard_for=discard_for
+    )
+
     def register(function: F) -> F:
-        registry.add_handler(function, group=group, name=name)
+        registry.add_handler(function, group=group, name=name, policy=policy)
         return function
 
     return register

@@ -89,6 +89,17 @@ def insert_many(rows: Sequence[NewRow], *, using: str) -> int:
     return _run(INSERT_MANY, _columns(rows), using=using)
 
 
+SAME_EVENT = """
+select event_group = %s and payload = %s::jsonb from spark_outbox_event where key = %s
+"""
+
+
+def is_same(row: NewRow, *, using: str) -> bool:
+    """Return whether the event that is stored under this key has this group and payload."""
+    found = _rows(SAME_EVENT, [row.group, row.payload, row.key], using=using)
+    return bool(found and found[0][0])
+
+
 # Claim
 #
 # One table and no join: PostgreSQL then checks the conditions again on the row it has locked, so a
@@ -113,6 +124,12 @@ order by available_at limit %(limit)s
 for no key update skip locked
 """
 
+CLAIM_ONE = """
+select id from spark_outbox_event
+where id = %s and status = 'pending'
+for no key update skip locked
+"""
+
 _GROUPS = "and event_group ~ %(groups)s"
 
 
@@ -124,6 +141,11 @@ def claim_ready(floor: int, limit: int, *, groups: str | None, using: str) -> li
 def claim_due(limit: int, *, groups: str | None, using: str) -> list[StoredRow]:
     """Lock up to `limit` delayed or failed events whose time has come, earliest first."""
     return _claim(CLAIM_DUE, using, limit=limit, groups=groups)
+
+
+def claim_one(event_id: int, *, using: str) -> bool:
+    """Lock one event; return whether it is still pending, and nobody else's."""
+    return bool(_rows(CLAIM_ONE, [event_id], using=using))
 
 
 def _claim(sql: str, using: str, **params: Any) -> list[StoredRow]:
@@ -177,21 +199,44 @@ def check_groups(pattern: str, *, using: str) -> None:
 # Settle
 
 
-class Failure(NamedTuple):
-    """An event that has a handler to be called again, `delay` from now."""
+class Ended(NamedTuple):
+    """An event that no handler is owed any more, and that did not simply go well."""
 
     event_id: int
-    delay: dt.timedelta
+    status: str
     error: str
 
 
-class Settled(NamedTuple):
-    """What one handler did about one event that is not finished: `done`, or `pending` after an error."""
+class Postponed(NamedTuple):
+    """An event that waits for its next delivery; `now` if a handler has not been called at all yet."""
+
+    event_id: int
+    error: str
+    now: bool
+
+
+class Attempt(NamedTuple):
+    """What came of calling one handler with one event that is, or was, not finished in one go.
+
+    A `pending` one is to be tried again at `at`, or `delay` from now.
+    """
 
     event_id: int
     handler: str
     status: str
-    error: str
+    error: str = ""
+    traceback: str = ""
+    duration: dt.timedelta | None = None
+    delay: dt.timedelta | None = None
+    at: dt.datetime | None = None
+
+
+class Earlier(NamedTuple):
+    """Where a delivery stands before this batch."""
+
+    status: str
+    attempts: int
+    due: bool
 
 
 FINISH = """
@@ -200,24 +245,45 @@ set status = %(status)s, attempts = attempts + 1, finished_at = statement_timest
 where id = any(%(ids)s) and status = 'pending'
 """
 
+END = """
+update spark_outbox_event as event
+set status = ended.status, last_error = ended.error,
+    attempts = attempts + 1, finished_at = statement_timestamp()
+from unnest(%s::bigint[], %s::text[], %s::text[]) as ended (event_id, status, error)
+where event.id = ended.event_id and event.status = 'pending'
+"""
+
+# After RECORD_ATTEMPTS: the event waits for the first of its deliveries.
 POSTPONE = """
 update spark_outbox_event as event
 set attempts = attempts + 1,
-    available_at = statement_timestamp() + failure.delay,
-    last_error = failure.error
-from unnest(%s::bigint[], %s::interval[], %s::text[]) as failure (event_id, delay, error)
-where event.id = failure.event_id and event.status = 'pending'
+    last_error = postponed.error,
+    available_at = case when postponed.now then statement_timestamp() else (
+        select min(coalesce(delivery.available_at, statement_timestamp()))
+        from spark_outbox_delivery as delivery
+        where delivery.event_id = event.id and delivery.status = 'pending'
+    ) end
+from unnest(%s::bigint[], %s::text[], %s::boolean[]) as postponed (event_id, error, now)
+where event.id = postponed.event_id and event.status = 'pending'
 """
 
-RECORD_DELIVERIES = """
+RECORD_ATTEMPTS = """
 insert into spark_outbox_delivery as delivery
-    (event_id, handler, status, last_error, attempts, attempted_at)
-select event_id, handler, status, error, 1, statement_timestamp()
-from unnest(%s::bigint[], %s::text[], %s::text[], %s::text[])
-    as settled (event_id, handler, status, error)
+    (event_id, handler, status, error, traceback, duration, available_at, worker, attempts, attempted_at)
+select
+    event_id, handler, status, error, traceback, duration,
+    coalesce(at, statement_timestamp() + delay), %s, 1, statement_timestamp()
+from unnest(
+    %s::bigint[], %s::text[], %s::text[], %s::text[], %s::text[], %s::interval[], %s::interval[],
+    %s::timestamptz[]
+) as attempt (event_id, handler, status, error, traceback, duration, delay, at)
 on conflict (event_id, handler) do update set
     status = excluded.status,
-    last_error = excluded.last_error,
+    error = excluded.error,
+    traceback = excluded.traceback,
+    duration = excluded.duration,
+    available_at = excluded.available_at,
+    worker = excluded.worker,
     attempts = delivery.attempts + 1,
     attempted_at = excluded.attempted_at
 where delivery.status = 'pending'
@@ -229,9 +295,12 @@ set status = 'discarded'
 where event_id = any(%s) and status = 'pending'
 """
 
-SETTLED_HANDLERS = """
-select event_id, handler from spark_outbox_delivery
-where event_id = any(%s) and status <> 'pending'
+DELIVERIES = """
+select
+    event_id, handler, status, attempts,
+    available_at is null or available_at <= statement_timestamp()
+from spark_outbox_delivery
+where event_id = any(%s)
 """
 
 
@@ -240,14 +309,19 @@ def finish(ids: list[int], status: str, *, using: str) -> int:
     return _run(FINISH, {"ids": ids, "status": status}, using=using)
 
 
-def postpone(failures: Sequence[Failure], *, using: str) -> int:
-    """Let events wait for their next attempt; return to how many it applied."""
-    return _run(POSTPONE, _columns(failures), using=using)
+def end(ended: Sequence[Ended], *, using: str) -> int:
+    """Give events their final status, and the reason for it; return to how many it applied."""
+    return _run(END, _columns(ended), using=using)
 
 
-def record_deliveries(settled: Sequence[Settled], *, using: str) -> None:
-    """Note which handlers have succeeded and which are owed, of events that are not finished."""
-    _run(RECORD_DELIVERIES, _columns(settled), using=using)
+def postpone(postponed: Sequence[Postponed], *, using: str) -> int:
+    """Let events wait for their next delivery; return to how many it applied."""
+    return _run(POSTPONE, _columns(postponed), using=using)
+
+
+def record_attempts(attempts: Sequence[Attempt], *, worker: str, using: str) -> None:
+    """Note what came of handlers whose events are, or were, not finished in one go."""
+    _run(RECORD_ATTEMPTS, [worker, *_columns(attempts)], using=using)
 
 
 def discard_deliveries(event_ids: list[int], *, using: str) -> None:
@@ -255,12 +329,40 @@ def discard_deliveries(event_ids: list[int], *, using: str) -> None:
     _run(DISCARD_DELIVERIES, [event_ids], using=using)
 
 
-def settled_handlers(event_ids: list[int], *, using: str) -> dict[int, set[str]]:
-    """Return the names of the handlers that are through with each of these events."""
-    found: dict[int, set[str]] = {}
-    for event_id, name in _rows(SETTLED_HANDLERS, [event_ids], using=using):
-        found.setdefault(event_id, set()).add(name)
+def deliveries(event_ids: list[int], *, using: str) -> dict[int, dict[str, Earlier]]:
+    """Return what is known of earlier attempts, by event and handler's name."""
+    found: dict[int, dict[str, Earlier]] = {}
+    for event_id, name, *earlier in _rows(DELIVERIES, [event_ids], using=using):
+        found.setdefault(event_id, {})[name] = Earlier(*earlier)
     return found
+
+
+# Unhandled events: a worker that starts puts back those that its registry matches
+
+UNHANDLED_GROUPS = """
+select distinct event_group from spark_outbox_event where status = 'unhandled' {groups}
+"""
+
+PUT_BACK = """
+update spark_outbox_event
+set status = 'pending', available_at = null, finished_at = null
+where id in (
+    select id from spark_outbox_event
+    where status = 'unhandled' and event_group = any(%(matched)s)
+    limit %(limit)s
+    for no key update skip locked
+)
+"""
+
+
+def unhandled_groups(*, groups: str | None, using: str) -> list[str]:
+    rows = _rows(_with_groups(UNHANDLED_GROUPS, groups), {"groups": groups}, using=using)
+    return [group for (group,) in rows]
+
+
+def put_back(matched: list[str], *, limit: int, using: str) -> int:
+    """Make up to `limit` unhandled events of these groups ready again; return how many."""
+    return _run(PUT_BACK, {"matched": matched, "limit": limit}, using=using)
 
 
 # Isolation: a savepoint per handler that touches the database

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from spark_outbox import store
+from spark_outbox.errors import Discard, Retry
 from spark_outbox.events import Event
 from spark_outbox.references import References
 from spark_outbox.registry import Handler
@@ -18,9 +19,11 @@ def drain(*, using: str = "default", raise_exceptions: bool = True) -> int:
     attempt. The first exception that a handler raised is raised again at the end, unless
     `raise_exceptions` is False; its event has been postponed as by a worker.
     """
-    errors: list[Exception] = []
+    errors: list[BaseException] = []
 
-    def remember(event: Event, handler: Handler, error: Exception) -> None:
+    def remember(event: Event, handler: Handler, error: BaseException) -> None:
+        if isinstance(error, Discard | Retry):
+            return  # a handler's own words, and no failure
         error.add_note(f"raised by handler {handler.name} on {event!r}")
         errors.append(error)
 

@@ -2,7 +2,9 @@
 
 import logging
 import math
+import os
 import random
+import socket
 import threading
 import time
 from collections.abc import Callable
@@ -11,7 +13,7 @@ from django.db import DatabaseError, DataError, Error, connections, transaction
 
 from spark_outbox import conf, store
 from spark_outbox.claim import Claims
-from spark_outbox.dispatch import Batch, Dispatcher, Outcomes
+from spark_outbox.dispatch import Batch, Dispatcher, Outcomes, TransactionLost
 from spark_outbox.errors import NotMigrated, SettingsError
 from spark_outbox.events import Event
 from spark_outbox.isolation import Isolation
@@ -24,8 +26,14 @@ logger = logging.getLogger(__name__)
 HELD_POLL = 0.25
 """Seconds between two looks at events that another transaction holds: its worker may have died."""
 
+PUT_BACK_CHUNK = 10_000
+
 RECONNECT_PAUSES = (0.1, 10.0)
 """The first and the longest pause, in seconds, while the database is away."""
+
+
+WHO = f"{socket.gethostname()}:{os.getpid()}"
+"""This process, as its deliveries name it."""
 
 
 class Worker:
@@ -48,13 +56,14 @@ class Worker:
         registry: Registry = registry,
         clock: Callable[[], float] = time.monotonic,
         on_ready: Callable[[str], None] | None = None,
-        on_error: Callable[[Event, Handler, Exception], None] | None = None,
+        on_error: Callable[[Event, Handler, BaseException], None] | None = None,
     ) -> None:
         settings = conf.current()
         commit_interval = commit_interval or settings.COMMIT_INTERVAL
         self.using = using
         self.groups = groups
         self.poll_interval = poll_interval or settings.POLL_INTERVAL
+        self._registry = registry
         self._on_ready = on_ready
         self._claims = Claims(
             using=using,
@@ -82,6 +91,7 @@ class Worker:
         database has no outbox, SettingsError if PostgreSQL can't read `groups`.
         """
         self._wake.open()
+        self._dispatcher.daemon = True
         while not self._stopping:
             try:
                 self._set_up_session()
@@ -94,7 +104,7 @@ class Worker:
 
     def _work(self, drain: bool, once: bool) -> bool:
         """Claim, dispatch and settle until it is time to stop; return True if the work is done."""
-        while not self._stopping:
+        while not self._stopping and connections[self.using].connection is self._session:
             handled = self.handle_batch(sweep=once)
             if once:
                 return True
@@ -132,6 +142,8 @@ class Worker:
                 with self._isolation.batch(references, strict=self._claims.careful):
                     outcomes = self._dispatcher.dispatch(batch, self._isolation, self._is_stopping)
                 self._settle(outcomes)
+        except TransactionLost as loss:
+            return self._settle_alone(loss)
         except DatabaseError:
             if self._is_connected():  # then it was an event's fault, and nobody can tell whose
                 self._claims.doubt(batch)
@@ -151,15 +163,24 @@ class Worker:
             applied += store.finish(outcomes.done, "done", using=self.using)
         if outcomes.unhandled:
             applied += store.finish(outcomes.unhandled, "unhandled", using=self.using)
-        if outcomes.failures:
-            applied += store.postpone(outcomes.failures, using=self.using)
-        if outcomes.deliveries:
-            store.record_deliveries(outcomes.deliveries, using=self.using)
+        if outcomes.attempts:
+            store.record_attempts(outcomes.attempts, worker=WHO, using=self.using)
+        if outcomes.postponed:
+            applied += store.postpone(outcomes.postponed, using=self.using)
+        if outcomes.ended:
+            applied += store.end(outcomes.ended, using=self.using)
         if outcomes.retried:
             store.discard_deliveries(outcomes.retried, using=self.using)
         if applied != outcomes.count:
             lost = {"events": outcomes.count - applied}
             logger.warning("Lost the claim on %(events)s events.", lost, extra=lost)
+
+    def _settle_alone(self, loss: TransactionLost) -> int:
+        """Book what a handler did to its batch; the batch was rolled back, and is claimed again."""
+        with transaction.atomic(using=self.using):
+            if store.claim_one(loss.event.id, using=self.using):
+                self._settle(loss.alone)
+        return 1
 
     def _log(self, batch: Batch, outcomes: Outcomes) -> None:
         if outcomes.unhandled:
@@ -210,9 +231,21 @@ class Worker:
                 raise SettingsError(f"--groups {self.groups!r}: {error}") from error
         self._wake.listen()
         self._session = connection.connection
+        self._put_back_unhandled()
         logger.info("Ready on database %s.", self.using, extra={"database": self.using})
         if self._on_ready is not None:
             self._on_ready(version)
+
+    def _put_back_unhandled(self) -> None:
+        """Make events ready that had no handler: old workers may meet new groups first."""
+        groups = store.unhandled_groups(groups=self.groups, using=self.using)
+        matched = [group for group in groups if self._registry.handlers_for(group)]
+        total = 0
+        while matched and (count := store.put_back(matched, limit=PUT_BACK_CHUNK, using=self.using)):
+            total += count
+        if total:
+            context = {"events": total, "groups": matched}
+            logger.info("Put back %(events)s unhandled events.", context, extra=context)
 
     def _recover(self, error: Error) -> None:
         """Drop the connections and wait; whatever was claimed is free as soon as the server sees it."""

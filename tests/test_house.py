@@ -18,7 +18,9 @@ from tests.tools import manage
 
 def test_the_public_names_are_these():
     assert spark_outbox.__all__ == [
+        "Discard",
         "Event",
+        "Retry",
         "aemit",
         "aemit_many",
         "emit",
@@ -74,6 +76,8 @@ def test_the_defaults(settings):
         ({"BATCH_SIZE": 0}, "1 or more"),
         ({"BATCH_SIZE": "500"}, "1 or more"),
         ({"POLL_INTERVAL": 0}, "above 0"),
+        ({"MAX_ATTEMPTS": 0}, "1 or more"),
+        ({"BACKOFF": -1}, "above 0"),
         ({"COMMIT_INTERVAL": True}, "above 0"),
         ({"REQUIRE_ATOMIC": 1}, "True or False"),
         ({"LISTEN_DATABASE": 5}, "alias or None"),
@@ -192,6 +196,7 @@ def test_the_table_has_the_indexes_that_the_design_names_and_no_more():
             "spark_outbox_event_key",
             "spark_outbox_event_pkey",
             "spark_outbox_event_ready",
+            "spark_outbox_event_unhandled",
         ]
 
 

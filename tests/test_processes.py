@@ -96,7 +96,7 @@ def test_verbosity_2_logs_the_life_of_the_worker():
         assert worker.wait() == 0
         for line in (
             "INFO Ready on database default.",
-            "WARNING Handler tests.probe.handlers.probe failed on event",
+            "WARNING Handler tests.probe.handlers.probe on event",
             "INFO Stopped on database default.",
         ):
             assert line in worker.output

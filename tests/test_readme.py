@@ -69,7 +69,13 @@ def test_the_tutorial_works_when_pasted(tmp_path):
 @pytest.mark.django_db
 def test_the_python_blocks_run_in_order(own_registry, monkeypatch):
     today = date.today()
-    namespace = {"today": today, "in_a_month": today + timedelta(days=30), "log": [], "sent": []}
+    namespace = {
+        "today": today,
+        "in_a_month": today + timedelta(days=30),
+        "log": [],
+        "sent": [],
+        "__name__": "readme",
+    }
     exec(
         "from django.db import transaction\n"
         "from spark_outbox import emit\n"
@@ -106,7 +112,7 @@ def test_each_sql_block_runs(sql):
 def test_the_cookbook_has_ten_recipes_and_the_repairs_repair():
     cookbook = README.partition("## SQL cookbook")[2].partition("## Settings")[0]
     assert cookbook.count("```sql") == 10
-    repairs = [sql for sql in blocks("sql") if sql.startswith("update")]
+    repairs = [sql for sql in blocks("sql") if "update" in sql]
     retry, put_back, discard = repairs
 
     def run(sql):
@@ -121,6 +127,11 @@ def test_the_cookbook_has_ten_recipes_and_the_repairs_repair():
     OutboxEvent.objects.update(attempts=1)
     run(retry)
     assert event().available_at is None
+    OutboxEvent.objects.update(status="failed")
+    event().deliveries.create(handler="h", status="failed", attempts=20)
+    run(retry)
+    delivery = event().deliveries.get()
+    assert (event().status, delivery.status, delivery.attempts) == ("pending", "pending", 0)
     OutboxEvent.objects.update(status="unhandled")
     run(put_back)
     assert event().status == "pending"

@@ -4,7 +4,7 @@ import pytest
 from django.db import transaction
 from django.test import TestCase
 
-from spark_outbox import Event, emit
+from spark_outbox import Discard, Event, Retry, emit
 from spark_outbox.models import OutboxEvent
 from spark_outbox.testing import capture_events, drain, emitted
 from tests.challenges.models import Donation, Handled
@@ -40,6 +40,21 @@ def test_drain_raises_what_a_handler_raised_after_the_others_were_handled(own_re
     assert OutboxEvent.objects.filter(status="done").count() == 2
     emit("g", "three")
     assert drain() == 1  # the failed one waits for its time
+
+
+@pytest.mark.django_db
+def test_drain_does_not_take_retry_and_discard_for_errors(own_registry):
+    def speak(event):
+        raise Retry if event.key == "again" else Discard
+
+    own_registry.add_handler(speak, group="")
+    for key in ("again", "never"):
+        emit("g", key)
+    assert drain() == 2
+    assert dict(OutboxEvent.objects.values_list("key", "status")) == {
+        "again": "pending",
+        "never": "discarded",
+    }
 
 
 @pytest.mark.django_db

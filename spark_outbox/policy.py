@@ -1,0 +1,77 @@
+"""What becomes of a delivery whose handler raised: tried again, failed, or discarded. Pure."""
+
+import datetime as dt
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from spark_outbox import backoff, conf
+from spark_outbox.backoff import Backoff
+from spark_outbox.errors import Discard, InstanceGone, RegistrationError, Retry, UnreadablePayload
+
+Exceptions = tuple[type[BaseException], ...]
+
+HOPELESS: Exceptions = (InstanceGone, UnreadablePayload)
+"""What another attempt can't mend: payloads don't change, and deleted rows don't come back."""
+
+
+class Verdict(NamedTuple):
+    """A delivery's next state: `pending`, until `at` or for `delay`; `failed`; or `discarded`."""
+
+    status: str
+    delay: dt.timedelta | None = None
+    at: dt.datetime | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Policy:
+    """One handler's; what is None comes from the settings, when it is needed.
+
+    Raises RegistrationError for values that make no sense.
+    """
+
+    max_attempts: int | None = None
+    backoff: Backoff | None = None
+    retry_for: Exceptions = (BaseException,)
+    discard_for: Exceptions = ()
+
+    def __post_init__(self) -> None:
+        if self.max_attempts is not None and (
+            type(self.max_attempts) is not int or self.max_attempts < 1
+        ):
+            raise RegistrationError(f"max_attempts is 1 or more, not {self.max_attempts!r}.")
+        if self.backoff is not None and not callable(self.backoff):
+            try:
+                delays = [backoff.delay(attempt, self.backoff) for attempt in (1, 2)]
+            except (ArithmeticError, LookupError, TypeError, ValueError):
+                delays = [-1.0]
+            if min(delays) < 0:
+                raise RegistrationError(
+                    f"backoff is the seconds of the first delay, a list of delays, or a function of "
+                    f"the attempt, not {self.backoff!r}."
+                )
+        for name in ("retry_for", "discard_for"):
+            kinds = getattr(self, name)
+            if not isinstance(kinds, tuple) or not all(
+                isinstance(kind, type) and issubclass(kind, BaseException) for kind in kinds
+            ):
+                raise RegistrationError(f"{name} is a tuple of exception classes, not {kinds!r}.")
+
+    def judge(self, error: BaseException, attempt: int) -> Verdict:
+        """Decide after the failed `attempt` (1-based)."""
+        settings = conf.current()
+        if isinstance(error, (Discard, *self.discard_for)):
+            return Verdict("discarded")
+        if attempt >= (self.max_attempts or settings.MAX_ATTEMPTS):
+            return Verdict("failed")
+        if isinstance(error, Retry) and isinstance(error.after, dt.datetime):
+            return Verdict("pending", at=error.after)
+        if isinstance(error, Retry) and isinstance(error.after, dt.timedelta):
+            return Verdict("pending", delay=error.after)
+        if isinstance(error, HOPELESS) or not isinstance(error, (Retry, *self.retry_for)):
+            return Verdict("failed")
+        seconds = backoff.delay(
+            attempt,
+            settings.BACKOFF if self.backoff is None else self.backoff,
+            longest=settings.MAX_BACKOFF,
+        )
+        return Verdict("pending", delay=dt.timedelta(seconds=seconds))
