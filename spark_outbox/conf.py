@@ -34,6 +34,9 @@ class Settings:
     MAX_BACKOFF: float = 3600.0
     """The longest that these delays grow to, in seconds."""
 
+    TIMEOUT: float | None = None
+    """Seconds that a handler may run; None for as long as it likes."""
+
     BATCH_SIZE: int = 500
     """The most events that a worker locks at once."""
 
@@ -50,6 +53,8 @@ class Settings:
     def __post_init__(self) -> None:
         for name in ("BACKOFF", "MAX_BACKOFF", "COMMIT_INTERVAL", "POLL_INTERVAL"):
             object.__setattr__(self, name, _seconds(name, getattr(self, name)))
+        if self.TIMEOUT is not None:
+            object.__setattr__(self, "TIMEOUT", _seconds("TIMEOUT", self.TIMEOUT))
         _one_of("WAKE", self.WAKE, "gated", "always", "never")
         _one_of("DISPATCH", self.DISPATCH, "worker", "on_commit")
         if type(self.REQUIRE_ATOMIC) is not bool:

@@ -5,6 +5,7 @@ import logging
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from spark_outbox.errors import BrokenTransaction
 from spark_outbox.events import Event
@@ -69,6 +70,13 @@ class TransactionLost(Exception):
         self.alone = alone
 
 
+class Alarm(Protocol):
+    """What interrupts a handler: see management/alarm.py."""
+
+    def start(self, seconds: float) -> None: ...
+    def stop(self) -> None: ...
+
+
 class Dispatcher:
     """Calls handlers, and remembers which of them are slow.
 
@@ -88,6 +96,7 @@ class Dispatcher:
         self._commit_interval = commit_interval
         self._clock = clock
         self._on_error = on_error
+        self.alarm: Alarm | None = None
         self.daemon = False  # if so, nobody presses Ctrl-C: a KeyboardInterrupt is the handler's own
         self._slow: dict[str, float] = {}  # handler name -> recent seconds, if above the interval
 
@@ -149,14 +158,15 @@ class Dispatcher:
         """Run one handler; return what it raised, and for how many seconds it ran."""
         error: BaseException | None = None
         started = self._clock()
-        isolation.begin()
+        limit = handler.policy.limit()
+        isolation.begin(limit)
         event.start_over()
         try:
-            handler.function(event)
+            self._run(handler, event, limit)
             isolation.end()
         except BaseException as raised:  # whatever a handler raises is its delivery's fate
             isolation.undo()
-            if isinstance(raised, KeyboardInterrupt) and not self.daemon:
+            if type(raised) is KeyboardInterrupt and not self.daemon:
                 raise
             if isolation.lost and not isinstance(raised, BrokenTransaction):
                 raised = BrokenTransaction(isolation.lost)
@@ -166,6 +176,16 @@ class Dispatcher:
         if error is not None and self._on_error is not None:
             self._on_error(event, handler, error)
         return error, seconds
+
+    def _run(self, handler: Handler, event: Event, limit: float | None) -> None:
+        if limit is None or self.alarm is None:
+            handler.function(event)
+            return
+        try:
+            self.alarm.start(limit)
+            handler.function(event)
+        finally:
+            self.alarm.stop()
 
     def _note_duration(self, name: str, seconds: float) -> None:
         if seconds > self._commit_interval or name in self._slow:

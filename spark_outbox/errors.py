@@ -15,6 +15,9 @@ SparkOutboxError
     ├── UnreadablePayload the stored payload is not one that emit() writes
     ├── InstanceGone      the row that the payload refers to was deleted since
     └── BrokenTransaction the handler left the transaction in a state that can't be committed
+
+KeyboardInterrupt
+└── HandlerTimeout        the handler ran longer than its timeout
 """
 
 import datetime as dt
@@ -95,3 +98,8 @@ class InstanceGone(HandlingError, LookupError):
 
 class BrokenTransaction(HandlingError, RuntimeError):
     pass
+
+
+class HandlerTimeout(KeyboardInterrupt):
+    """Raised inside a handler. Not an Exception, so that `except Exception` lets it pass; and what
+    psycopg takes for a Ctrl-C, on which it cancels the running query."""

@@ -4,6 +4,7 @@ A savepoint is taken the moment a handler first touches the database, in one rou
 release of the one before; a handler that never touches it costs nothing.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -30,10 +31,12 @@ class Isolation:
         self._references = References()
         self._strict = False
         self._subtransactions = 0
-        self._statement = store.SAVEPOINT
+        self._release = ""
         self._touched = True
         self._wrote = False
         self.lost = ""
+        self._limit: float | None = None
+        self._limited = False  # a statement_timeout is in force
         self._raw: Any = None
         self._callbacks = self._blocks = self._savepoints = 0
         self._cursors: dict[type[Any], type[Any]] = {}
@@ -53,23 +56,27 @@ class Isolation:
         self._references = references
         self._strict = strict
         self._subtransactions = 0
-        self._statement = store.SAVEPOINT
+        self._release = ""
         self._touched = True
         raw = connection.connection
         factory, raw.cursor_factory = raw.cursor_factory, self._watched(raw.cursor_factory)
         try:
             with connection.execute_wrapper(self._execute):
                 yield
+            if self._limited:
+                store.savepoint(store.UNLIMIT_STATEMENTS, using=self._using)
         finally:
             raw.cursor_factory = factory
             self._touched = True
+            self._limited = False
         # No on_commit callback that raises shall cost other events theirs.
         hooks: list[Any] = connection.run_on_commit
         if len(connection.atomic_blocks) == 1:
             hooks[:] = [(sids, callback, True) for sids, callback, _ in hooks]
 
-    def begin(self) -> None:
-        """Start a handler."""
+    def begin(self, limit: float | None = None) -> None:
+        """Start a handler; none of its queries may take longer than `limit` seconds."""
+        self._limit = limit
         connection = self._connection()
         self.lost = ""
         self._touched = False
@@ -139,8 +146,14 @@ class Isolation:
     def _touch(self) -> None:
         if not self._touched:
             self._touched = True
-            store.savepoint(self._statement, using=self._using)
-            self._statement = store.NEXT_SAVEPOINT
+            limit = ""
+            if self._limit is not None:
+                limit = store.LIMIT_STATEMENTS.format(milliseconds=math.ceil(self._limit * 1000))
+            elif self._limited:
+                limit = store.UNLIMIT_STATEMENTS
+            store.savepoint(self._release + limit + store.SAVEPOINT, using=self._using)
+            self._release = store.RELEASE
+            self._limited = self._limit is not None
 
     def _execute(
         self, execute: Callable[..., Any], sql: Any, params: Any, many: bool, context: Any

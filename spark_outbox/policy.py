@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from spark_outbox import backoff, conf
-from spark_outbox.backoff import Backoff
+from spark_outbox.backoff import Backoff, Seconds, seconds
 from spark_outbox.errors import Discard, InstanceGone, RegistrationError, Retry, UnreadablePayload
 
 Exceptions = tuple[type[BaseException], ...]
@@ -33,6 +33,7 @@ class Policy:
     backoff: Backoff | None = None
     retry_for: Exceptions = (BaseException,)
     discard_for: Exceptions = ()
+    timeout: Seconds | None = None
 
     def __post_init__(self) -> None:
         if self.max_attempts is not None and (
@@ -49,12 +50,20 @@ class Policy:
                     f"backoff is the seconds of the first delay, a list of delays, or a function of "
                     f"the attempt, not {self.backoff!r}."
                 )
+        if self.timeout is not None and (
+            not isinstance(self.timeout, int | float | dt.timedelta) or seconds(self.timeout) <= 0
+        ):
+            raise RegistrationError(f"timeout is a number of seconds above 0, not {self.timeout!r}.")
         for name in ("retry_for", "discard_for"):
             kinds = getattr(self, name)
             if not isinstance(kinds, tuple) or not all(
                 isinstance(kind, type) and issubclass(kind, BaseException) for kind in kinds
             ):
                 raise RegistrationError(f"{name} is a tuple of exception classes, not {kinds!r}.")
+
+    def limit(self) -> float | None:
+        """Return the seconds that a call may take."""
+        return conf.current().TIMEOUT if self.timeout is None else seconds(self.timeout)
 
     def judge(self, error: BaseException, attempt: int) -> Verdict:
         """Decide after the failed `attempt` (1-based)."""
@@ -69,9 +78,9 @@ class Policy:
             return Verdict("pending", delay=error.after)
         if isinstance(error, HOPELESS) or not isinstance(error, (Retry, *self.retry_for)):
             return Verdict("failed")
-        seconds = backoff.delay(
+        wait = backoff.delay(
             attempt,
             settings.BACKOFF if self.backoff is None else self.backoff,
             longest=settings.MAX_BACKOFF,
         )
-        return Verdict("pending", delay=dt.timedelta(seconds=seconds))
+        return Verdict("pending", delay=dt.timedelta(seconds=wait))

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from django.db.models import Model
 
-from spark_outbox.backoff import Backoff
+from spark_outbox.backoff import Backoff, Seconds
 from spark_outbox.errors import RegistrationError
 from spark_outbox.events import MAX_LENGTH, Event
 from spark_outbox.policy import Exceptions, Policy
@@ -124,6 +124,7 @@ def handler(
     backoff: Backoff | None = None,
     retry_for: Exceptions = (BaseException,),
     discard_for: Exceptions = (),
+    timeout: Seconds | None = None,
 ) -> Callable[[F], F]:
     """Decorate a function that handles the events whose group matches the regex `group`.
 
@@ -133,13 +134,18 @@ def handler(
     One that raises is tried again: `max_attempts` times in all, with the delays of `backoff` (the
     seconds of the first, which then doubles; or a list of them; or a function of the attempt).
     `retry_for` names the exceptions that are worth it, others fail at once; after those in
-    `discard_for` the event needs nothing more from this handler. Raises RegistrationError.
+    `discard_for` the event needs nothing more from this handler. One that runs for longer than
+    `timeout` seconds is interrupted, and counts as one that raised. Raises RegistrationError.
     """
     if not isinstance(group, str):
         raise RegistrationError('Write @handler(r"^pattern"): it needs the pattern of its groups.')
 
     policy = Policy(
-        max_attempts=max_attempts, backoff=backoff, retry_for=retry_for, discard_for=discard_for
+        max_attempts=max_attempts,
+        backoff=backoff,
+        retry_for=retry_for,
+        discard_for=discard_for,
+        timeout=timeout,
     )
 
     def register(function: F) -> F:

@@ -368,7 +368,10 @@ def put_back(matched: list[str], *, limit: int, using: str) -> int:
 # Isolation: a savepoint per handler that touches the database
 
 SAVEPOINT = "savepoint spark_outbox"
-NEXT_SAVEPOINT = "release savepoint spark_outbox; savepoint spark_outbox"  # one round trip
+RELEASE = "release savepoint spark_outbox; "  # with what follows, one round trip
+# Before the savepoint, so that a rollback to it does not bring back what was in force before.
+LIMIT_STATEMENTS = "set local statement_timeout = {milliseconds}; "
+UNLIMIT_STATEMENTS = "set local statement_timeout to default; "
 ROLLBACK_TO_SAVEPOINT = "rollback to savepoint spark_outbox"
 CHECK_CONSTRAINTS = "set constraints all immediate"
 

@@ -13,7 +13,7 @@ from django.db import DatabaseError, DataError, Error, connections, transaction
 
 from spark_outbox import conf, store
 from spark_outbox.claim import Claims
-from spark_outbox.dispatch import Batch, Dispatcher, Outcomes, TransactionLost
+from spark_outbox.dispatch import Alarm, Batch, Dispatcher, Outcomes, TransactionLost
 from spark_outbox.errors import NotMigrated, SettingsError
 from spark_outbox.events import Event
 from spark_outbox.isolation import Isolation
@@ -40,7 +40,8 @@ class Worker:
     """Handles the events of one database, one batch after the other.
 
     `run` is the daemon; `drain` handles what is ready, on the current connection, and returns.
-    `groups` is a PostgreSQL regular expression: the worker leaves other groups to others.
+    `groups` is a PostgreSQL regular expression: the worker leaves other groups to others. `alarm`
+    interrupts handlers that outlast their timeout; without one only their queries end in time.
     `on_ready` is called with the server's version whenever a new session is prepared and LISTENs;
     `on_error` with the event, the handler and what it raised.
     """
@@ -55,6 +56,7 @@ class Worker:
         poll_interval: float | None = None,
         registry: Registry = registry,
         clock: Callable[[], float] = time.monotonic,
+        alarm: Alarm | None = None,
         on_ready: Callable[[str], None] | None = None,
         on_error: Callable[[Event, Handler, BaseException], None] | None = None,
     ) -> None:
@@ -76,6 +78,7 @@ class Worker:
         self._dispatcher = Dispatcher(
             registry.handlers_for, commit_interval=commit_interval, clock=clock, on_error=on_error
         )
+        self._dispatcher.alarm = alarm
         listens = settings.WAKE != "never" and settings.LISTEN_DATABASE is not None
         self._wake = Wake((settings.LISTEN_DATABASE or using) if listens else None)
         self._stopping = False

@@ -2,8 +2,10 @@
 
 import contextlib
 import os
+import signal
 import socket
 import threading
+import time
 from datetime import timedelta
 
 import pytest
@@ -13,6 +15,7 @@ from django.utils import timezone
 from spark_outbox import Discard, Retry, emit, handler
 from spark_outbox.backoff import delay
 from spark_outbox.errors import DuplicateKey, InvalidEvent, RegistrationError
+from spark_outbox.management.alarm import Alarm
 from spark_outbox.models import Delivery, OutboxEvent
 from spark_outbox.policy import Policy
 from spark_outbox.worker import Worker
@@ -359,6 +362,8 @@ def test_delays_double_with_jitter_or_are_what_they_are_told_to_be():
         {"backoff": []},
         {"backoff": ["1"]},
         {"backoff": "1"},
+        {"timeout": 0},
+        {"timeout": "1"},
         {"retry_for": ValueError},
         {"discard_for": ("ValueError",)},
     ],
@@ -426,6 +431,94 @@ def test_a_deadlock_is_one_handlers_failure(own_registry):
     assert statuses() == {"key": "pending"}
     assert "deadlock detected" in Delivery.objects.get().error
     assert not Handled.objects.exists()
+
+
+# Timeouts
+
+
+def spin(event):
+    while True:
+        with contextlib.suppress(Exception):
+            connection.ensure_connection()
+
+
+def sleep_in_python(event):
+    time.sleep(60)
+
+
+def sleep_in_the_database(event):
+    with connection.cursor() as cursor:
+        cursor.execute("select pg_sleep(60)")
+
+
+def catch_everything(event):
+    for _ in range(2):
+        with contextlib.suppress(BaseException):
+            threading.Event().wait(60)
+    raise RuntimeError("a second alarm rang")
+
+
+@pytest.mark.parametrize("handle", [spin, sleep_in_python, sleep_in_the_database, catch_everything])
+def test_a_handler_past_its_timeout_is_interrupted_rolled_back_and_tried_again(own_registry, handle):
+    def write_and_handle(event):
+        note(event)
+        handle(event)
+
+    handler("", name="h", timeout=0.05)(write_and_handle)
+    own_registry.add_handler(note, group="", name="other")
+    emit("g", "key")
+    assert Worker(alarm=Alarm()).drain() == 1
+    assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)
+    assert deliveries() == {"h": ("pending", 1), "other": ("done", 1)}
+    assert [handled.handler for handled in Handled.objects.all()] == ["note"]
+
+
+def test_a_handler_within_its_timeout_is_left_alone(own_registry):
+    handler("", name="h", timeout=timedelta(minutes=1))(note)
+    emit("g", "key")
+    Worker(alarm=Alarm()).drain()
+    assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)
+    assert statuses() == {"key": "done"}
+
+
+def test_a_timeout_cuts_off_queries_also_without_an_alarm_and_those_of_its_handler_alone(own_registry):
+    seen = []
+
+    def look(event):
+        with connection.cursor() as cursor:
+            cursor.execute("show statement_timeout")
+            seen.append((event.key, *cursor.fetchone()))
+        note(event)
+        if event["fails"]:
+            division_by_zero(event)
+
+    handler("^g", name="slow", timeout=0.05)(sleep_in_the_database)
+    handler("^h", name="limited", timeout=90)(look)
+    own_registry.add_handler(look, group="", name="free")
+    for number, group in enumerate(("g", "h", "h", "i", "h", "i")):
+        emit(group, f"{number}", fails=number in (2, 3))
+    Worker().drain()
+    assert "statement timeout" in Delivery.objects.get(handler="slow").error
+    assert seen == [
+        ("0", "0"),
+        ("1", "90s"),
+        ("1", "0"),
+        ("2", "90s"),
+        ("2", "0"),
+        ("3", "0"),
+        ("4", "90s"),
+        ("4", "0"),
+        ("5", "0"),
+    ]
+
+
+def test_the_settings_have_a_timeout_for_all(own_registry, settings):
+    settings.SPARK_OUTBOX = {"TIMEOUT": timedelta(milliseconds=50)}
+    own_registry.add_handler(sleep_in_python, group="", name="h")
+    handler("", name="patient", timeout=60)(note)
+    emit("g", "key")
+    Worker(alarm=Alarm()).drain()
+    assert deliveries() == {"h": ("pending", 1), "patient": ("done", 1)}
 
 
 # Unhandled

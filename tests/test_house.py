@@ -53,7 +53,7 @@ def test_every_exception_is_in_the_tree_that_its_module_draws():
     ]
     assert len(classes) > 8
     for exception in classes:
-        assert issubclass(exception, errors.SparkOutboxError)
+        assert issubclass(exception, errors.SparkOutboxError | errors.HandlerTimeout)
         assert exception.__name__ in errors.__doc__
 
 

@@ -158,6 +158,17 @@ def test_a_sleeping_worker_stops_at_once():
         assert worker.wait() == 0
 
 
+def test_a_handler_past_its_timeout_is_interrupted_in_the_worker_process(flags):
+    emit("probe_in_time", "key", **flags)
+    with WorkerProcess() as worker:
+        worker.wait_until_ready()
+        eventually(lambda: OutboxEvent.objects.get().attempts == 1)  # nobody says `go`
+        worker.signal(signal.SIGTERM)
+        assert worker.wait() == 0
+    assert "HandlerTimeout" in OutboxEvent.objects.get().last_error
+    assert [handled.handler for handled in Handled.objects.all()] == []
+
+
 # Dying
 
 

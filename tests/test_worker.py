@@ -377,7 +377,8 @@ def test_a_savepoint_is_taken_at_the_first_touch_and_released_with_the_next(own_
     with Statements() as statements:
         worker.handle_batch()
     savepoints = [sql for sql in statements.sql if "savepoint" in sql]
-    assert savepoints == [store.SAVEPOINT, store.NEXT_SAVEPOINT, store.NEXT_SAVEPOINT]
+    following = store.RELEASE + store.SAVEPOINT
+    assert savepoints == [store.SAVEPOINT, following, following]
 
 
 def test_a_batch_ends_before_its_savepoints_overflow_the_servers_cache(own_registry):

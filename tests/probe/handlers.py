@@ -9,7 +9,8 @@ from spark_outbox import Event, handler
 from tests.challenges.models import Handled
 
 
-@handler(r"^probe")
+@handler(r"^probe_in_time$", timeout=0.2, name="in time")
+@handler(r"^probe(?!_in_time)")
 def probe(event: Event) -> None:
     """Note the call in the ledger; then touch `started`, wait for `go`, raise, or die, as told."""
     Handled.objects.create(key=event.key, handler="probe", note=str(os.getpid()))

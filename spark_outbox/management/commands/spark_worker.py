@@ -15,6 +15,7 @@ import spark_outbox
 from spark_outbox import conf
 from spark_outbox.errors import SparkOutboxError
 from spark_outbox.management import systemd
+from spark_outbox.management.alarm import Alarm
 from spark_outbox.registry import registry
 from spark_outbox.worker import Worker
 
@@ -85,7 +86,9 @@ class Command(BaseCommand):
             self._work(**options)
 
     def _work(self, **options: Any) -> None:
+        in_main_thread = threading.current_thread() is threading.main_thread()  # else reloading
         worker = Worker(
+            alarm=Alarm() if in_main_thread else None,
             using=options["database"],
             groups=options["groups"],
             batch_size=options["batch_size"],
@@ -93,7 +96,7 @@ class Command(BaseCommand):
             poll_interval=options["poll_interval"],
             on_ready=lambda version: self._ready(version, options["database"]),
         )
-        if threading.current_thread() is threading.main_thread():  # not so under the autoreloader
+        if in_main_thread:
             _stop_on_signals(worker)
         try:
             worker.run(drain=options["drain"], once=options["once"])
