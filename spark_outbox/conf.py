@@ -37,6 +37,9 @@ class Settings:
     TIMEOUT: float | None = None
     """Seconds that a handler may run; None for as long as it likes."""
 
+    BREAK_AFTER: int | None = 10
+    """After failing on this many events in a row a handler is left alone for a while; None: never."""
+
     BATCH_SIZE: int = 500
     """The most events that a worker locks at once."""
 
@@ -60,9 +63,9 @@ class Settings:
         if type(self.REQUIRE_ATOMIC) is not bool:
             raise _error("REQUIRE_ATOMIC", self.REQUIRE_ATOMIC, "True or False")
         for name in ("MAX_ATTEMPTS", "BATCH_SIZE"):
-            number = getattr(self, name)
-            if type(number) is not int or number < 1:
-                raise _error(name, number, "a whole number, 1 or more")
+            _whole_number(name, getattr(self, name))
+        if self.BREAK_AFTER is not None:
+            _whole_number("BREAK_AFTER", self.BREAK_AFTER)
         if not (self.LISTEN_DATABASE is None or isinstance(self.LISTEN_DATABASE, str)):
             raise _error("LISTEN_DATABASE", self.LISTEN_DATABASE, "a database alias or None")
 
@@ -96,6 +99,11 @@ def _seconds(name: str, value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 10**8:
         raise _error(name, value, "a number of seconds above 0, or a timedelta")
     return float(value)
+
+
+def _whole_number(name: str, value: object) -> None:
+    if type(value) is not int or value < 1:
+        raise _error(name, value, "a whole number, 1 or more")
 
 
 def _one_of(name: str, value: object, *choices: str) -> None:

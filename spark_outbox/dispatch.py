@@ -2,15 +2,18 @@
 
 import datetime as dt
 import logging
+import random
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from spark_outbox.errors import BrokenTransaction
+from spark_outbox import conf
+from spark_outbox.breaker import Breakers
+from spark_outbox.errors import BrokenTransaction, Discard, Retry
 from spark_outbox.events import Event
 from spark_outbox.isolation import Isolation
-from spark_outbox.policy import Verdict
+from spark_outbox.policy import HOPELESS, Verdict
 from spark_outbox.registry import Handler
 from spark_outbox.store import Attempt, Earlier, Ended, Postponed
 
@@ -98,19 +101,22 @@ class Dispatcher:
         self._on_error = on_error
         self.alarm: Alarm | None = None
         self.daemon = False  # if so, nobody presses Ctrl-C: a KeyboardInterrupt is the handler's own
+        self._contended = False
+        self._breakers = Breakers(conf.current().BREAK_AFTER, clock)
         self._slow: dict[str, float] = {}  # handler name -> recent seconds, if above the interval
 
     def dispatch(self, batch: Batch, isolation: Isolation, stopping: Callable[[], bool]) -> Outcomes:
         """Run the handlers of one event after the other, until the commit interval is over."""
         outcomes = Outcomes()
+        self._contended = False  # whether a handler lost a fight for locks: others wait for ours
         deadline = self._clock() + self._commit_interval
         for event in batch.events:
             handlers = self._handlers_for(event.group)
             if self._slow and outcomes.count and any(h.name in self._slow for h in handlers):
                 outcomes.cut = True
                 break
-            contended = self._handle(event, handlers, batch, isolation, outcomes)
-            if contended or isolation.full or self._clock() >= deadline or stopping():
+            self._handle(event, handlers, batch, isolation, outcomes)
+            if self._contended or isolation.full or self._clock() >= deadline or stopping():
                 outcomes.cut = True
                 break
         return outcomes
@@ -122,27 +128,24 @@ class Dispatcher:
         batch: Batch,
         isolation: Isolation,
         outcomes: Outcomes,
-    ) -> bool:
-        """Run one event's handlers; return whether one lost a fight for locks."""
+    ) -> None:
+        """Run the handlers that one event owes."""
         if not handlers:
             outcomes.unhandled.append(event.id)
-            return False
+            return
         earlier = batch.earlier.get(event.id)
         owed = handlers if earlier is None else batch.owed(event, handlers)
         attempts: dict[str, Attempt] = {}
-        contended = False
         for handler in owed:
             if earlier is not None:
                 event.attempt = earlier[handler.name].attempts + 1 if handler.name in earlier else 1
-            error, seconds = self._call(handler, event, isolation)
-            if error is None:
+            attempt = self._deliver(handler, event, isolation)
+            if attempt is None:
                 continue
-            attempts[handler.name] = judge(handler, event, error, seconds)
-            contended = contended or is_contention(error)
+            attempts[handler.name] = attempt
             if isolation.lost:
                 alone = Outcomes()
-                culprit = {handler.name: attempts[handler.name]}
-                settle(event, culprit, earlier or {}, {h.name for h in handlers}, alone)
+                settle(event, {handler.name: attempt}, earlier or {}, {h.name for h in handlers}, alone)
                 raise TransactionLost(event, alone)
         if attempts or earlier is not None:
             for handler in owed:
@@ -150,7 +153,28 @@ class Dispatcher:
             settle(event, attempts, earlier or {}, {h.name for h in handlers}, outcomes)
         else:
             outcomes.done.append(event.id)
-        return contended
+
+    def _deliver(self, handler: Handler, event: Event, isolation: Isolation) -> Attempt | None:
+        """Call one handler, unless its circuit is open; return None if it succeeded."""
+        name = handler.name
+        if self._breakers and (wait := self._breakers.remaining(name)):
+            return postponed_by_breaker(event, name, wait)
+        error, seconds = self._call(handler, event, isolation)
+        if error is None:
+            if self._breakers and self._breakers.succeeded(name):
+                logger.warning("Circuit of %(handler)s is closed again.", {"handler": name})
+            return None
+        self._contended = self._contended or is_contention(error)
+        if not isinstance(error, (Retry, Discard, *HOPELESS)):
+            pause = self._breakers.failed(name, event.id)
+            if pause:
+                context = {"handler": name, "seconds": round(pause)}
+                logger.warning(
+                    "Circuit of %(handler)s is open: it is not called for %(seconds)s s.",
+                    context,
+                    extra=context,
+                )
+        return judge(handler, event, error, seconds)
 
     def _call(
         self, handler: Handler, event: Event, isolation: Isolation
@@ -165,6 +189,8 @@ class Dispatcher:
             self._run(handler, event, limit)
             isolation.end()
         except BaseException as raised:  # whatever a handler raises is its delivery's fate
+            if self.alarm is not None:
+                self.alarm.stop()  # again: it may have rung while it was being stopped
             isolation.undo()
             if type(raised) is KeyboardInterrupt and not self.daemon:
                 raise
@@ -193,6 +219,19 @@ class Dispatcher:
             self._slow[name] = recent
             if recent < self._commit_interval:
                 del self._slow[name]
+
+
+def postponed_by_breaker(event: Event, name: str, wait: float) -> Attempt:
+    """Return what stands for a call that was not made; it burns no attempt."""
+    spread = wait * random.uniform(1, 1.5)  # noqa: S311, so that not all come back at once
+    return Attempt(
+        event.id,
+        name,
+        "pending",
+        error="spark_outbox: not called, its circuit is open",
+        delay=dt.timedelta(seconds=spread),
+        counts=False,
+    )
 
 
 def judge(handler: Handler, event: Event, error: BaseException, seconds: float) -> Attempt:

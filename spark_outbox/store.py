@@ -229,6 +229,7 @@ class Attempt(NamedTuple):
     duration: dt.timedelta | None = None
     delay: dt.timedelta | None = None
     at: dt.datetime | None = None
+    counts: bool = True
 
 
 class Earlier(NamedTuple):
@@ -257,7 +258,7 @@ where event.id = ended.event_id and event.status = 'pending'
 POSTPONE = """
 update spark_outbox_event as event
 set attempts = attempts + 1,
-    last_error = postponed.error,
+    last_error = coalesce(nullif(postponed.error, ''), event.last_error),
     available_at = case when postponed.now then statement_timestamp() else (
         select min(coalesce(delivery.available_at, statement_timestamp()))
         from spark_outbox_delivery as delivery
@@ -272,11 +273,11 @@ insert into spark_outbox_delivery as delivery
     (event_id, handler, status, error, traceback, duration, available_at, worker, attempts, attempted_at)
 select
     event_id, handler, status, error, traceback, duration,
-    coalesce(at, statement_timestamp() + delay), %s, 1, statement_timestamp()
+    coalesce(at, statement_timestamp() + delay), %s, counts::integer, statement_timestamp()
 from unnest(
     %s::bigint[], %s::text[], %s::text[], %s::text[], %s::text[], %s::interval[], %s::interval[],
-    %s::timestamptz[]
-) as attempt (event_id, handler, status, error, traceback, duration, delay, at)
+    %s::timestamptz[], %s::boolean[]
+) as attempt (event_id, handler, status, error, traceback, duration, delay, at, counts)
 on conflict (event_id, handler) do update set
     status = excluded.status,
     error = excluded.error,
@@ -284,7 +285,7 @@ on conflict (event_id, handler) do update set
     duration = excluded.duration,
     available_at = excluded.available_at,
     worker = excluded.worker,
-    attempts = delivery.attempts + 1,
+    attempts = delivery.attempts + excluded.attempts,
     attempted_at = excluded.attempted_at
 where delivery.status = 'pending'
 """

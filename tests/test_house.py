@@ -77,6 +77,8 @@ def test_the_defaults(settings):
         ({"BATCH_SIZE": "500"}, "1 or more"),
         ({"POLL_INTERVAL": 0}, "above 0"),
         ({"MAX_ATTEMPTS": 0}, "1 or more"),
+        ({"BREAK_AFTER": 0}, "1 or more"),
+        ({"TIMEOUT": 0}, "above 0"),
         ({"BACKOFF": -1}, "above 0"),
         ({"COMMIT_INTERVAL": True}, "above 0"),
         ({"REQUIRE_ATOMIC": 1}, "True or False"),
