@@ -28,6 +28,7 @@ class Isolation:
 
     def __init__(self, using: str) -> None:
         self._using = using
+        self._connection: BaseDatabaseWrapper = connections[using]
         self._references = References()
         self._strict = False
         self._subtransactions = 0
@@ -52,7 +53,7 @@ class Isolation:
         `strict` checks deferred constraints at the end of each handler rather than at the commit,
         where nobody could tell whose they are.
         """
-        connection = self._connection()
+        connection = self._connection = connections[self._using]
         self._references = references
         self._strict = strict
         self._subtransactions = 0
@@ -77,7 +78,7 @@ class Isolation:
     def begin(self, limit: float | None = None) -> None:
         """Start a handler; none of its queries may take longer than `limit` seconds."""
         self._limit = limit
-        connection = self._connection()
+        connection = self._connection
         self.lost = ""
         self._touched = False
         self._wrote = False
@@ -88,7 +89,7 @@ class Isolation:
 
     def end(self) -> None:
         """Accept what the handler did. Raises BrokenTransaction, or IntegrityError if strict."""
-        connection = self._connection()
+        connection = self._connection
         self.lost = self._loss()
         problem = self.lost or self._damage(connection)
         if problem:
@@ -105,7 +106,7 @@ class Isolation:
         self.lost = self._loss()
         if self.lost:
             return
-        connection = self._connection()
+        connection = self._connection
         connection.needs_rollback = False
         connection.in_atomic_block = True
         del connection.run_on_commit[self._callbacks :]
@@ -118,7 +119,7 @@ class Isolation:
     def _loss(self) -> str:
         """Say how the handler has ended the transaction that it shares with others, if it has."""
         raw = self._raw
-        if self._connection().connection is not raw or (raw.closed and not raw.broken):
+        if self._connection.connection is not raw or (raw.closed and not raw.broken):
             return "The handler closed the worker's database connection."
         if self._touched and raw.info.transaction_status == TransactionStatus.IDLE:
             return "The handler committed or rolled back the worker's transaction."
@@ -140,9 +141,6 @@ class Isolation:
             )
         return ""
 
-    def _connection(self) -> BaseDatabaseWrapper:
-        return connections[self._using]
-
     def _touch(self) -> None:
         if not self._touched:
             self._touched = True
@@ -160,7 +158,7 @@ class Isolation:
     ) -> Any:
         """Wrap every statement that goes through Django."""
         self._touch()
-        text = sql if isinstance(sql, str) else sql.as_string(self._connection().connection)
+        text = sql if isinstance(sql, str) else sql.as_string(self._connection.connection)
         verb = text.lstrip()[:9].upper()
         if not verb.startswith("SELECT"):
             if verb == "SAVEPOINT" or not self._wrote:
