@@ -366,6 +366,85 @@ def put_back(matched: list[str], *, limit: int, using: str) -> int:
     return _run(PUT_BACK, {"matched": matched, "limit": limit}, using=using)
 
 
+# Replay: done events are owed to a handler once more
+
+DONE_EVENTS = """
+select id, event_group from spark_outbox_event
+where status = 'done' and id > %(last)s
+    and (%(since)s::timestamptz is null or created_at >= %(since)s)
+    and (%(keys)s::text[] is null or key = any(%(keys)s::text[]))
+order by id limit %(limit)s
+"""
+
+LOCK_DONE = """
+select id, event_group from spark_outbox_event
+where id = any(%s) and status = 'done'
+for no key update skip locked
+"""
+
+OTHERS_ARE_DONE = """
+insert into spark_outbox_delivery (event_id, handler, status)
+select event_id, handler, 'done' from unnest(%s::bigint[], %s::text[]) as other (event_id, handler)
+on conflict do nothing
+"""
+
+OWE = """
+insert into spark_outbox_delivery (event_id, handler)
+select event_id, %s from unnest(%s::bigint[]) as owed (event_id)
+on conflict (event_id, handler) do update set status = 'pending', attempts = 0, available_at = null
+"""
+
+REOPEN = """
+update spark_outbox_event set status = 'pending', available_at = null, finished_at = null
+where id = any(%s) and status = 'done'
+"""
+
+NOTIFY = "notify spark_outbox"
+
+EVENTS_BY_ID = f"""
+select {_COLUMNS} from spark_outbox_event where id = any(%s) order by id
+"""
+
+ROWS_WRITTEN = """
+select relname, n_tup_ins + n_tup_upd + n_tup_del from pg_stat_xact_user_tables
+where n_tup_ins + n_tup_upd + n_tup_del > 0
+"""
+
+
+def done_events(
+    last: int, *, since: dt.datetime | None, keys: list[str] | None, limit: int, using: str
+) -> list[tuple[int, str]]:
+    """Return ids and groups of done events with a higher id than `last`, in order."""
+    params = {"last": last, "since": since, "keys": keys, "limit": limit}
+    return _rows(DONE_EVENTS, params, using=using)
+
+
+def lock_done(ids: list[int], *, using: str) -> list[tuple[int, str]]:
+    """Lock those of these events that are still done; return their ids and groups."""
+    return _rows(LOCK_DONE, [ids], using=using)
+
+
+def owe_again(ids: list[int], handler: str, others: Sequence[tuple[int, str]], *, using: str) -> int:
+    """Reopen done events for one handler, with those of `others` done; return how many."""
+    if not ids:
+        return 0
+    if others:
+        _run(OTHERS_ARE_DONE, _columns(others), using=using)
+    _run(OWE, [handler, ids], using=using)
+    reopened = _run(REOPEN, [ids], using=using)
+    _run(NOTIFY, using=using)
+    return reopened
+
+
+def events_by_id(ids: list[int], *, using: str) -> list[StoredRow]:
+    return list(map(StoredRow._make, _rows(EVENTS_BY_ID, [ids], using=using)))
+
+
+def rows_written(*, using: str) -> dict[str, int]:
+    """Return how many rows this transaction has inserted, updated and deleted, by table."""
+    return dict(_rows(ROWS_WRITTEN, using=using))
+
+
 # Isolation: a savepoint per handler that touches the database
 
 SAVEPOINT = "savepoint spark_outbox"

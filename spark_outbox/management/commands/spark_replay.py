@@ -1,0 +1,105 @@
+"""Give past events to a handler; see spark_outbox/replay.py."""
+
+import argparse
+from datetime import datetime, time
+from typing import Any
+
+from django.core.management.base import BaseCommand, CommandError, CommandParser
+from django.db import DEFAULT_DB_ALIAS, connections
+from django.utils import timezone
+from django.utils.dateparse import parse_date, parse_datetime
+
+from spark_outbox.registry import registry
+from spark_outbox.replay import Selection, rehearse, replay
+
+
+class Command(BaseCommand):
+    help = (
+        "Gives events that are done to a handler: a new one, for what happened before it was there, or "
+        "one that was wrong. The workers do it; other handlers are not called again. With --rehearse it "
+        "runs here and now, in a transaction that is rolled back, and says what would happen; but what "
+        "the handler does outside of the database, such as sending mails, does happen."
+    )
+
+    def add_arguments(self, parser: CommandParser) -> None:
+        parser.add_argument("--handler", required=True, metavar="NAME", help="the handler's name")
+        parser.add_argument(
+            "--group", default="", metavar="REGEX", help="only groups in which this regex is found"
+        )
+        parser.add_argument(
+            "--since",
+            type=_moment,
+            metavar="TIME",
+            help="only events emitted since then: 2026-01-31, or 2026-01-31T12:00+01:00",
+        )
+        parser.add_argument(
+            "--key", nargs="+", default=[], metavar="KEY", help="only events with these keys"
+        )
+        parser.add_argument(
+            "--rehearse", action="store_true", help="only see what would happen; see above"
+        )
+        parser.add_argument(
+            "--limit",
+            type=int,
+            default=100,
+            metavar="N",
+            help="rehearse at most N events (default: 100)",
+        )
+        parser.add_argument(
+            "--database", default=DEFAULT_DB_ALIAS, metavar="ALIAS", help="default: %(default)s"
+        )
+
+    def handle(self, **options: Any) -> None:
+        using = options["database"]
+        if using not in connections:
+            raise CommandError(f"DATABASES has no {using!r}; it has {', '.join(connections)}.")
+        named = [handler for handler in registry.handlers if handler.name == options["handler"]]
+        if not named:
+            known = "\n  ".join(handler.name for handler in registry.handlers)
+            raise CommandError(f"There is no handler {options['handler']!r}. Handlers:\n  {known}")
+        selection = Selection(
+            handler=named[0],
+            group=options["group"],
+            since=options["since"],
+            keys=tuple(options["key"]),
+        )
+        if options["rehearse"]:
+            self._rehearse(selection, using, options["limit"])
+        else:
+            self._replay(selection, using)
+
+    def _replay(self, selection: Selection, using: str) -> None:
+        total = 0
+        for total in replay(selection, registry, using=using):
+            if self.stderr.isatty():
+                self.stderr.write(f"\r{total} events", ending="")
+        if self.stderr.isatty():
+            self.stderr.write("")
+        self.stdout.write(f"{total} events are given to {selection.handler.name}.")
+
+    def _rehearse(self, selection: Selection, using: str, limit: int) -> None:
+        if limit < 1:
+            raise CommandError("--limit must be 1 or more.")
+        done = rehearse(selection, using=using, limit=limit)
+        for key, text in done.failures:
+            self.stdout.write(f"{key}:\n{text}")
+        self.stdout.write(f"{done.events} events, {len(done.failures)} failures")
+        if done.events:
+            self.stdout.write(f"{done.queries / done.events:.1f} queries per event")
+        for table, count in done.rows.items():
+            self.stdout.write(f"{count} rows written to {table}")
+        self.stdout.write("All of it was rolled back.")
+        if done.failures:
+            raise CommandError(f"The handler failed on {len(done.failures)} events.")
+
+
+def _moment(text: str) -> datetime:
+    try:
+        moment = parse_datetime(text)
+        if moment is None and (day := parse_date(text)):
+            moment = datetime.combine(day, time())
+    except ValueError:
+        moment = None
+    if moment is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is no date or time as in 2026-01-31T12:00")
+    return moment if timezone.is_aware(moment) else timezone.make_aware(moment)

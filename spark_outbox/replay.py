@@ -1,0 +1,121 @@
+"""Give past events to a handler: really, as new deliveries; or as a rehearsal that is rolled back."""
+
+import re
+import traceback
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any
+
+from django.db import connections, transaction
+
+from spark_outbox import store
+from spark_outbox.events import Event
+from spark_outbox.isolation import Isolation
+from spark_outbox.references import References
+from spark_outbox.registry import Handler, Registry
+
+CHUNK_SIZE = 1000
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Selection:
+    """Which done events: those that the handler matches, and that all of these let pass."""
+
+    handler: Handler
+    group: str = ""
+    since: datetime | None = None
+    keys: tuple[str, ...] = ()
+
+    def ids(self, *, using: str) -> Iterator[list[int]]:
+        """Yield the ids of the selected events, a chunk of the table at a time, in order."""
+        last = 0
+        keys = list(self.keys) or None
+        while page := store.done_events(
+            last, since=self.since, keys=keys, limit=CHUNK_SIZE, using=using
+        ):
+            last = page[-1][0]
+            yield [event_id for event_id, group in page if self.matches(group)]
+
+    def matches(self, group: str) -> bool:
+        return bool(self.handler.pattern.search(group) and re.search(self.group, group))
+
+
+def replay(selection: Selection, registry: Registry, *, using: str) -> Iterator[int]:
+    """Owe the handler each selected event once more; yield how many after each chunk.
+
+    The events' other handlers are noted as done, and not called again. Each chunk is committed, and
+    wakes the workers.
+    """
+    name = selection.handler.name
+    total = 0
+    for ids in selection.ids(using=using):
+        with transaction.atomic(using=using):
+            locked = store.lock_done(ids, using=using)
+            others = [
+                (event_id, other.name)
+                for event_id, group in locked
+                for other in registry.handlers_for(group)
+                if other.name != name
+            ]
+            total += store.owe_again([row[0] for row in locked], name, others, using=using)
+        yield total
+
+
+@dataclass(slots=True)
+class Rehearsal:
+    """What would have happened."""
+
+    events: int = 0
+    queries: int = 0
+    failures: list[tuple[str, str]] = field(default_factory=list)
+    """Keys, and the tracebacks of what was raised."""
+    rows: dict[str, int] = field(default_factory=dict)
+    """Rows inserted, updated and deleted, by table."""
+
+
+def rehearse(selection: Selection, *, using: str, limit: int) -> Rehearsal:
+    """Call the handler with up to `limit` selected events, in one transaction that is rolled back.
+
+    What it does outside of this database, such as mails, happens.
+    """
+    done = Rehearsal()
+    isolation = Isolation(using)
+    with transaction.atomic(using=using):
+        before = Counter(store.rows_written(using=using))
+        for ids in selection.ids(using=using):
+            references = References()
+            rows = store.events_by_id(ids[: limit - done.events], using=using)
+            events = [Event.from_row(row, references) for row in rows]
+            with (
+                connections[using].execute_wrapper(_counting(done)),
+                isolation.batch(references, strict=True),
+            ):
+                for event in events:
+                    _try(selection.handler, event, isolation, done)
+            if done.events >= limit:
+                break
+        after = Counter(store.rows_written(using=using))
+        done.rows = dict((after - before).most_common())
+        transaction.set_rollback(True, using=using)
+    return done
+
+
+def _try(handler: Handler, event: Event, isolation: Isolation, done: Rehearsal) -> None:
+    done.events += 1
+    isolation.begin()
+    try:
+        handler.function(event)
+        isolation.end()
+    except Exception:  # noqa: BLE001, it is what a rehearsal is to report
+        isolation.undo()
+        done.failures.append((event.key, traceback.format_exc()))
+
+
+def _counting(done: Rehearsal) -> Any:
+    def count(execute: Any, sql: Any, params: Any, many: bool, context: Any) -> Any:
+        done.queries += 1
+        return execute(sql, params, many, context)
+
+    return count
