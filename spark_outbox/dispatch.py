@@ -80,6 +80,13 @@ class Alarm(Protocol):
     def stop(self) -> None: ...
 
 
+class InHand(Protocol):
+    """Where it is noted what is being called: see supervisor.py."""
+
+    def take_in_hand(self, event_id: int, handler: int) -> None: ...
+    def put_down(self) -> None: ...
+
+
 class Dispatcher:
     """Calls handlers, and remembers which of them are slow.
 
@@ -100,6 +107,7 @@ class Dispatcher:
         self._clock = clock
         self._on_error = on_error
         self.alarm: Alarm | None = None
+        self.in_hand: InHand | None = None
         self.daemon = False  # if so, nobody presses Ctrl-C: a KeyboardInterrupt is the handler's own
         self._contended = False
         self._breakers = Breakers(conf.current().BREAK_AFTER, clock)
@@ -119,6 +127,8 @@ class Dispatcher:
             if self._contended or isolation.full or self._clock() >= deadline or stopping():
                 outcomes.cut = True
                 break
+        if self.in_hand is not None:
+            self.in_hand.put_down()
         return outcomes
 
     def _handle(
@@ -183,6 +193,8 @@ class Dispatcher:
         error: BaseException | None = None
         started = self._clock()
         limit = handler.policy.limit()
+        if self.in_hand is not None:
+            self.in_hand.take_in_hand(event.id, handler.number)
         isolation.begin(limit)
         event.start_over()
         try:
@@ -248,6 +260,22 @@ def judge(handler: Handler, event: Event, error: BaseException, seconds: float) 
         delay=verdict.delay,
         at=verdict.at,
     )
+
+
+def book(
+    handler: Handler,
+    event: Event,
+    error: BaseException,
+    earlier: dict[str, Earlier],
+    registered: set[str],
+) -> Outcomes:
+    """Say what an event comes to of which nothing is known but that one handler failed."""
+    if handler.name in earlier:
+        event.attempt = earlier[handler.name].attempts + 1
+    outcomes = Outcomes()
+    attempt = judge(handler, event, error, 0.0)
+    settle(event, {handler.name: attempt}, earlier, registered, outcomes)
+    return outcomes
 
 
 def settle(

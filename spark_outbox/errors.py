@@ -13,6 +13,7 @@ SparkOutboxError
     ├── Retry             a handler's own word: not now, try me again
     ├── Discard           a handler's own word: leave it, this event needs nothing from me
     ├── UnreadablePayload the stored payload is not one that emit() writes
+    ├── WorkerDied        the handler took its worker process with it; raised by nobody, but recorded
     ├── InstanceGone      the row that the payload refers to was deleted since
     └── BrokenTransaction the handler left the transaction in a state that can't be committed
 
@@ -89,6 +90,10 @@ class Discard(HandlingError):
 
 
 class UnreadablePayload(HandlingError, ValueError):
+    pass
+
+
+class WorkerDied(HandlingError):
     pass
 
 

@@ -28,6 +28,8 @@ class Handler:
     pattern: re.Pattern[str]
     function: HandlerFunction
     policy: Policy
+    number: int = 0
+    """Its place among the registered, from 0."""
 
 
 class Registry:
@@ -82,7 +84,7 @@ class Registry:
                 f"There is a handler {name!r} already. Retries are kept under a handler's name: "
                 "give this one another with name=…"
             )
-        handler = Handler(name, pattern, function, policy or Policy())
+        handler = Handler(name, pattern, function, policy or Policy(), len(self.handlers))
         self.handlers.append(handler)
         self._matches.clear()
         return handler

@@ -124,6 +124,8 @@ order by available_at limit %(limit)s
 for no key update skip locked
 """
 
+IS_PENDING = "select exists (select from spark_outbox_event where id = %s and status = 'pending')"
+
 CLAIM_ONE = """
 select id from spark_outbox_event
 where id = %s and status = 'pending'
@@ -141,6 +143,10 @@ def claim_ready(floor: int, limit: int, *, groups: str | None, using: str) -> li
 def claim_due(limit: int, *, groups: str | None, using: str) -> list[StoredRow]:
     """Lock up to `limit` delayed or failed events whose time has come, earliest first."""
     return _claim(CLAIM_DUE, using, limit=limit, groups=groups)
+
+
+def is_pending(event_id: int, *, using: str) -> bool:
+    return bool(value(IS_PENDING, [event_id], using=using))
 
 
 def claim_one(event_id: int, *, using: str) -> bool:

@@ -4,7 +4,9 @@ import logging
 import math
 import os
 import random
+import resource
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -13,8 +15,8 @@ from django.db import DatabaseError, DataError, Error, connections, transaction
 
 from spark_outbox import conf, store
 from spark_outbox.claim import Claims
-from spark_outbox.dispatch import Alarm, Batch, Dispatcher, Outcomes, TransactionLost
-from spark_outbox.errors import NotMigrated, SettingsError
+from spark_outbox.dispatch import Alarm, Batch, Dispatcher, InHand, Outcomes, TransactionLost, book
+from spark_outbox.errors import NotMigrated, SettingsError, WorkerDied
 from spark_outbox.events import Event
 from spark_outbox.isolation import Isolation
 from spark_outbox.references import References
@@ -27,6 +29,9 @@ HELD_POLL = 0.25
 """Seconds between two looks at events that another transaction holds: its worker may have died."""
 
 PUT_BACK_CHUNK = 10_000
+
+CRASH_PATIENCE = 5.0
+"""Seconds to wait until the rows of a process that died are free."""
 
 RECONNECT_PAUSES = (0.1, 10.0)
 """The first and the longest pause, in seconds, while the database is away."""
@@ -42,6 +47,8 @@ class Worker:
     `run` is the daemon; `drain` handles what is ready, on the current connection, and returns.
     `groups` is a PostgreSQL regular expression: the worker leaves other groups to others. `alarm`
     interrupts handlers that outlast their timeout; without one only their queries end in time.
+    `in_hand` is told what is being called. `run` returns after about `max_events`, or once the
+    process has used more than `max_rss` MiB.
     `on_ready` is called with the server's version whenever a new session is prepared and LISTENs;
     `on_error` with the event, the handler and what it raised.
     """
@@ -57,6 +64,9 @@ class Worker:
         registry: Registry = registry,
         clock: Callable[[], float] = time.monotonic,
         alarm: Alarm | None = None,
+        in_hand: InHand | None = None,
+        max_events: int | None = None,
+        max_rss: int | None = None,
         on_ready: Callable[[str], None] | None = None,
         on_error: Callable[[Event, Handler, BaseException], None] | None = None,
     ) -> None:
@@ -79,6 +89,9 @@ class Worker:
             registry.handlers_for, commit_interval=commit_interval, clock=clock, on_error=on_error
         )
         self._dispatcher.alarm = alarm
+        self._dispatcher.in_hand = in_hand
+        self._events_left = max_events or math.inf
+        self._max_rss = max_rss
         listens = settings.WAKE != "never" and settings.LISTEN_DATABASE is not None
         self._wake = Wake((settings.LISTEN_DATABASE or using) if listens else None)
         self._stopping = False
@@ -117,6 +130,9 @@ class Worker:
                 elif not self.handle_batch(sweep=True):
                     return True
             self._failures = 0
+            self._events_left -= handled
+            if self._events_left <= 0 or self._is_bloated():
+                return True
             self._tidy()
         return False
 
@@ -278,6 +294,33 @@ class Worker:
             connection.queries_log.clear()
             if connection.connection is not self._session and not self._wake.uses(connection.alias):
                 connection.close_if_unusable_or_obsolete()
+
+    def book_crash(self, event_id: int, handler: int, cause: str) -> None:
+        """Count an attempt that ended with its process; wait for the server to see that it is gone."""
+        (row,) = store.events_by_id([event_id], using=self.using)
+        event = Event.from_row(row, References())
+        registered = {h.name for h in self._registry.handlers_for(event.group)}
+        error = WorkerDied(f"The worker process died of {cause} while it ran this handler.")
+        deadline = time.monotonic() + CRASH_PATIENCE
+        while store.is_pending(event_id, using=self.using) and time.monotonic() < deadline:
+            with transaction.atomic(using=self.using):
+                if store.claim_one(event_id, using=self.using):
+                    earlier = store.deliveries([event_id], using=self.using).get(event_id, {})
+                    culprit = self._registry.handlers[handler]
+                    self._settle(book(culprit, event, error, earlier, registered))
+                    return
+            self._wake.pause(0.02)
+        logger.warning(
+            "The attempt on event %(event_id)s that ended with its process could not be counted.",
+            {"event_id": event_id},
+            extra={"event_id": event_id},
+        )
+
+    def _is_bloated(self) -> bool:
+        if self._max_rss is None:
+            return False
+        unit = 1024 * 1024 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss > self._max_rss * unit
 
     def _handle_or_narrow(self) -> int:
         """Handle a batch; if its commit fails, handle its first event alone."""

@@ -11,7 +11,7 @@ import psycopg
 import pytest
 
 from spark_outbox import emit, emit_many
-from spark_outbox.models import OutboxEvent
+from spark_outbox.models import Delivery, OutboxEvent
 from tests import postgres
 from tests.challenges.models import Handled
 from tests.tools import WorkerProcess, conninfo, eventually, manage, wait_until_asleep
@@ -172,12 +172,14 @@ def test_a_handler_past_its_timeout_is_interrupted_in_the_worker_process(flags):
 # Dying
 
 
-def test_kill_9_between_handler_and_commit_leaves_neither_writes_nor_done_mark(tmp_path):
-    emit("probe", "key", die_unless=str(tmp_path / "died"))
+def test_kill_9_between_handler_and_commit_leaves_neither_writes_nor_done_mark(flags):
     with WorkerProcess() as worker:
-        assert worker.wait() == -signal.SIGKILL
+        worker.wait_until_ready()
+        start_a_handler(flags)  # it has written to the ledger
+        worker.kill()
     assert status() == "pending"
     assert not Handled.objects.exists()
+    Path(flags["go"]).touch()
     with WorkerProcess("--drain") as worker:  # its rows are free, and nothing is lost
         assert worker.wait() == 0
     assert status() == "done"
@@ -190,12 +192,12 @@ def test_another_worker_takes_over_what_a_killed_one_held(flags):
         first.wait_until_ready()
         second.wait_until_ready()
         pid = start_a_handler(flags)
-        holder, other = (first, second) if first.process.pid == pid else (second, first)
-        holder.signal(signal.SIGKILL)
-        holder.wait()
+        holder, other = (first, second) if first.owns(pid) else (second, first)
+        holder.kill()
         Path(flags["go"]).touch()
         eventually(lambda: status() == "done")  # though nobody notifies, and nobody polls
-    assert [handled.note for handled in Handled.objects.all()] == [str(other.process.pid)]
+        (handled,) = Handled.objects.all()
+        assert other.owns(int(handled.note))
 
 
 def test_workers_that_are_killed_again_and_again_lose_nothing_and_repeat_nothing():
@@ -206,8 +208,7 @@ def test_workers_that_are_killed_again_and_again_lose_nothing_and_repeat_nothing
             worker.wait_until_ready()
             before = Handled.objects.count()
             eventually(lambda before=before: Handled.objects.count() > before or before == total)
-            worker.signal(signal.SIGKILL)
-            worker.wait()
+            worker.kill()
         if before == total or kills == 8:
             break
     with WorkerProcess("--drain") as worker:
@@ -229,10 +230,106 @@ def test_two_worker_processes_handle_each_of_2000_events_once():
             assert worker.wait() == 0
     assert Handled.objects.count() == 2000
     assert Handled.objects.values("key").distinct().count() == 2000
-    assert set(Handled.objects.values_list("note", flat=True)) == {
-        str(one.process.pid),
-        str(two.process.pid),
-    }
+    assert Handled.objects.values("note").distinct().count() == 2
+
+
+# Prefork
+
+
+def test_several_processes_work_side_by_side():
+    with WorkerProcess("--processes", "3") as worker:
+        worker.wait_until_ready()
+        wait_until_asleep(3)
+        assert "3 processes" in worker.output
+        emit_many(({"group": "probe", "key": f"{n}"} for n in range(1500)), chunk_size=50)
+        eventually(lambda: OutboxEvent.objects.filter(status="done").count() == 1500)
+        worker.signal(signal.SIGTERM)
+        assert worker.wait() == 0
+    assert Handled.objects.count() == 1500
+    assert Handled.objects.values("note").distinct().count() > 1
+
+
+def test_a_segfault_takes_down_one_child_and_its_event_is_retried_and_then_failed():
+    emit("probe_crash", "bad")
+    emit_many({"group": "probe", "key": f"{n}"} for n in range(20))
+    with WorkerProcess("--processes", "2") as worker:
+        worker.wait_until_ready()
+        eventually(lambda: OutboxEvent.objects.filter(status="done").count() == 20)
+        eventually(lambda: status("bad") == "failed")
+        assert worker.output.count("A worker process died of signal SIGSEGV.") == 2
+        emit("probe", "after")
+        eventually(lambda: status("after") == "done")
+        worker.signal(signal.SIGTERM)
+        assert worker.wait() == 0
+    assert sorted(Handled.objects.values_list("key", flat=True)) == sorted(
+        [*(f"{n}" for n in range(20)), "after"]
+    )
+    delivery = Delivery.objects.get(event__key="bad", handler="crash")
+    assert (delivery.status, delivery.attempts) == ("failed", 2)
+    assert "died of signal SIGSEGV" in delivery.error
+
+
+def test_a_child_that_is_killed_is_replaced_and_its_attempt_counted(flags):
+    with WorkerProcess() as worker:
+        worker.wait_until_ready()
+        pid = start_a_handler(flags)
+        os.kill(pid, signal.SIGKILL)
+        eventually(lambda: OutboxEvent.objects.get().attempts == 1)
+        assert status() == "pending"
+        Path(flags["go"]).touch()
+        eventually(lambda: status() == "done")
+        assert worker.process.poll() is None
+    assert [handled.note == str(pid) for handled in Handled.objects.all()] == [False]
+    assert Delivery.objects.get().attempts == 2
+
+
+def test_a_handler_that_does_not_stop_in_time_is_killed(flags):
+    with WorkerProcess("--shutdown-timeout", "0.2") as worker:
+        worker.wait_until_ready()
+        start_a_handler(flags)
+        worker.signal(signal.SIGTERM)
+        assert worker.wait() == 0
+        assert "did not stop in time" in worker.output
+    assert (status(), OutboxEvent.objects.get().attempts) == ("pending", 0)
+
+
+def test_children_stop_when_their_supervisor_is_gone(flags):
+    with WorkerProcess() as worker:
+        worker.wait_until_ready()
+        pid = start_a_handler(flags)
+        worker.signal(signal.SIGKILL)  # it alone
+        worker.wait()
+        Path(flags["go"]).touch()
+        eventually(lambda: status() == "done")  # the handler in hand is finished
+        eventually(lambda: not Path(f"/proc/{pid}").exists())
+
+
+def test_a_process_is_started_anew_after_max_events_or_max_rss():
+    with WorkerProcess("--max-events", "10", "--batch-size", "5") as worker:
+        worker.wait_until_ready()
+        for n in range(100):
+            emit("probe", f"{n}")
+        eventually(lambda: Handled.objects.count() == 100)
+        assert "died" not in worker.output
+    assert 5 <= Handled.objects.values("note").distinct().count() <= 20
+    Handled.objects.all().delete()
+    with WorkerProcess("--max-rss", "1") as worker:
+        worker.wait_until_ready()
+        for n in range(3):
+            emit("probe", f"rss {n}")
+            eventually(lambda n=n: Handled.objects.count() == n + 1)
+    assert Handled.objects.values("note").distinct().count() == 3
+
+
+def test_ctrl_c_in_a_terminal_stops_all_and_lets_them_finish(flags):
+    with WorkerProcess("--processes", "2") as worker:
+        worker.wait_until_ready()
+        start_a_handler(flags)
+        os.killpg(worker.process.pid, signal.SIGINT)  # as a terminal does
+        assert worker.message() == "STOPPING=1"
+        Path(flags["go"]).touch()
+        assert worker.wait() == 0
+    assert status() == "done"
 
 
 # The database going away

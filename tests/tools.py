@@ -142,9 +142,7 @@ class WorkerProcess:
         return self
 
     def __exit__(self, *_: object) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)  # with --reload there are two
-        self.process.wait()
+        self.kill()
         self._messages.close()
         self._folder.cleanup()
 
@@ -165,6 +163,16 @@ class WorkerProcess:
     def wait_until_ready(self) -> "WorkerProcess":
         assert self.message() == "READY=1"
         return self
+
+    def kill(self) -> None:
+        """kill -9 the supervisor and all of its children."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+    def owns(self, pid: int) -> bool:
+        """Return whether `pid` is one of its children."""
+        return os.getpgid(pid) == self.process.pid
 
     def signal(self, number: signal.Signals) -> None:
         self.process.send_signal(number)

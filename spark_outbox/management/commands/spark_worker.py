@@ -4,11 +4,13 @@ import argparse
 import logging
 import os
 import signal
-import threading
+import sys
+import traceback
+from collections.abc import Callable
 from typing import Any
 
 from django.core.management.base import BaseCommand, CommandError, CommandParser
-from django.db import DEFAULT_DB_ALIAS, connections
+from django.db import DEFAULT_DB_ALIAS, Error, connections
 from django.utils import autoreload
 
 import spark_outbox
@@ -17,6 +19,7 @@ from spark_outbox.errors import SparkOutboxError
 from spark_outbox.management import systemd
 from spark_outbox.management.alarm import Alarm
 from spark_outbox.registry import registry
+from spark_outbox.supervisor import SIGNALS, Slot, Supervisor
 from spark_outbox.worker import Worker
 
 
@@ -60,6 +63,32 @@ class Command(BaseCommand):
             help="look for events this often even if no notification comes (default: %(default)s)",
         )
         parser.add_argument(
+            "--processes",
+            type=_whole_number,
+            default=1,
+            metavar="N",
+            help="work in so many processes (default: %(default)s)",
+        )
+        parser.add_argument(
+            "--shutdown-timeout",
+            type=_seconds,
+            default=30.0,
+            metavar="SECONDS",
+            help="when stopped, wait this long for handlers to finish (default: %(default)s)",
+        )
+        parser.add_argument(
+            "--max-events",
+            type=_whole_number,
+            metavar="N",
+            help="start a process anew after about N events",
+        )
+        parser.add_argument(
+            "--max-rss",
+            type=_whole_number,
+            metavar="MIB",
+            help="start a process anew that has used more memory than this",
+        )
+        parser.add_argument(
             "--database",
             default=DEFAULT_DB_ALIAS,
             metavar="ALIAS",
@@ -81,39 +110,107 @@ class Command(BaseCommand):
         finite = options["drain"] or options["once"]
         reload = conf.debug() and not finite if options["reload"] is None else options["reload"]
         if reload:
-            autoreload.run_with_reloader(self._work, **options)
-        else:
-            self._work(**options)
+            autoreload.run_with_reloader(self._work_in_thread, **options)
+        elif code := self._supervise(finite, options):
+            sys.exit(code)
 
-    def _work(self, **options: Any) -> None:
-        in_main_thread = threading.current_thread() is threading.main_thread()  # else reloading
-        worker = Worker(
-            alarm=Alarm() if in_main_thread else None,
+    def _supervise(self, finite: bool, options: dict[str, Any]) -> int:
+        """Run the workers in processes of their own, and look after them."""
+        for connection in connections.all(initialized_only=True):  # they can't be shared
+            connection.close()
+            getattr(connection, "close_pool", bool)()
+        supervisor = Supervisor(
+            lambda slot, ready: self._child(slot, ready, options),
+            processes=options["processes"],
+            shutdown_timeout=options["shutdown_timeout"],
+            finite=finite,
+            on_ready=lambda: systemd.notify("READY=1"),
+            on_crash=lambda *crash: self._book_crash(*crash, using=options["database"]),
+        )
+        stops = (signal.SIGTERM, signal.SIGINT)
+
+        def stop(*_: object) -> None:
+            for each in stops:
+                signal.signal(each, stop_at_once)
+            systemd.notify("STOPPING=1")
+            supervisor.stop()
+
+        def stop_at_once(number: int, _: object) -> None:
+            supervisor.kill()  # what was not committed is handled again: nothing is lost
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+
+        signal.signal(signal.SIGCHLD, lambda *_: supervisor.child_ended())
+        for each in stops:
+            signal.signal(each, stop)
+        return supervisor.run()
+
+    def _child(self, slot: Slot, ready: Callable[[], None], options: dict[str, Any]) -> int:
+        """Be one of the worker processes; return its exit code."""
+
+        def on_ready(version: str) -> None:
+            if slot.number == 0:
+                self._introduce(version, options)
+            ready()
+
+        worker = self._worker(options, alarm=Alarm(), in_hand=slot, on_ready=on_ready)
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C reaches all; the supervisor tells us
+        signal.signal(signal.SIGTERM, lambda *_: worker.stop())
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+        try:
+            worker.run(drain=options["drain"], once=options["once"])
+        except SparkOutboxError as error:
+            self.stderr.write(self.style.ERROR(str(error)))
+            return os.EX_CONFIG
+        except Exception:  # noqa: BLE001, shown, and then the supervisor starts another
+            traceback.print_exc()
+            return 1
+        finally:
+            self.stdout.flush()
+            self.stderr.flush()
+        return 0
+
+    def _work_in_thread(self, **options: Any) -> None:
+        """Be the worker under the autoreloader, which has the main thread."""
+
+        def on_ready(version: str) -> None:
+            self._introduce(version, options)
+            systemd.notify("READY=1")
+
+        worker = self._worker(options, on_ready=on_ready)
+        worker.run(drain=options["drain"], once=options["once"])
+
+    def _worker(self, options: dict[str, Any], **more: Any) -> Worker:
+        return Worker(
             using=options["database"],
             groups=options["groups"],
             batch_size=options["batch_size"],
             commit_interval=options["commit_interval"],
             poll_interval=options["poll_interval"],
-            on_ready=lambda version: self._ready(version, options["database"]),
+            max_events=options["max_events"],
+            max_rss=options["max_rss"],
+            **more,
         )
-        if in_main_thread:
-            _stop_on_signals(worker)
-        try:
-            worker.run(drain=options["drain"], once=options["once"])
-        except SparkOutboxError as error:
-            raise CommandError(str(error)) from None
-        systemd.notify("STOPPING=1")
 
-    def _ready(self, version: str, alias: str) -> None:
-        name = connections[alias].settings_dict["NAME"]
+    def _book_crash(self, event_id: int, handler: int, cause: str, *, using: str) -> None:
+        try:
+            Worker(using=using).book_crash(event_id, handler, cause)
+        except Error as error:  # the database is away: then nothing can be counted
+            self.stderr.write(f"A crash on event {event_id} could not be counted: {error}")
+        finally:
+            connections.close_all()
+
+    def _introduce(self, version: str, options: dict[str, Any]) -> None:
+        name = connections[options["database"]].settings_dict["NAME"]
         handlers = ", ".join(f"{h.name} for {h.pattern.pattern}" for h in registry.handlers)
+        count = options["processes"]
         self.stdout.write(
             f"spark_outbox {spark_outbox.__version__} on database {name} (PostgreSQL {version}), "
-            f"process {os.getpid()}. Handlers: "
+            f"{count} process{'es' if count > 1 else ''}. Handlers: "
             + (handlers or self.style.WARNING("none, so every event will be unhandled"))
         )
         self.stdout.flush()
-        systemd.notify("READY=1")
 
     def _set_up_logging(self, verbosity: int) -> None:
         """With -v 2 or more, show our own log, unless the project's LOGGING does so already."""
@@ -123,20 +220,6 @@ class Command(BaseCommand):
             handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
             logger.addHandler(handler)
             logger.setLevel(logging.INFO if verbosity == 2 else logging.DEBUG)
-
-
-def _stop_on_signals(worker: Worker) -> None:
-    numbers = (signal.SIGTERM, signal.SIGINT)
-
-    def stop(*_: object) -> None:
-        # Whatever the second signal cuts off, its transaction was not committed: nothing is lost.
-        for number in numbers:
-            signal.signal(number, signal.SIG_DFL)
-        systemd.notify("STOPPING=1")
-        worker.stop()
-
-    for number in numbers:
-        signal.signal(number, stop)
 
 
 def _whole_number(text: str) -> int:

@@ -1,0 +1,199 @@
+"""Prefork: run workers in child processes, restart what dies, and remember what it died of.
+
+A child notes the handler and the event that it has in hand in memory that it shares with the
+supervisor. If it dies there, say of a segmentation fault, its transaction is rolled back, and the
+attempt would be forgotten with it: so the supervisor tells `on_crash`, which books it. It installs no
+signal handlers: `stop`, `kill` and `child_ended` are for those of its caller.
+"""
+
+import contextlib
+import logging
+import mmap
+import os
+import select
+import signal
+import struct
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+logger = logging.getLogger(__name__)
+
+RESTART_PAUSES = (0.1, 30.0)
+"""The first and the longest pause before a process that died is started again, in seconds."""
+
+HEALTHY = 60.0
+"""Seconds after which a process that dies is started again with the first pause."""
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGCHLD)
+"""Blocked around the fork: a child must not run the handlers of its parent."""
+
+_IN_HAND = struct.Struct("qq")
+
+
+@dataclass(slots=True)
+class Slot:
+    """The place of one child process, shared with it."""
+
+    number: int
+    pid: int = 0
+    started: float = 0.0
+    crashes: int = 0
+    start_at: float = 0.0
+    memory: mmap.mmap = field(default_factory=lambda: mmap.mmap(-1, mmap.PAGESIZE))
+
+    def take_in_hand(self, event_id: int, handler: int) -> None:
+        """Note, in the child, what is about to be called: the handler's index in the registry."""
+        _IN_HAND.pack_into(self.memory, 0, event_id, handler)
+
+    def put_down(self) -> None:
+        _IN_HAND.pack_into(self.memory, 0, 0, 0)
+
+    def in_hand(self) -> tuple[int, int] | None:
+        event_id, handler = _IN_HAND.unpack_from(self.memory, 0)
+        return (event_id, handler) if event_id else None
+
+
+class Supervisor:
+    """Keeps `processes` children running `work`, whose return value is their exit code.
+
+    `work` gets its slot and what to call when it is ready. It starts with SIGNALS blocked, and
+    unblocks them when it has handlers of its own; on SIGTERM it is to finish.
+
+    A child that exits with 0 is done: it is started again at once, or not at all if `finite`. One
+    that exits with EX_CONFIG would do so again: then all are stopped. Any other end is a crash, and
+    `on_crash` gets the event, the handler and the cause, if the child had one in hand. `on_ready` is
+    called when a child is ready and all have been.
+    """
+
+    def __init__(
+        self,
+        work: Callable[[Slot, Callable[[], None]], int],
+        *,
+        processes: int,
+        shutdown_timeout: float,
+        finite: bool,
+        on_ready: Callable[[], None],
+        on_crash: Callable[[int, int, str], None],
+    ) -> None:
+        self._work = work
+        self._slots = [Slot(number) for number in range(processes)]
+        self._shutdown_timeout = shutdown_timeout
+        self._finite = finite
+        self._on_ready = on_ready
+        self._on_crash = on_crash
+        self._stopping = False
+        self._deadline = float("inf")
+        self._exit_code = 0
+        self._ready = 0
+        self._wake_read, self._wake_write = os.pipe()  # a byte per thing to look at
+        self._life_read, self._life_write = os.pipe()  # at its end, the children know we are gone
+        os.set_blocking(self._wake_read, False)
+
+    # For signal handlers
+
+    def stop(self) -> None:
+        """Have the children finish the handler in hand; kill those that take too long."""
+        self._stopping = True
+        self._deadline = time.monotonic() + self._shutdown_timeout
+        self._signal_all(signal.SIGTERM)
+        self._tell(b"s")
+
+    def kill(self) -> None:
+        """End the children at once. What they had not committed is handled again."""
+        self._stopping = True
+        self._signal_all(signal.SIGKILL)
+
+    def child_ended(self) -> None:
+        self._tell(b"c")
+
+    # The loop
+
+    def run(self) -> int:
+        """Run until stopped, or all are done; return the exit code."""
+        while True:
+            now = time.monotonic()
+            for slot in self._slots:
+                if not (slot.pid or self._stopping) and slot.start_at <= now:
+                    self._start(slot)
+            if not any(slot.pid for slot in self._slots) and (
+                self._stopping or all(slot.start_at == float("inf") for slot in self._slots)
+            ):
+                return self._exit_code
+            if now >= self._deadline:
+                self._deadline = float("inf")
+                logger.warning("A worker did not stop in time, and is killed.")
+                self._signal_all(signal.SIGKILL)
+            self._wait(now)
+            self._reap()
+
+    def _wait(self, now: float) -> None:
+        starts = (slot.start_at for slot in self._slots if not slot.pid)
+        seconds = max(0.0, min(self._deadline, *starts, now + 3600) - now)
+        if select.select([self._wake_read], [], [], seconds)[0]:
+            told = os.read(self._wake_read, 4096)
+            self._ready += told.count(b"r")
+            if b"r" in told and self._ready >= len(self._slots):
+                self._on_ready()
+
+    def _start(self, slot: Slot) -> None:
+        slot.put_down()
+        slot.started = time.monotonic()
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+        pid = os.fork()
+        if pid:
+            slot.pid = pid
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+            return
+        code = 1
+        try:
+            os.close(self._life_write)
+            threading.Thread(target=_follow, args=(self._life_read,), daemon=True).start()
+            code = self._work(slot, lambda: self._tell(b"r"))
+        finally:
+            os._exit(code)  # not the parent's atexit handlers
+
+    def _reap(self) -> None:
+        for slot in self._slots:
+            if slot.pid:
+                pid, status = os.waitpid(slot.pid, os.WNOHANG)
+                if pid:
+                    slot.pid = 0
+                    self._ended(slot, os.waitstatus_to_exitcode(status))
+
+    def _ended(self, slot: Slot, code: int) -> None:
+        """Decide when a child's place is filled again."""
+        now = time.monotonic()
+        if code == 0:
+            slot.start_at = float("inf") if self._finite else now
+            return
+        if code == os.EX_CONFIG or (self._finite and code > 0):
+            self._exit_code = 1
+            self.stop()
+            return
+        cause = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+        in_hand = slot.in_hand()
+        if self._stopping and code == -signal.SIGKILL:
+            return  # we did that
+        slot.crashes = slot.crashes + 1 if now - slot.started < HEALTHY else 1
+        first, longest = RESTART_PAUSES
+        slot.start_at = now + min(longest, first * 2 ** min(slot.crashes - 1, 16))
+        logger.error("A worker process died of %(cause)s.", {"cause": cause}, extra={"cause": cause})
+        if in_hand:
+            self._on_crash(*in_hand, cause)
+
+    def _signal_all(self, number: signal.Signals) -> None:
+        for slot in self._slots:
+            if slot.pid:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(slot.pid, number)
+
+    def _tell(self, what: bytes) -> None:
+        os.write(self._wake_write, what)
+
+
+def _follow(life: int) -> None:
+    """In a child: stop when the supervisor has ended, however it did."""
+    os.read(life, 1)
+    os.kill(os.getpid(), signal.SIGTERM)
