@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable
 
-from spark_outbox import store
+from spark_outbox import conf, store
 from spark_outbox.dispatch import Batch, Outcomes
 from spark_outbox.events import Event, StoredRow
 from spark_outbox.references import References
@@ -42,6 +42,10 @@ class Claims:
         self._sweep_at = -math.inf
         self._due_at = -math.inf  # when a busy worker looks for due events again
         self._looked_for_due = False
+        self._looked_for_ordered = False
+        self._after_key = ""  # the ordering key after which to look next
+        self._failed_head = conf.current().FAILED_HEAD
+        self.held = False  # heads of ordering keys that another transaction holds were seen
 
     @property
     def careful(self) -> bool:
@@ -56,11 +60,14 @@ class Claims:
         # Not twice in a row: a backlog of due events must leave slow handlers time for ready ones.
         self._looked_for_due = sweep or (started >= self._due_at and not self._looked_for_due)
         due = self._claim_due(started, limit) if self._looked_for_due else []
-        rows = (due + ready)[: 1 if self.careful else None]
+        # Nor this, unless there is nothing else: a hot ordering key must leave others their time.
+        self._looked_for_ordered = sweep or not (ready and self._looked_for_ordered)
+        ordered = self._claim_ordered(limit, all_keys=sweep) if self._looked_for_ordered else []
+        rows = (due + ordered + ready)[: 1 if self.careful else None]
         retried = [row.id for row in rows if row.attempts]
         return Batch(
             [Event.from_row(row, references) for row in rows],
-            due=len(due),
+            elsewhere=len(due) + len(ordered),
             earlier=store.deliveries(retried, using=self.using) if retried else {},
         )
 
@@ -72,7 +79,7 @@ class Claims:
             self.size = max(1, min(outcomes.count, self.batch_size))
         else:
             self.size = min(self.size * 2, self.batch_size)
-        handled_ready = batch.events[batch.due : outcomes.count]
+        handled_ready = batch.events[batch.elsewhere : outcomes.reached]
         if handled_ready:
             self.floor = handled_ready[-1].id + 1
 
@@ -96,6 +103,23 @@ class Claims:
             now = self._clock()
             self._sweep_at = now + max(SWEEP_INTERVAL, 10 * (now - started))
         return rows
+
+    def _claim_ordered(self, limit: int, *, all_keys: bool) -> list[StoredRow]:
+        """Go on where the last look ended; with `all_keys`, look until something is found."""
+        if all_keys:
+            self._after_key = ""
+        while True:
+            ordered = store.claim_ordered(
+                self._after_key,
+                limit,
+                failed=self._failed_head,
+                groups=self.groups,
+                using=self.using,
+            )
+            self.held = ordered.held
+            self._after_key = ordered.after
+            if ordered.rows or not (all_keys and ordered.after):
+                return ordered.rows
 
     def _claim_due(self, started: float, limit: int) -> list[StoredRow]:
         self._due_at = started + self._commit_interval

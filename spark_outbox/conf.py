@@ -37,6 +37,9 @@ class Settings:
     TIMEOUT: float | None = None
     """Seconds that a handler may run; None for as long as it likes."""
 
+    FAILED_HEAD: str = "block"
+    """What a failed event does to later ones of its ordering key: `block` them, or `skip` it."""
+
     BREAK_AFTER: int | None = 10
     """After failing on this many events in a row a handler is left alone for a while; None: never."""
 
@@ -59,6 +62,7 @@ class Settings:
         if self.TIMEOUT is not None:
             object.__setattr__(self, "TIMEOUT", _seconds("TIMEOUT", self.TIMEOUT))
         _one_of("WAKE", self.WAKE, "gated", "always", "never")
+        _one_of("FAILED_HEAD", self.FAILED_HEAD, "block", "skip")
         _one_of("DISPATCH", self.DISPATCH, "worker", "on_commit")
         if type(self.REQUIRE_ATOMIC) is not bool:
             raise _error("REQUIRE_ATOMIC", self.REQUIRE_ATOMIC, "True or False")

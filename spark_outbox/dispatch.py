@@ -27,15 +27,15 @@ class Batch:
     """Claimed events, and what is known of those that were tried before."""
 
     events: Sequence[Event]
-    due: int = 0
-    """How many of them, the first, were not in the ready queue."""
+    elsewhere: int = 0
+    """How many of them, the first, were not in the ready queue: they are due, or ordered."""
     earlier: dict[int, dict[str, Earlier]] = field(default_factory=dict)
 
     def owed(self, event: Event, handlers: Sequence[Handler]) -> list[Handler]:
         """Return the handlers that an event tried before owes: those due, or all that are pending if
         somebody has made it ready by hand."""
         earlier = self.earlier[event.id]
-        ready = event not in self.events[: self.due]
+        ready = event.available_at is None
         return [
             handler
             for handler in handlers
@@ -55,8 +55,17 @@ class Outcomes:
     attempts: list[Attempt] = field(default_factory=list)
     retried: list[int] = field(default_factory=list)
     """Finished events that have deliveries."""
+    reached: int = 0
+    """How many events of the batch were looked at."""
     cut: bool = False
     """The batch ended before its last event, or might as well have."""
+
+    def holds_up(self, event: Event, failed_head: str) -> bool:
+        """Return whether later events of its ordering key have to wait for the last one handled."""
+        if self.postponed and self.postponed[-1].event_id == event.id:
+            return True
+        failed = self.ended and self.ended[-1][:2] == (event.id, "failed")
+        return bool(failed) and failed_head == "block"
 
     @property
     def count(self) -> int:
@@ -110,6 +119,7 @@ class Dispatcher:
         self.in_hand: InHand | None = None
         self.daemon = False  # if so, nobody presses Ctrl-C: a KeyboardInterrupt is the handler's own
         self._contended = False
+        self._failed_head = conf.current().FAILED_HEAD
         self._breakers = Breakers(conf.current().BREAK_AFTER, clock)
         self._slow: dict[str, float] = {}  # handler name -> recent seconds, if above the interval
 
@@ -118,12 +128,19 @@ class Dispatcher:
         outcomes = Outcomes()
         self._contended = False  # whether a handler lost a fight for locks: others wait for ours
         deadline = self._clock() + self._commit_interval
+        blocked: set[str] = set()
         for event in batch.events:
+            if event.ordering_key in blocked:
+                outcomes.reached += 1
+                continue
             handlers = self._handlers_for(event.group)
             if self._slow and outcomes.count and any(h.name in self._slow for h in handlers):
                 outcomes.cut = True
                 break
             self._handle(event, handlers, batch, isolation, outcomes)
+            outcomes.reached += 1
+            if event.ordering_key is not None and outcomes.holds_up(event, self._failed_head):
+                blocked.add(event.ordering_key)
             if self._contended or isolation.full or self._clock() >= deadline or stopping():
                 outcomes.cut = True
                 break

@@ -26,6 +26,7 @@ class StoredRow(NamedTuple):
     ordering_key: str | None
     attempts: int
     created_at: dt.datetime
+    available_at: dt.datetime | None
 
 
 class Event(Mapping[str, Any]):
@@ -86,12 +87,12 @@ class Event(Mapping[str, Any]):
     def from_row(cls, row: StoredRow, references: References) -> "Event":
         """Return a stored event; its payload is parsed when a handler first looks at it."""
         event = cls.__new__(cls)
-        event.id, event.key, event.group, text, headers, event.ordering_key, attempts, created = row
+        event.id, event.key, event.group, text, headers, event.ordering_key, attempts = row[:7]
+        event.created_at, event.available_at = row[7:]
         event.payload = LazyPayload(text, references)
         event.headers = {} if headers == "{}" else LazyPayload(headers, references)
-        event.created_at = created
         event.attempt = attempts + 1
-        event.available_at = event.delay = None
+        event.delay = None
         return event
 
     @classmethod

@@ -85,12 +85,17 @@ class OutboxEvent(models.Model):
             models.Index(
                 name="spark_outbox_event_ready",
                 fields=["id"],
-                condition=Q(status="pending", available_at__isnull=True),
+                condition=Q(status="pending", available_at__isnull=True, ordering_key__isnull=True),
             ),
             models.Index(
                 name="spark_outbox_event_due",
                 fields=["available_at"],
                 condition=Q(status="pending", available_at__isnull=False),
+            ),
+            models.Index(
+                name="spark_outbox_event_order",
+                fields=["ordering_key", "id"],
+                condition=Q(ordering_key__isnull=False, status__in=["pending", "running", "failed"]),
             ),
             models.Index(
                 name="spark_outbox_event_unhandled",

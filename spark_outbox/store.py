@@ -6,6 +6,7 @@ has locked, and say how many rows they applied to.
 """
 
 import datetime as dt
+import itertools
 import math
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
@@ -107,19 +108,22 @@ def is_same(row: NewRow, *, using: str) -> bool:
 # a handler insert rows that refer to the event.
 
 _COLUMNS = """
-    id, key, event_group, payload::text, headers::text, ordering_key, attempts, created_at
+    id, key, event_group, payload::text, headers::text, ordering_key, attempts, created_at,
+    available_at
 """
 
 CLAIM_READY = f"""
 select {_COLUMNS} from spark_outbox_event
-where status = 'pending' and available_at is null and id >= %(floor)s {{groups}}
+where status = 'pending' and available_at is null and ordering_key is null and id >= %(floor)s
+    {{groups}}
 order by id limit %(limit)s
 for no key update skip locked
 """
 
 CLAIM_DUE = f"""
 select {_COLUMNS} from spark_outbox_event
-where status = 'pending' and available_at <= statement_timestamp() {{groups}}
+where status = 'pending' and available_at <= statement_timestamp() and ordering_key is null
+    {{groups}}
 order by available_at limit %(limit)s
 for no key update skip locked
 """
@@ -145,6 +149,105 @@ def claim_due(limit: int, *, groups: str | None, using: str) -> list[StoredRow]:
     return _claim(CLAIM_DUE, using, limit=limit, groups=groups)
 
 
+# Claim in order: of each ordering key the *head*, its lowest unfinished event, and what follows it.
+# Whoever has locked the head may handle the key; nobody else's head can be of the same key.
+
+UNFINISHED = {
+    "block": "status in ('pending', 'running', 'failed')",
+    "skip": "status in ('pending', 'running')",
+}
+
+KEYS_AT_ONCE = 100
+
+# Jumps from key to key along the index, rather than reading all events of each.
+HEADS = """
+with recursive head as (
+    (
+        select ordering_key, id, event_group, status, available_at, 1 as turn
+        from spark_outbox_event
+        where ordering_key > %(after)s and {unfinished}
+        order by ordering_key, id limit 1
+    )
+    union all
+    select next.*, head.turn + 1 from head cross join lateral (
+        select ordering_key, id, event_group, status, available_at
+        from spark_outbox_event
+        where ordering_key > head.ordering_key and {unfinished}
+        order by ordering_key, id limit 1
+    ) as next
+    where head.turn < %(keys)s
+)
+select
+    id, ordering_key,
+    status = 'pending' and (available_at is null or available_at <= statement_timestamp()) {groups}
+from head order by turn
+"""
+
+RUNS = """
+select
+    id, ordering_key,
+    status = 'pending' and (available_at is null or available_at <= statement_timestamp()) {groups}
+from spark_outbox_event
+where ordering_key = any(%(keys)s) and {unfinished}
+order by ordering_key, id limit %(limit)s
+"""
+
+CLAIM_IDS = f"""
+select {_COLUMNS} from spark_outbox_event
+where id = any(%s) and status = 'pending'
+for no key update skip locked
+"""
+
+
+class Ordered(NamedTuple):
+    """What a look at the ordering keys after some key came to."""
+
+    rows: list[StoredRow]
+    """Locked: of each key a head and the events that follow it without a gap, in order."""
+    after: str
+    """From where to look next; empty if there are no further keys."""
+    held: bool
+    """There are heads that could be handled, but another transaction holds them."""
+
+
+def claim_ordered(after: str, limit: int, *, failed: str, groups: str | None, using: str) -> Ordered:
+    """Lock about `limit` events that are next in their order, of up to KEYS_AT_ONCE keys.
+
+    `failed` says what a failed head does to those behind it: `block`, or `skip`.
+    """
+
+    def rows(sql: str, **params: Any) -> list[Any]:
+        filled = sql.format(unfinished=UNFINISHED[failed], groups="" if groups is None else _GROUPS)
+        return _rows(filled, {"groups": groups, **params}, using=using)
+
+    found = rows(HEADS, after=after, keys=KEYS_AT_ONCE)
+    following = found[-1][1] if len(found) == KEYS_AT_ONCE else ""
+    ready = [event_id for event_id, _, is_ready in found if is_ready]
+    heads = {row.ordering_key: row for row in _claim_ids(ready[:limit], using)} if ready else {}
+    if not heads:
+        return Ordered([], following, bool(ready))
+    runs: dict[str, list[int]] = {}
+    ended: set[str] = set()
+    for event_id, key, is_ready in rows(RUNS, keys=list(heads), limit=limit + len(heads)):
+        if not is_ready or (key not in runs and event_id != heads[key].id):
+            ended.add(key)  # a gap; or a lower id has been committed since, and is the head now
+        if key not in ended:
+            runs.setdefault(key, []).append(event_id)
+    followers = [event_id for run in runs.values() for event_id in run[1:]]
+    locked = {row.id: row for row in _claim_ids(followers, using)} if followers else {}
+    locked |= {row.id: row for row in heads.values()}
+    claimed = [
+        locked[event_id]
+        for run in runs.values()
+        for event_id in itertools.takewhile(locked.__contains__, run)
+    ]
+    return Ordered(claimed, following, len(heads) < len(ready[:limit]))
+
+
+def _claim_ids(ids: list[int], using: str) -> list[StoredRow]:
+    return list(map(StoredRow._make, _rows(CLAIM_IDS, [ids], using=using)))
+
+
 def is_pending(event_id: int, *, using: str) -> bool:
     return bool(value(IS_PENDING, [event_id], using=using))
 
@@ -168,6 +271,8 @@ class Outlook(NamedTuple):
 
     ready: bool
     """There are events it could not claim: another transaction holds their rows."""
+    ordered: bool
+    """There are events with an ordering key, which may have to wait for others of it."""
     due_in: float
     """Seconds until the next delayed event; infinity if there is none."""
 
@@ -176,10 +281,16 @@ OUTLOOK = """
 select
     exists (
         select from spark_outbox_event
-        where status = 'pending' and available_at is null {groups}
+        where status = 'pending' and available_at is null and ordering_key is null {groups}
     ) or exists (
         select from spark_outbox_event
-        where status = 'pending' and available_at <= statement_timestamp() {groups}
+        where status = 'pending' and available_at <= statement_timestamp() and ordering_key is null
+            {groups}
+    ),
+    exists (
+        select from spark_outbox_event
+        where status = 'pending' and ordering_key is not null
+            and (available_at is null or available_at <= statement_timestamp()) {groups}
     ),
     (
         select extract(epoch from min(available_at) - statement_timestamp())::float
@@ -190,8 +301,8 @@ select
 
 
 def outlook(*, groups: str | None, using: str) -> Outlook:
-    ((ready, due_in),) = _rows(_with_groups(OUTLOOK, groups), {"groups": groups}, using=using)
-    return Outlook(ready, math.inf if due_in is None else due_in)
+    ((ready, ordered, due_in),) = _rows(_with_groups(OUTLOOK, groups), {"groups": groups}, using=using)
+    return Outlook(ready, ordered, math.inf if due_in is None else due_in)
 
 
 CHECK_GROUPS = "select '' ~ %s"

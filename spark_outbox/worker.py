@@ -219,13 +219,13 @@ class Worker:
         self._claims.expect(outlook.due_in)
         notified = False
         while not (notified or self._stopping):
-            held = HELD_POLL if outlook.ready else math.inf
+            held = HELD_POLL if outlook.ready or self._claims.held else math.inf
             timeout = min(pause, self.poll_interval, outlook.due_in, held)
             notified = self._wake.wait(timeout)
             if timeout != self.poll_interval:
                 break
             outlook = store.outlook(groups=self.groups, using=self.using)
-            if outlook.ready:
+            if outlook.ready or outlook.ordered:
                 break
         self._wake.let_go()
 
