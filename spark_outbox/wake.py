@@ -42,10 +42,16 @@ class Wake:
         self._pipe: tuple[int, int] | None = None
 
     def open(self) -> None:
-        """Prepare for being interrupted; to be undone by `close`."""
-        self._pipe = os.pipe()
-        for descriptor in self._pipe:
-            os.set_blocking(descriptor, False)
+        """Prepare for being interrupted."""
+        if self._pipe is None:
+            self._pipe = os.pipe()
+            for descriptor in self._pipe:
+                os.set_blocking(descriptor, False)
+
+    def __del__(self) -> None:
+        # Not earlier: whoever may still interrupt us, from another thread, holds a reference.
+        for descriptor in self._pipe or ():
+            os.close(descriptor)
 
     def uses(self, alias: str) -> bool:
         return alias == self._using
@@ -120,12 +126,6 @@ class Wake:
         if self._pipe is not None:
             with contextlib.suppress(BlockingIOError):  # it is full of interrupts already
                 os.write(self._pipe[1], b"!")
-
-    def close(self) -> None:
-        if self._pipe is not None:
-            pipe, self._pipe = self._pipe, None
-            for descriptor in pipe:
-                os.close(descriptor)
 
     def _select(self, connection: int | None, seconds: float) -> bool:
         """Wait for the connection or an interrupt; return whether the connection has something."""

@@ -115,7 +115,6 @@ class Worker:
                     break
             except Error as error:
                 self._recover(error)
-        self._wake.close()
         logger.info("Stopped on database %s.", self.using, extra={"database": self.using})
 
     def _work(self, drain: bool, once: bool) -> bool:

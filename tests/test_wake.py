@@ -359,14 +359,13 @@ def test_without_a_listen_database_a_worker_polls(settings, handled):
 
 def test_interrupt_ends_a_wait_at_once_also_one_that_has_not_begun():
     wake = Wake(None)
+    wake.interrupt()  # before it is open: there is nothing to interrupt
     wake.open()
     wake.interrupt()
     assert wake.wait(HOUR)
     threading.Timer(0.05, wake.interrupt).start()
     assert wake.wait(HOUR)
     assert not wake.wait(0.001)
-    wake.close()
-    wake.interrupt()  # a late signal finds nothing to interrupt
 
 
 def test_an_emit_holds_k_until_its_transaction_ends():
