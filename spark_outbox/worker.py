@@ -301,7 +301,9 @@ class Worker:
         registered = {h.name for h in self._registry.handlers_for(event.group)}
         error = WorkerDied(f"The worker process died of {cause} while it ran this handler.")
         deadline = time.monotonic() + CRASH_PATIENCE
-        while store.is_pending(event_id, using=self.using) and time.monotonic() < deadline:
+        while time.monotonic() < deadline:
+            if not store.is_pending(event_id, using=self.using):
+                return  # it has failed meanwhile, in the hands of another process
             with transaction.atomic(using=self.using):
                 if store.claim_one(event_id, using=self.using):
                     earlier = store.deliveries([event_id], using=self.using).get(event_id, {})

@@ -27,8 +27,8 @@ from tests.tools import HOUR, connect
 HANDLERS = ("one", "two")
 MAX_ATTEMPTS = 3
 
-keys = st.sampled_from([f"key {n}" for n in range(8)])
-ordering_keys = st.sampled_from([None, None, "o", "p"])
+keys = st.sampled_from([f"key {n}" for n in range(16)])
+ordering_keys = st.sampled_from([None, "o", "o", "p"])
 
 
 @dataclass
@@ -86,12 +86,12 @@ class Outbox(RuleBasedStateMachine):
         emit("g", key, delay=3600)
         self.add(key, None, "g", delayed=True)
 
-    @rule(some=st.lists(keys, max_size=6))
-    def emit_many(self, some):
-        new = emit_many({"group": "g", "key": key} for key in some)
+    @rule(some=st.lists(keys, max_size=4), ordering_key=ordering_keys)
+    def emit_many(self, some, ordering_key):
+        new = emit_many({"group": "g", "key": key, "ordering_key": ordering_key} for key in some)
         assert new == len(set(some) - set(self.events))
         for key in sorted(some):  # as it writes them
-            self.add(key, None, "g")
+            self.add(key, ordering_key, "g")
 
     @rule(key=keys, savepoint=st.booleans())
     def emit_and_roll_back(self, key, savepoint):
