@@ -69,7 +69,7 @@ def embedded(name: str, *, conf: str = "", keep: bool = False) -> Server:
 
 
 def _import_pgserver() -> Any:
-    """Import it where it has a folder of this user's own: else all users share a file in /tmp."""
+    """Import it where it has a folder of this user's own: else all users share a lock file."""
     import platformdirs
 
     with warnings.catch_warnings(), contextlib.suppress(OSError):
