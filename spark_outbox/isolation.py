@@ -54,6 +54,7 @@ class Isolation:
         where nobody could tell whose they are.
         """
         connection = self._connection = connections[self._using]
+        self.lost = ""  # a handler that is not called, its circuit being open, does not reset it
         self._references = references
         self._strict = strict
         self._subtransactions = 0
