@@ -31,9 +31,18 @@ class Breakers:
         return bool(self._circuits)  # nothing has failed lately: nothing to ask, nothing to tell
 
     def remaining(self, name: str) -> float:
-        """Return the seconds for which the handler is not to be called; 0 if it may be."""
+        """Return the seconds for which the handler is not to be called; 0 if it may be, now.
+
+        The first that may is the probe: until something is known of it, no other may.
+        """
         circuit = self._circuits.get(name)
-        return max(0.0, circuit.opened_until - self._clock()) if circuit else 0.0
+        if circuit is None or not circuit.pause:
+            return 0.0
+        now = self._clock()
+        wait = max(0.0, circuit.opened_until - now)
+        if not wait:
+            circuit.opened_until = now + FIRST_PAUSE
+        return wait
 
     def succeeded(self, name: str) -> bool:
         """Close the handler's circuit; return whether it was open."""

@@ -4,8 +4,8 @@ import math
 from collections.abc import Callable
 
 from spark_outbox import conf, store
-from spark_outbox.dispatch import Batch, Outcomes
 from spark_outbox.events import Event, StoredRow
+from spark_outbox.outcomes import Batch, Outcomes
 from spark_outbox.references import References
 
 SWEEP_INTERVAL = 1.0

@@ -49,6 +49,9 @@ class Settings:
     COMMIT_INTERVAL: float = 0.05
     """Seconds after which a worker commits what it has handled and takes a new batch."""
 
+    ASYNC_CONCURRENCY: int = 100
+    """The most calls of async handlers that a worker process has under way."""
+
     POLL_INTERVAL: float = 60.0
     """Seconds after which a sleeping worker looks for events that no notification told it of."""
 
@@ -66,7 +69,7 @@ class Settings:
         _one_of("DISPATCH", self.DISPATCH, "worker", "on_commit")
         if type(self.REQUIRE_ATOMIC) is not bool:
             raise _error("REQUIRE_ATOMIC", self.REQUIRE_ATOMIC, "True or False")
-        for name in ("MAX_ATTEMPTS", "BATCH_SIZE"):
+        for name in ("MAX_ATTEMPTS", "BATCH_SIZE", "ASYNC_CONCURRENCY"):
             _whole_number(name, getattr(self, name))
         if self.BREAK_AFTER is not None:
             _whole_number("BREAK_AFTER", self.BREAK_AFTER)

@@ -1,99 +1,45 @@
-"""Hand events to their handlers, and say what became of them. Runs no SQL of its own."""
+"""Hand events to their handlers: one after the other, in lists, side by side, or after the commit.
 
-import datetime as dt
+Runs no SQL of its own; what becomes of the events is said in outcomes.py.
+"""
+
 import logging
-import random
-import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, NamedTuple
+
+from asgiref.sync import async_to_sync
 
 from spark_outbox import conf
 from spark_outbox.breaker import Breakers
-from spark_outbox.errors import BrokenTransaction, Discard, Retry
+from spark_outbox.calls import Alarm, Calls, InHand
+from spark_outbox.errors import BatchFailed, BrokenTransaction, Discard, Retry
 from spark_outbox.events import Event
-from spark_outbox.isolation import Isolation
-from spark_outbox.policy import HOPELESS, Verdict
+from spark_outbox.isolation import Isolation, apart
+from spark_outbox.outcomes import Batch, Call, Open, Outcomes, begun, judge, postponed_by_breaker
+from spark_outbox.policy import HOPELESS
 from spark_outbox.registry import Handler
-from spark_outbox.store import Attempt, Earlier, Ended, Postponed
+from spark_outbox.store import Attempt, Earlier
 
 logger = logging.getLogger(__name__)
 
-MAX_ERROR_LENGTH = 20_000
-
-
-@dataclass(slots=True)
-class Batch:
-    """Claimed events, and what is known of those that were tried before."""
-
-    events: Sequence[Event]
-    elsewhere: int = 0
-    """How many of them, the first, were not in the ready queue: they are due, or ordered."""
-    earlier: dict[int, dict[str, Earlier]] = field(default_factory=dict)
-
-    def owed(self, event: Event, handlers: Sequence[Handler]) -> list[Handler]:
-        """Return the handlers that an event tried before owes: those due, or all that are pending if
-        somebody has made it ready by hand."""
-        earlier = self.earlier[event.id]
-        ready = event.available_at is None
-        return [
-            handler
-            for handler in handlers
-            if (before := earlier.get(handler.name)) is None
-            or (before.status == "pending" and (ready or before.due))
-        ]
-
-
-@dataclass(slots=True)
-class Outcomes:
-    """What a dispatched batch comes to, in the store's terms."""
-
-    done: list[int] = field(default_factory=list)
-    unhandled: list[int] = field(default_factory=list)
-    ended: list[Ended] = field(default_factory=list)
-    postponed: list[Postponed] = field(default_factory=list)
-    attempts: list[Attempt] = field(default_factory=list)
-    retried: list[int] = field(default_factory=list)
-    """Finished events that have deliveries."""
-    reached: int = 0
-    """How many events of the batch were looked at."""
-    cut: bool = False
-    """The batch ended before its last event, or might as well have."""
-
-    def holds_up(self, event: Event, failed_head: str) -> bool:
-        """Return whether later events of its ordering key have to wait for the last one handled."""
-        if self.postponed and self.postponed[-1].event_id == event.id:
-            return True
-        failed = self.ended and self.ended[-1][:2] == (event.id, "failed")
-        return bool(failed) and failed_head == "block"
-
-    @property
-    def count(self) -> int:
-        return len(self.done) + len(self.unhandled) + len(self.ended) + len(self.postponed)
+LONGEST_WAIT = 1.0
+"""Seconds for which a batch with nothing else to settle waits for the first of its async handlers."""
 
 
 class TransactionLost(Exception):
     """A handler has ended the batch's transaction: nothing of the batch can be settled but `alone`,
-    what comes of that handler and its event, in a transaction of its own."""
+    what comes of that handler's events, each in a transaction of its own."""
 
-    def __init__(self, event: Event, alone: Outcomes) -> None:
-        super().__init__(f"{event!r} ended the transaction of its batch.")
-        self.event = event
+    def __init__(self, alone: dict[int, Outcomes]) -> None:
+        super().__init__(f"The transaction of a batch was ended in the handling of {list(alone)}.")
         self.alone = alone
 
 
-class Alarm(Protocol):
-    """What interrupts a handler: see management/alarm.py."""
+class Deferred(NamedTuple):
+    """A call that is made at the end of the batch."""
 
-    def start(self, seconds: float) -> None: ...
-    def stop(self) -> None: ...
-
-
-class InHand(Protocol):
-    """Where it is noted what is being called: see supervisor.py."""
-
-    def take_in_hand(self, event_id: int, handler: int) -> None: ...
-    def put_down(self) -> None: ...
+    opened: Open
+    call: Call
 
 
 class Dispatcher:
@@ -101,52 +47,120 @@ class Dispatcher:
 
     Locks that a handler took are held until its batch commits, so nobody shall wait there for a
     stranger's slow handler: one whose recent runs outlast the commit interval only starts a batch.
+
+    Without `calls`, an event loop, async handlers are called like others, one after the other.
     """
 
     def __init__(
         self,
         handlers_for: Callable[[str], tuple[Handler, ...]],
         *,
+        using: str,
         commit_interval: float,
         clock: Callable[[], float],
+        alarm: Alarm | None = None,
+        in_hand: InHand | None = None,
         on_error: Callable[[Event, Handler, BaseException], None] | None = None,
     ) -> None:
         self._handlers_for = handlers_for
+        self._using = using
         self._commit_interval = commit_interval
         self._clock = clock
+        self._alarm = alarm
+        self._in_hand = in_hand
         self._on_error = on_error
-        self.alarm: Alarm | None = None
-        self.in_hand: InHand | None = None
+        self.calls: Calls | None = None
         self.daemon = False  # if so, nobody presses Ctrl-C: a KeyboardInterrupt is the handler's own
-        self._contended = False
         self._failed_head = conf.current().FAILED_HEAD
         self._breakers = Breakers(conf.current().BREAK_AFTER, clock)
         self._slow: dict[str, float] = {}  # handler name -> recent seconds, if above the interval
+        self._start_batch()
+
+    def _start_batch(self) -> None:
+        self._called = False  # whether this transaction may hold a handler's locks
+        self._contended = False  # whether a handler lost a fight for locks: others wait for ours
+        self._open: list[Open] = []
+        self._lists: dict[str, list[Deferred]] = {}  # by the name of a batch handler
+        self._concurrent: list[Deferred] = []
 
     def dispatch(self, batch: Batch, isolation: Isolation, stopping: Callable[[], bool]) -> Outcomes:
         """Run the handlers of one event after the other, until the commit interval is over."""
+        self._start_batch()
         outcomes = Outcomes()
-        self._contended = False  # whether a handler lost a fight for locks: others wait for ours
         deadline = self._clock() + self._commit_interval
         blocked: set[str] = set()
-        for event in batch.events:
-            if event.ordering_key in blocked:
+        try:
+            for event in batch.events:
+                if event.ordering_key in blocked:
+                    outcomes.reached += 1
+                    continue
+                handlers = self._handlers_for(event.group)
+                if self._must_wait(handlers):
+                    outcomes.cut = True
+                    break
+                is_open = self._handle(event, handlers, batch, isolation, outcomes)
                 outcomes.reached += 1
-                continue
-            handlers = self._handlers_for(event.group)
-            if self._slow and outcomes.count and any(h.name in self._slow for h in handlers):
-                outcomes.cut = True
-                break
-            self._handle(event, handlers, batch, isolation, outcomes)
-            outcomes.reached += 1
-            if event.ordering_key is not None and outcomes.holds_up(event, self._failed_head):
-                blocked.add(event.ordering_key)
-            if self._contended or isolation.full or self._clock() >= deadline or stopping():
-                outcomes.cut = True
-                break
-        if self.in_hand is not None:
-            self.in_hand.put_down()
+                if event.ordering_key is not None and (
+                    is_open or outcomes.holds_up(event, self._failed_head)
+                ):
+                    blocked.add(event.ordering_key)
+                if (
+                    self._contended
+                    or isolation.full
+                    or outcomes.calls
+                    or self._clock() >= deadline
+                    or stopping()
+                ):
+                    outcomes.cut = True
+                    break
+            if self._open:
+                self._call_deferred(isolation, outcomes)
+        finally:
+            if self._in_hand is not None:
+                self._in_hand.put_down()
         return outcomes
+
+    def abandon(self) -> None:
+        """After a rollback: others will handle the batch's events, so drop what is under way."""
+        if self.calls is not None and self._concurrent:
+            self.calls.abandon(call for _, call in self._concurrent)
+
+    def call_apart(self, call: Call) -> None:
+        """Run a detached handler in no transaction of ours; or only start it, if it is async."""
+        handler, event = call.handler, call.event
+        started = self._clock()
+        if self._in_hand is not None:
+            self._in_hand.take_in_hand((event.id, handler.number))
+        try:
+            if handler.is_async and self.calls is not None:
+                event.load()
+                self.calls.start([call])
+                return
+            with apart(self._using, handler.policy.limit()):
+                self._run(handler, [event])
+        except BaseException as raised:
+            if type(raised) is KeyboardInterrupt and not self.daemon:
+                raise
+            call.error = raised
+        finally:
+            if self._in_hand is not None:
+                self._in_hand.put_down()
+        call.seconds = self._clock() - started
+        call.ended = True
+
+    def conclude(self, call: Call) -> Attempt | None:
+        """Say what comes of a call that has ended; None if it succeeded."""
+        return self._judge(call.handler, call.event, call.error, call.seconds)
+
+    # One event
+
+    def _must_wait(self, handlers: Sequence[Handler]) -> bool:
+        """Return whether these handlers can't be called in this transaction, but in another."""
+        if self._slow and self._called and any(handler.name in self._slow for handler in handlers):
+            return True
+        if self.calls is None or self.calls.room > len(self._concurrent):
+            return False
+        return any(handler.is_async for handler in handlers)
 
     def _handle(
         self,
@@ -155,47 +169,74 @@ class Dispatcher:
         batch: Batch,
         isolation: Isolation,
         outcomes: Outcomes,
-    ) -> None:
-        """Run the handlers that one event owes."""
+    ) -> bool:
+        """Run the handlers that one event owes; return whether it waits for the end of the batch."""
         if not handlers:
             outcomes.unhandled.append(event.id)
-            return
+            return False
         earlier = batch.earlier.get(event.id)
-        owed = handlers if earlier is None else batch.owed(event, handlers)
+        owed: Sequence[Handler] = handlers if earlier is None else batch.owed(event, handlers)
         attempts: dict[str, Attempt] = {}
+        deferred: list[Handler] = []
+        attempt: Attempt | None
         for handler in owed:
             if earlier is not None:
-                event.attempt = earlier[handler.name].attempts + 1 if handler.name in earlier else 1
-            attempt = self._deliver(handler, event, isolation)
-            if attempt is None:
+                event.attempt = next_attempt(handler, earlier)
+            if self._breakers and (wait := self._breakers.remaining(handler.name)):
+                attempt = postponed_by_breaker(handler, event, wait)
+            elif handler.is_plain or self._is_called_alone(handler, event):
+                attempt = self._deliver(handler, event, isolation)
+                if isolation.lost and attempt is not None:
+                    lost = Open(event, handlers, [handler], earlier or {}, {handler.name: attempt})
+                    raise TransactionLost({event.id: lost.alone()})
+            else:
+                deferred.append(handler)
                 continue
-            attempts[handler.name] = attempt
-            if isolation.lost:
-                alone = Outcomes()
-                settle(event, {handler.name: attempt}, earlier or {}, {h.name for h in handlers}, alone)
-                raise TransactionLost(event, alone)
-        if attempts or earlier is not None:
-            for handler in owed:
-                attempts.setdefault(handler.name, Attempt(event.id, handler.name, "done"))
-            settle(event, attempts, earlier or {}, {h.name for h in handlers}, outcomes)
-        else:
+            if attempt is not None:
+                attempts[handler.name] = attempt
+        if not (attempts or deferred or earlier):
             outcomes.done.append(event.id)
+            return False
+        opened = Open(event, handlers, owed, earlier or {}, attempts)
+        if deferred:
+            self._defer(deferred, opened, isolation, outcomes)
+        else:
+            opened.close(outcomes)
+        return bool(deferred)
+
+    def _is_called_alone(self, handler: Handler, event: Event) -> bool:
+        """Return whether a handler of lists, or an async one, is called with this event at once.
+
+        What has failed is tried again alone: if it always fails, it takes no others with it.
+        """
+        if handler.is_async:
+            return self.calls is None and handler.atomic
+        return handler.batch is not None and event.attempt > 1
 
     def _deliver(self, handler: Handler, event: Event, isolation: Isolation) -> Attempt | None:
-        """Call one handler, unless its circuit is open; return None if it succeeded."""
-        name = handler.name
-        if self._breakers and (wait := self._breakers.remaining(name)):
-            return postponed_by_breaker(event, name, wait)
-        error, seconds = self._call(handler, event, isolation)
+        """Call one handler with one event; return None if it succeeded."""
+        error, seconds = self._call(handler, [event], isolation)
+        if error is None and not self._breakers:
+            return None
+        return self._judge(handler, event, error, seconds)
+
+    def _judge(
+        self, handler: Handler, event: Event, error: BaseException | None, seconds: float
+    ) -> Attempt | None:
+        """Tell the handler's circuit, and whoever wants to know, what came of a call; return it."""
+        if isinstance(error, BatchFailed):
+            error = error.errors.get(event)
         if error is None:
-            if self._breakers and self._breakers.succeeded(name):
-                logger.warning("Circuit of %(handler)s is closed again.", {"handler": name})
+            if self._breakers and self._breakers.succeeded(handler.name):
+                logger.warning("Circuit of %(handler)s is closed again.", {"handler": handler.name})
             return None
         self._contended = self._contended or is_contention(error)
+        if self._on_error is not None:
+            self._on_error(event, handler, error)
         if not isinstance(error, (Retry, Discard, *HOPELESS)):
-            pause = self._breakers.failed(name, event.id)
+            pause = self._breakers.failed(handler.name, event.id)
             if pause:
-                context = {"handler": name, "seconds": round(pause)}
+                context = {"handler": handler.name, "seconds": round(pause)}
                 logger.warning(
                     "Circuit of %(handler)s is open: it is not called for %(seconds)s s.",
                     context,
@@ -204,43 +245,54 @@ class Dispatcher:
         return judge(handler, event, error, seconds)
 
     def _call(
-        self, handler: Handler, event: Event, isolation: Isolation
+        self, handler: Handler, events: list[Event], isolation: Isolation
     ) -> tuple[BaseException | None, float]:
         """Run one handler; return what it raised, and for how many seconds it ran."""
         error: BaseException | None = None
         started = self._clock()
-        limit = handler.policy.limit()
-        if self.in_hand is not None:
-            self.in_hand.take_in_hand(event.id, handler.number)
-        isolation.begin(limit)
-        event.start_over()
+        self._called = True
+        if self._in_hand is not None:
+            self._in_hand.take_in_hand(*[(event.id, handler.number) for event in events])
+        isolation.begin(handler.policy.limit())
+        for event in events:
+            event.start_over()
         try:
-            self._run(handler, event, limit)
+            error = self._run(handler, events)
             isolation.end()
         except BaseException as raised:  # whatever a handler raises is its delivery's fate
-            if self.alarm is not None:
-                self.alarm.stop()  # again: it may have rung while it was being stopped
+            if self._alarm is not None:
+                self._alarm.stop()  # again: it may have rung while it was being stopped
             isolation.undo()
             if type(raised) is KeyboardInterrupt and not self.daemon:
                 raise
-            if isolation.lost and not isinstance(raised, BrokenTransaction):
-                raised = BrokenTransaction(isolation.lost)
-            error = raised
+            error = explain(raised, isolation.lost)
         seconds = self._clock() - started
         self._note_duration(handler.name, seconds)
-        if error is not None and self._on_error is not None:
-            self._on_error(event, handler, error)
         return error, seconds
 
-    def _run(self, handler: Handler, event: Event, limit: float | None) -> None:
-        if limit is None or self.alarm is None:
-            handler.function(event)
-            return
+    def _run(self, handler: Handler, events: list[Event]) -> BatchFailed | None:
+        """Call the function, and interrupt it when its time is up; return how it failed in part."""
+        function: Any = handler.function
+        if handler.is_async:
+            function = async_to_sync(function)
+        limit = None if self._alarm is None else handler.policy.limit()
         try:
-            self.alarm.start(limit)
-            handler.function(event)
+            if limit is not None and self._alarm is not None:
+                self._alarm.start(limit)
+            if handler.batch is None:
+                function(events[0])
+            else:
+                function(events)
+        except BatchFailed as failed:
+            if handler.batch is None or not failed.errors.keys() <= set(events):
+                raise TypeError(
+                    "BatchFailed is for handlers with batch=…, and names events of their list."
+                ) from failed
+            return failed
         finally:
-            self.alarm.stop()
+            if limit is not None and self._alarm is not None:
+                self._alarm.stop()
+        return None
 
     def _note_duration(self, name: str, seconds: float) -> None:
         if seconds > self._commit_interval or name in self._slow:
@@ -249,102 +301,97 @@ class Dispatcher:
             if recent < self._commit_interval:
                 del self._slow[name]
 
+    # Several events
 
-def postponed_by_breaker(event: Event, name: str, wait: float) -> Attempt:
-    """Return what stands for a call that was not made; it burns no attempt."""
-    spread = wait * random.uniform(1, 1.5)  # noqa: S311, so that not all come back at once
-    return Attempt(
-        event.id,
-        name,
-        "pending",
-        error="spark_outbox: not called, its circuit is open",
-        delay=dt.timedelta(seconds=spread),
-        counts=False,
-    )
+    def _defer(
+        self, handlers: list[Handler], opened: Open, isolation: Isolation, outcomes: Outcomes
+    ) -> None:
+        """Note calls for the end of the batch, or for after its commit; but call a full list."""
+        self._open.append(opened)
+        for handler in handlers:
+            call = Call(handler, opened.event.copy())
+            call.event.attempt = next_attempt(handler, opened.earlier)
+            if not handler.atomic and outcomes.calls:  # one at a time: another pass calls it
+                opened.owed = [other for other in opened.owed if other is not handler]
+            elif not handler.atomic:
+                opened.attempts[handler.name] = begun(call)
+                outcomes.calls.append(call)
+            elif handler.is_async:
+                self._concurrent.append(Deferred(opened, call))
+            else:
+                waiting = self._lists.setdefault(handler.name, [])
+                waiting.append(Deferred(opened, call))
+                if len(waiting) == handler.batch:
+                    self._call_list(self._lists.pop(handler.name), isolation)
 
+    def _call_deferred(self, isolation: Isolation, outcomes: Outcomes) -> None:
+        while self._lists:
+            _, waiting = self._lists.popitem()
+            self._call_list(waiting, isolation)
+        if self._concurrent and self.calls is not None:
+            self._call_concurrently(self.calls, isolation, outcomes)
+        for opened in self._open:
+            opened.close(outcomes)
 
-def judge(handler: Handler, event: Event, error: BaseException, seconds: float) -> Attempt:
-    """Say what becomes of a delivery whose handler raised, and log it."""
-    verdict = handler.policy.judge(error, event.attempt)
-    log_verdict(handler, event, error, verdict)
-    return Attempt(
-        event.id,
-        handler.name,
-        verdict.status,
-        error=storable(f"{type(error).__module__}.{type(error).__qualname__}: {error}"),
-        traceback=storable("".join(traceback.format_exception(error))),
-        duration=dt.timedelta(seconds=seconds),
-        delay=verdict.delay,
-        at=verdict.at,
-    )
+    def _call_list(self, waiting: list[Deferred], isolation: Isolation) -> None:
+        """Call a batch handler."""
+        handler = waiting[0].call.handler
+        error, seconds = self._call(handler, [call.event for _, call in waiting], isolation)
+        lost: dict[int, Outcomes] = {}
+        for opened, call in waiting:
+            attempt = self._judge(handler, call.event, error, seconds)
+            if attempt is not None:
+                opened.attempts[handler.name] = attempt
+                lost[call.event.id] = Open(
+                    call.event, opened.handlers, [handler], opened.earlier, {handler.name: attempt}
+                ).alone()
+        if isolation.lost:
+            raise TransactionLost(lost)
 
-
-def book(
-    handler: Handler,
-    event: Event,
-    error: BaseException,
-    earlier: dict[str, Earlier],
-    registered: set[str],
-) -> Outcomes:
-    """Say what an event comes to of which nothing is known but that one handler failed."""
-    if handler.name in earlier:
-        event.attempt = earlier[handler.name].attempts + 1
-    outcomes = Outcomes()
-    attempt = judge(handler, event, error, 0.0)
-    settle(event, {handler.name: attempt}, earlier, registered, outcomes)
-    return outcomes
-
-
-def settle(
-    event: Event,
-    attempts: dict[str, Attempt],
-    earlier: dict[str, Earlier],
-    registered: set[str],
-    outcomes: Outcomes,
-) -> None:
-    """Say what an event comes to that was not, or is not, finished in one go."""
-    outcomes.attempts += attempts.values()
-    statuses = {name: before.status for name, before in earlier.items() if name in registered}
-    statuses.update((name, attempt.status) for name, attempt in attempts.items())
-    error = next((a.traceback for a in reversed(attempts.values()) if a.traceback), "")
-    never_called = bool(registered - statuses.keys())
-    if never_called or "pending" in statuses.values():
-        outcomes.postponed.append(Postponed(event.id, error, never_called))
-        return
-    outcomes.retried.append(event.id)
-    if "failed" in statuses.values():
-        outcomes.ended.append(Ended(event.id, "failed", error))
-    elif "done" in statuses.values():
-        outcomes.done.append(event.id)
-    else:
-        outcomes.ended.append(Ended(event.id, "discarded", error))
-
-
-def log_verdict(handler: Handler, event: Event, error: BaseException, verdict: Verdict) -> None:
-    level, what = {
-        "failed": (logging.ERROR, "failed for good"),
-        "discarded": (logging.INFO, "discarded"),
-        "pending": (logging.WARNING, "failed, to be tried again"),
-    }[verdict.status]
-    context = {
-        "handler": handler.name,
-        "event_id": event.id,
-        "attempt": event.attempt,
-        "error": type(error).__qualname__,
-        "what": what,
-    }
-    logger.log(
-        level,
-        "Handler %(handler)s on event %(event_id)s: %(what)s (attempt %(attempt)s, %(error)s).",
-        context,
-        extra=context,
-    )
+    def _call_concurrently(self, side: Calls, isolation: Isolation, outcomes: Outcomes) -> None:
+        """Call async handlers, and wait for those that are about as fast as the others."""
+        for _, call in self._concurrent:
+            isolation.begin()
+            try:
+                call.event.load()  # now: a running loop can't wait for the worker's connection
+                isolation.end()
+            except BaseException as raised:  # noqa: BLE001, it is the delivery's fate
+                isolation.undo()
+                call.error, call.ended = raised, True
+        calls = [call for _, call in self._concurrent]
+        side.start(call for call in calls if not call.ended)
+        first: float | None = LONGEST_WAIT
+        if outcomes.count or len(self._open) > len({id(opened) for opened, _ in self._concurrent}):
+            first = self._commit_interval
+        if side.must_end:
+            side.wait_for(calls, first=None, others=None)
+        else:
+            side.wait_for(calls, first=first, others=self._commit_interval)
+        for opened, call in self._concurrent:
+            name = call.handler.name
+            if not call.ended:
+                opened.attempts[name] = begun(call)
+                outcomes.calls.append(call)
+            elif (attempt := self.conclude(call)) is not None:
+                opened.attempts[name] = attempt
 
 
-def storable(text: str) -> str:
-    """Return text that PostgreSQL can store; the end of it, if it is very long."""
-    text = text.replace("\0", "\\0").encode("utf-8", "backslashreplace").decode()
-    return text[-MAX_ERROR_LENGTH:]
+def next_attempt(handler: Handler, earlier: dict[str, Earlier]) -> int:
+    return earlier[handler.name].attempts + 1 if handler.name in earlier else 1
+
+
+def explain(raised: BaseException, lost: str) -> BaseException:
+    """Return what a handler raised, or what tells better what it did."""
+    if lost and not isinstance(raised, BrokenTransaction):
+        return BrokenTransaction(lost)
+    if type(raised) is RuntimeError and "durable atomic block" in str(raised):
+        error = BrokenTransaction(
+            "The handler uses atomic(durable=True), but shares the transaction in which its event is "
+            "marked done. Register it with atomic=False: it then runs in no transaction but its own."
+        )
+        error.__cause__ = raised
+        return error
+    return raised
 
 
 def is_contention(error: BaseException) -> bool:

@@ -12,6 +12,7 @@ SparkOutboxError
 └── HandlingError         raised inside a handler
     ├── Retry             a handler's own word: not now, try me again
     ├── Discard           a handler's own word: leave it, this event needs nothing from me
+    ├── BatchFailed       a batch handler's own word: some of my events failed
     ├── UnreadablePayload the stored payload is not one that emit() writes
     ├── WorkerDied        the handler took its worker process with it; raised by nobody, but recorded
     ├── InstanceGone      the row that the payload refers to was deleted since
@@ -22,6 +23,8 @@ KeyboardInterrupt
 """
 
 import datetime as dt
+from collections.abc import Mapping
+from typing import Any
 
 from django.core.exceptions import ImproperlyConfigured
 
@@ -87,6 +90,20 @@ class Retry(HandlingError):
 
 class Discard(HandlingError):
     """Raise it in a handler, with the reason, to be done with an event without having handled it."""
+
+
+class BatchFailed(HandlingError):
+    """Raise it in a handler with `batch=…` to fail some of its events: `errors` says which, and how.
+
+    What the handler has written stays, for the sake of the others: so put what belongs to one event
+    into `transaction.atomic()`.
+    """
+
+    def __init__(self, errors: Mapping[Any, BaseException]) -> None:
+        super().__init__(f"{len(errors)} events failed.")
+        if not errors or not all(isinstance(error, BaseException) for error in errors.values()):
+            raise TypeError("BatchFailed takes a dict of events, and the exception of each.")
+        self.errors = dict(errors)
 
 
 class UnreadablePayload(HandlingError, ValueError):

@@ -1,5 +1,6 @@
 """Event: what sources yield, what emit() returns, what handlers get."""
 
+import copy
 import datetime as dt
 import os
 import time
@@ -108,6 +109,18 @@ class Event(Mapping[str, Any]):
             if "group" not in value:
                 raise InvalidEvent(f"This event has no group; it has {list(value)}.") from None
             raise InvalidEvent(f"This is no event: {error}") from error
+
+    def copy(self) -> "Event":
+        """Return the stored event for another handler: what that one makes of the payload is its own."""
+        event = copy.copy(self)
+        if isinstance(self.payload, LazyPayload):
+            event.payload = self.payload.copy()
+        return event
+
+    def load(self) -> None:
+        """Decode a stored event's payload now, and fetch what it refers to."""
+        if isinstance(self.payload, LazyPayload):
+            self.payload.load()
 
     def start_over(self) -> None:
         """Forget what was read of a stored event's payload: the next handler reads it anew."""

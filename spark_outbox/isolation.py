@@ -188,3 +188,50 @@ class Isolation:
 
             self._cursors[factory] = WatchedCursor
         return self._cursors[factory]
+
+
+@contextmanager
+def apart(using: str, limit: float | None) -> Iterator[None]:
+    """Around a handler that runs on the worker's connection, but not in its transaction.
+
+    None of its queries may take longer than `limit` seconds. Raises BrokenTransaction if it leaves a
+    transaction open; then that is rolled back, and the connection closed.
+    """
+    connection = connections[using]
+    blocks = len(connection.atomic_blocks)
+    if limit is not None:
+        milliseconds = math.ceil(limit * 1000)
+        store.savepoint(store.LIMIT_SESSION.format(milliseconds=milliseconds), using=using)
+    try:
+        yield
+    finally:
+        problem = _left_open(connection, blocks)
+        if limit is not None and connection.connection is not None and not problem:
+            store.savepoint(store.UNLIMIT_SESSION, using=using)
+    if problem:
+        raise BrokenTransaction(problem)
+
+
+def _left_open(connection: BaseDatabaseWrapper, blocks: int) -> str:
+    """Say what a handler that had no transaction of ours has left open, and close the connection."""
+    raw = connection.connection
+    if len(connection.atomic_blocks) > blocks:
+        problem = "The handler left an atomic() block open."
+    elif not blocks and (connection.in_atomic_block or not connection.get_autocommit()):
+        problem = "The handler left autocommit off."
+    elif not blocks and raw is not None and raw.info.transaction_status not in _AT_REST:
+        problem = "The handler left a transaction open."
+    else:
+        return ""
+    if raw is not None:
+        raw.close()
+    del connection.atomic_blocks[blocks:]
+    if not blocks:
+        connection.in_atomic_block = connection.needs_rollback = False
+        connection.savepoint_ids.clear()
+        connection.run_on_commit.clear()
+        connection.close()
+    return problem
+
+
+_AT_REST = {TransactionStatus.IDLE, TransactionStatus.UNKNOWN}

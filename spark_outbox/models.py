@@ -5,7 +5,8 @@ An event's status:
     pending ──> done         every handler that matched succeeded, or discarded it
        │  ├───> failed       a handler is out of attempts, and no other is owed: a dead letter
        │  ├───> discarded    every handler discarded it, or a person did
-       │  ╰───> unhandled    no handler matched its group; a worker that starts and has one puts it back
+       │  ├───> unhandled    no handler matched its group; a worker that starts and has one puts it back
+       │  ╰───> running      a detached handler is at work; then, or if its worker is gone, pending again
        ╰─ again at available_at, after a handler failed
 
 `available_at` NULL means ready now; a time means delayed, or to be tried again then.
@@ -130,6 +131,7 @@ class Delivery(models.Model):
     attempted_at = models.DateTimeField(db_default=NOW)
     duration = models.DurationField(null=True, blank=True)
     worker = models.TextField(db_default="", blank=True)
+    session = models.IntegerField(null=True, blank=True)
     error = models.TextField(db_default="", blank=True)
     traceback = models.TextField(db_default="", blank=True)
 
@@ -143,6 +145,11 @@ class Delivery(models.Model):
             models.CheckConstraint(
                 name="spark_outbox_delivery_status", condition=Q(status__in=DeliveryStatus.values)
             ),
+        ]
+        indexes = [
+            models.Index(
+                name="spark_outbox_delivery_running", fields=["session"], condition=Q(status="running")
+            )
         ]
 
     def __str__(self) -> str:

@@ -12,6 +12,7 @@ negative zero, is tagged too, and so is text with a NUL or a lone surrogate, whi
 """
 
 import base64
+import copy
 import datetime as dt
 import decimal
 import enum
@@ -236,17 +237,20 @@ class LazyPayload(Mapping[str, Any]):
     Raises UnreadablePayload if the text is not an object that `dump` could have written.
     """
 
-    __slots__ = ("_document", "_references", "_text", "_values")
+    __slots__ = ("_document", "_gone", "_references", "_text", "_values")
 
     def __init__(self, text: str, references: References) -> None:
         self._text = text
         self._references = references
         self._document: dict[str, Any] | None = None
         self._values: dict[str, Any] = {}
+        self._gone: dict[str, InstanceGone] = {}
         references.add(self)
 
     def __getitem__(self, name: str) -> Any:
         if name not in self._values:
+            if name in self._gone:
+                raise self._gone[name]
             self._values[name] = self._decode(self._parsed()[name])
         return self._values[name]
 
@@ -255,6 +259,21 @@ class LazyPayload(Mapping[str, Any]):
 
     def __len__(self) -> int:
         return len(self._parsed())
+
+    def copy(self) -> "LazyPayload":
+        """Return one from which others can read without noticing each other."""
+        new = copy.copy(self)
+        new._values = {}
+        new._gone = {}
+        return new
+
+    def load(self) -> None:
+        """Decode everything now. A value whose instance is gone still says so when it is asked for."""
+        for name in self._parsed():
+            try:
+                self._values[name] = self._decode(self._parsed()[name])
+            except InstanceGone as error:
+                self._gone[name] = error
 
     def start_over(self) -> None:
         """Decode anew what is asked for from now on: no reader sees what another made of it."""

@@ -3,7 +3,7 @@
 import inspect
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from django.db.models import Model
@@ -13,7 +13,8 @@ from spark_outbox.errors import RegistrationError
 from spark_outbox.events import MAX_LENGTH, Event
 from spark_outbox.policy import Exceptions, Policy
 
-HandlerFunction = Callable[[Event], object]
+HandlerFunction = Callable[[Any], object]
+"""Takes an Event, or a list of them; returns nothing of interest, or a coroutine."""
 SourceFunction = Callable[[Any], Iterable[Event | Mapping[str, Any]]]
 F = TypeVar("F", bound=Callable[..., object])
 
@@ -30,6 +31,16 @@ class Handler:
     policy: Policy
     number: int = 0
     """Its place among the registered, from 0."""
+    batch: int | None = None
+    """The most events that it takes at once, in a list; None for one, as itself."""
+    atomic: bool = True
+    is_async: bool = False
+    is_plain: bool = field(init=False)
+    """Called with one event, in the batch's transaction, before the next one's turn."""
+
+    def __post_init__(self) -> None:
+        is_plain = self.atomic and not self.is_async and self.batch is None
+        object.__setattr__(self, "is_plain", is_plain)
 
 
 class Registry:
@@ -53,6 +64,8 @@ class Registry:
         group: str,
         name: str | None = None,
         policy: Policy | None = None,
+        batch: int | None = None,
+        atomic: bool = True,
     ) -> Handler:
         """Register `function` for the groups in which `re.search` finds `group`.
 
@@ -62,10 +75,20 @@ class Registry:
         """
         if not callable(function):
             raise RegistrationError(f"A handler must be callable; {function!r} is not.")
-        if inspect.iscoroutinefunction(function) or inspect.isgeneratorfunction(function):
+        if inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function):
             raise RegistrationError(
-                f"{function!r} is async or a generator: calling it would not run it. Write a plain "
-                "function; asgiref.sync.async_to_sync makes one of an async function."
+                f"{function!r} is a generator: calling it would not run it. Write a function without "
+                "yield."
+            )
+        is_async = inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(
+            getattr(function, "__call__", None)  # noqa: B004, an object may have an async one
+        )
+        if batch is not None and (type(batch) is not int or batch < 1):
+            raise RegistrationError(f"batch is the most events of a list, 1 or more, not {batch!r}.")
+        if batch is not None and (is_async or not atomic):
+            raise RegistrationError(
+                "A handler with batch=… shares the worker's transaction: it can be neither async nor "
+                "have atomic=False."
             )
         try:
             pattern = re.compile(group)
@@ -84,7 +107,9 @@ class Registry:
                 f"There is a handler {name!r} already. Retries are kept under a handler's name: "
                 "give this one another with name=…"
             )
-        handler = Handler(name, pattern, function, policy or Policy(), len(self.handlers))
+        number = len(self.handlers)
+        policy = policy or Policy()
+        handler = Handler(name, pattern, function, policy, number, batch, atomic, is_async)
         self.handlers.append(handler)
         self._matches.clear()
         return handler
@@ -127,6 +152,8 @@ def handler(
     retry_for: Exceptions = (BaseException,),
     discard_for: Exceptions = (),
     timeout: Seconds | None = None,
+    batch: int | None = None,
+    atomic: bool = True,
 ) -> Callable[[F], F]:
     """Decorate a function that handles the events whose group matches the regex `group`.
 
@@ -137,7 +164,12 @@ def handler(
     seconds of the first, which then doubles; or a list of them; or a function of the attempt).
     `retry_for` names the exceptions that are worth it, others fail at once; after those in
     `discard_for` the event needs nothing more from this handler. One that runs for longer than
-    `timeout` seconds is interrupted, and counts as one that raised. Raises RegistrationError.
+    `timeout` seconds is interrupted, and counts as one that raised.
+
+    With `batch` it gets a list of up to so many events, and may raise BatchFailed. An `async def`
+    handler runs side by side with others, and what it writes through Django's async ORM is committed
+    at once, by itself. So is what one with `atomic=False` writes: it runs in no transaction of the
+    worker's, for as long as it takes. Both are at-least-once. Raises RegistrationError.
     """
     if not isinstance(group, str):
         raise RegistrationError('Write @handler(r"^pattern"): it needs the pattern of its groups.')
@@ -151,7 +183,7 @@ def handler(
     )
 
     def register(function: F) -> F:
-        registry.add_handler(function, group=group, name=name, policy=policy)
+        registry.add_handler(function, group=group, name=name, policy=policy, batch=batch, atomic=atomic)
         return function
 
     return register

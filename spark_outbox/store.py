@@ -128,7 +128,9 @@ order by available_at limit %(limit)s
 for no key update skip locked
 """
 
-IS_PENDING = "select exists (select from spark_outbox_event where id = %s and status = 'pending')"
+IS_UNFINISHED = """
+select exists (select from spark_outbox_event where id = %s and status in ('pending', 'running'))
+"""
 
 CLAIM_ONE = """
 select id from spark_outbox_event
@@ -248,8 +250,8 @@ def _claim_ids(ids: list[int], using: str) -> list[StoredRow]:
     return list(map(StoredRow._make, _rows(CLAIM_IDS, [ids], using=using)))
 
 
-def is_pending(event_id: int, *, using: str) -> bool:
-    return bool(value(IS_PENDING, [event_id], using=using))
+def is_unfinished(event_id: int, *, using: str) -> bool:
+    return bool(value(IS_UNFINISHED, [event_id], using=using))
 
 
 def claim_one(event_id: int, *, using: str) -> bool:
@@ -275,6 +277,8 @@ class Outlook(NamedTuple):
     """There are events with an ordering key, which may have to wait for others of it."""
     due_in: float
     """Seconds until the next delayed event; infinity if there is none."""
+    running: bool
+    """There are events that detached handlers are at work on, here or elsewhere."""
 
 
 OUTLOOK = """
@@ -296,13 +300,16 @@ select
         select extract(epoch from min(available_at) - statement_timestamp())::float
         from spark_outbox_event
         where status = 'pending' and available_at > statement_timestamp() {groups}
-    )
+    ),
+    exists (select from spark_outbox_delivery where status = 'running')
 """
 
 
 def outlook(*, groups: str | None, using: str) -> Outlook:
-    ((ready, ordered, due_in),) = _rows(_with_groups(OUTLOOK, groups), {"groups": groups}, using=using)
-    return Outlook(ready, ordered, math.inf if due_in is None else due_in)
+    ((ready, ordered, due_in, running),) = _rows(
+        _with_groups(OUTLOOK, groups), {"groups": groups}, using=using
+    )
+    return Outlook(ready, ordered, math.inf if due_in is None else due_in, running)
 
 
 CHECK_GROUPS = "select '' ~ %s"
@@ -332,10 +339,17 @@ class Postponed(NamedTuple):
     now: bool
 
 
+class Begun(NamedTuple):
+    """An event of which a delivery is `running`."""
+
+    event_id: int
+    error: str
+
+
 class Attempt(NamedTuple):
     """What came of calling one handler with one event that is, or was, not finished in one go.
 
-    A `pending` one is to be tried again at `at`, or `delay` from now.
+    A `pending` one is to be tried again at `at`, or `delay` from now; a `running` one has only begun.
     """
 
     event_id: int
@@ -365,10 +379,18 @@ where id = any(%(ids)s) and status = 'pending'
 
 END = """
 update spark_outbox_event as event
-set status = ended.status, last_error = ended.error,
+set status = ended.status, last_error = coalesce(nullif(ended.error, ''), event.last_error),
     attempts = attempts + 1, finished_at = statement_timestamp()
 from unnest(%s::bigint[], %s::text[], %s::text[]) as ended (event_id, status, error)
 where event.id = ended.event_id and event.status = 'pending'
+"""
+
+RUN = """
+update spark_outbox_event as event
+set status = 'running', available_at = null,
+    last_error = coalesce(nullif(begun.error, ''), event.last_error)
+from unnest(%s::bigint[], %s::text[]) as begun (event_id, error)
+where event.id = begun.event_id and event.status = 'pending'
 """
 
 # After RECORD_ATTEMPTS: the event waits for the first of its deliveries.
@@ -387,10 +409,12 @@ where event.id = postponed.event_id and event.status = 'pending'
 
 RECORD_ATTEMPTS = """
 insert into spark_outbox_delivery as delivery
-    (event_id, handler, status, error, traceback, duration, available_at, worker, attempts, attempted_at)
+    (event_id, handler, status, error, traceback, duration, available_at, worker, session, attempts,
+    attempted_at)
 select
     event_id, handler, status, error, traceback, duration,
-    coalesce(at, statement_timestamp() + delay), %s, counts::integer, statement_timestamp()
+    coalesce(at, statement_timestamp() + delay), %s, case when status = 'running' then %s::integer end,
+    counts::integer, statement_timestamp()
 from unnest(
     %s::bigint[], %s::text[], %s::text[], %s::text[], %s::text[], %s::interval[], %s::interval[],
     %s::timestamptz[], %s::boolean[]
@@ -402,6 +426,7 @@ on conflict (event_id, handler) do update set
     duration = excluded.duration,
     available_at = excluded.available_at,
     worker = excluded.worker,
+    session = excluded.session,
     attempts = delivery.attempts + excluded.attempts,
     attempted_at = excluded.attempted_at
 where delivery.status = 'pending'
@@ -437,9 +462,17 @@ def postpone(postponed: Sequence[Postponed], *, using: str) -> int:
     return _run(POSTPONE, _columns(postponed), using=using)
 
 
-def record_attempts(attempts: Sequence[Attempt], *, worker: str, using: str) -> None:
-    """Note what came of handlers whose events are, or were, not finished in one go."""
-    _run(RECORD_ATTEMPTS, [worker, *_columns(attempts)], using=using)
+def run(begun: Sequence[Begun], *, using: str) -> int:
+    """Give events to deliveries that have begun; return to how many it applied."""
+    return _run(RUN, _columns(begun), using=using)
+
+
+def record_attempts(attempts: Sequence[Attempt], *, worker: str, session: int, using: str) -> None:
+    """Note what came of handlers whose events are, or were, not finished in one go.
+
+    Running ones belong to the worker that holds the lock of `session`.
+    """
+    _run(RECORD_ATTEMPTS, [worker, session, *_columns(attempts)], using=using)
 
 
 def discard_deliveries(event_ids: list[int], *, using: str) -> None:
@@ -453,6 +486,84 @@ def deliveries(event_ids: list[int], *, using: str) -> dict[int, dict[str, Earli
     for event_id, name, *earlier in _rows(DELIVERIES, [event_ids], using=using):
         found.setdefault(event_id, {})[name] = Earlier(*earlier)
     return found
+
+
+# Running deliveries. Whoever runs them holds an advisory lock on `session`, a random number, for as
+# long as it is connected: who can take that lock knows that nobody is there any more.
+
+LOCK_SESSION = "select pg_try_advisory_lock(7531003, %s)"
+UNLOCK_SESSION = "select pg_advisory_unlock(7531003, %s)"
+IS_SESSION_GONE = "select pg_try_advisory_xact_lock(7531003, %s)"
+
+RUNNING_SESSIONS = "select distinct session from spark_outbox_delivery where status = 'running'"
+
+LOCK_RUNNING = """
+select id from spark_outbox_event
+where id = any(%s) and status = 'running'
+order by id
+for no key update
+"""
+
+TAKE_BACK = """
+update spark_outbox_delivery as delivery
+set status = 'pending', session = null, available_at = null
+from unnest(%s::bigint[], %s::text[], %s::integer[]) as ended (event_id, handler, session)
+where delivery.event_id = ended.event_id and delivery.handler = ended.handler
+    and delivery.session = ended.session and delivery.status = 'running'
+returning delivery.event_id, delivery.handler
+"""
+
+RUNNING_OF = """
+select event_id, handler, session from spark_outbox_delivery
+where status = 'running' and session is not distinct from %s
+"""
+
+REOPEN_RUNNING = """
+update spark_outbox_event set status = 'pending', available_at = statement_timestamp()
+where id = any(%s) and status = 'running'
+"""
+
+
+class Running(NamedTuple):
+    """A delivery that some worker has begun; it is that worker's while it has this session."""
+
+    event_id: int
+    handler: str
+    session: int | None
+
+
+def lock_session(session: int, *, using: str) -> bool:
+    """Hold the lock of `session` for as long as this connection lives; False if somebody has it."""
+    return bool(value(LOCK_SESSION, [session], using=using))
+
+
+def unlock_session(session: int, *, using: str) -> None:
+    value(UNLOCK_SESSION, [session], using=using)
+
+
+def running_sessions(*, using: str) -> list[int | None]:
+    return [session for (session,) in _rows(RUNNING_SESSIONS, using=using)]
+
+
+def is_session_gone(session: int | None, *, using: str) -> bool:
+    """Return whether nobody holds the lock of `session`; then we do, until the transaction ends."""
+    return session is None or bool(value(IS_SESSION_GONE, [session], using=using))
+
+
+def running_of(session: int | None, *, using: str) -> list[Running]:
+    return list(map(Running._make, _rows(RUNNING_OF, [session], using=using)))
+
+
+def take_back(running: Sequence[Running], *, using: str) -> set[tuple[int, str]]:
+    """Make deliveries, and their events, pending again; return those to which it applied.
+
+    It does not apply to those that another worker has taken over. Locks the events first.
+    """
+    event_ids = sorted({event_id for event_id, _, _ in running})
+    _rows(LOCK_RUNNING, [event_ids], using=using)
+    taken = {tuple(row) for row in _rows(TAKE_BACK, _columns(running), using=using)}
+    _run(REOPEN_RUNNING, [[event_id for event_id, _ in taken]], using=using)
+    return taken
 
 
 # Unhandled events: a worker that starts puts back those that its registry matches
@@ -569,6 +680,8 @@ RELEASE = "release savepoint spark_outbox; "  # with what follows, one round tri
 # Before the savepoint, so that a rollback to it does not bring back what was in force before.
 LIMIT_STATEMENTS = "set local statement_timeout = {milliseconds}; "
 UNLIMIT_STATEMENTS = "set local statement_timeout to default; "
+LIMIT_SESSION = "set statement_timeout = {milliseconds}"
+UNLIMIT_SESSION = "reset statement_timeout"
 ROLLBACK_TO_SAVEPOINT = "rollback to savepoint spark_outbox"
 CHECK_CONSTRAINTS = "set constraints all immediate"
 
@@ -611,14 +724,19 @@ select set_config(name, setting, false) from (values
     ('tcp_keepalives_idle', '5'),
     ('tcp_keepalives_interval', '2'),
     ('tcp_keepalives_count', '3'),
-    ('tcp_user_timeout', '15s')
+    ('tcp_user_timeout', '15s'),
+    ('idle_in_transaction_session_timeout', %s)
 ) as wanted (name, setting)
 """
 
 
-def set_up_session(*, using: str) -> str:
-    """Prepare the connection of a worker; return the server's version."""
-    _rows(SESSION, using=using)
+def set_up_session(*, idle_in_transaction: float | None, using: str) -> str:
+    """Prepare the connection of a worker; return the server's version.
+
+    The server ends a transaction in which it has heard nothing for `idle_in_transaction` seconds.
+    """
+    milliseconds = 0 if idle_in_transaction is None else math.ceil(idle_in_transaction * 1000)
+    _rows(SESSION, [str(milliseconds)], using=using)
     version: str = value(SERVER_VERSION, using=using)
     return version.split(maxsplit=1)[0]
 

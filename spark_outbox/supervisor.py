@@ -29,7 +29,10 @@ HEALTHY = 60.0
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGCHLD)
 """Blocked around the fork: a child must not run the handlers of its parent."""
 
-_IN_HAND = struct.Struct("qq")
+_COUNT = struct.Struct("q")
+_PAIR = struct.Struct("qq")
+_ONE = struct.Struct("qqq")
+_ROOM = (16 * mmap.PAGESIZE - _COUNT.size) // _PAIR.size
 
 
 @dataclass(slots=True)
@@ -41,18 +44,26 @@ class Slot:
     started: float = 0.0
     crashes: int = 0
     start_at: float = 0.0
-    memory: mmap.mmap = field(default_factory=lambda: mmap.mmap(-1, mmap.PAGESIZE))
+    memory: mmap.mmap = field(default_factory=lambda: mmap.mmap(-1, 16 * mmap.PAGESIZE))
 
-    def take_in_hand(self, event_id: int, handler: int) -> None:
-        """Note, in the child, what is about to be called: the handler's index in the registry."""
-        _IN_HAND.pack_into(self.memory, 0, event_id, handler)
+    def take_in_hand(self, *called: tuple[int, int]) -> None:
+        """Note, in the child, what is about to be called: ids of events, and the places of their
+        handlers in the registry."""
+        if len(called) == 1:
+            _ONE.pack_into(self.memory, 0, 1, *called[0])
+            return
+        self.put_down()
+        for number, pair in enumerate(called[:_ROOM]):
+            _PAIR.pack_into(self.memory, _COUNT.size + number * _PAIR.size, *pair)
+        _COUNT.pack_into(self.memory, 0, len(called[:_ROOM]))
 
     def put_down(self) -> None:
-        _IN_HAND.pack_into(self.memory, 0, 0, 0)
+        _COUNT.pack_into(self.memory, 0, 0)
 
-    def in_hand(self) -> tuple[int, int] | None:
-        event_id, handler = _IN_HAND.unpack_from(self.memory, 0)
-        return (event_id, handler) if event_id else None
+    def in_hand(self) -> list[tuple[int, int]]:
+        (count,) = _COUNT.unpack_from(self.memory, 0)
+        end = _COUNT.size + count * _PAIR.size
+        return list(_PAIR.iter_unpack(self.memory[_COUNT.size : end]))
 
 
 class Supervisor:
@@ -63,8 +74,8 @@ class Supervisor:
 
     A child that exits with 0 is done: it is started again at once, or not at all if `finite`. One
     that exits with EX_CONFIG would do so again: then all are stopped. Any other end is a crash, and
-    `on_crash` gets the event, the handler and the cause, if the child had one in hand. `on_ready` is
-    called when a child is ready and all have been.
+    `on_crash` gets the events and handlers that the child had in hand, if any, and the cause.
+    `on_ready` is called when a child is ready and all have been.
     """
 
     def __init__(
@@ -75,7 +86,7 @@ class Supervisor:
         shutdown_timeout: float,
         finite: bool,
         on_ready: Callable[[], None],
-        on_crash: Callable[[int, int, str], None],
+        on_crash: Callable[[list[tuple[int, int]], str], None],
     ) -> None:
         self._work = work
         self._slots = [Slot(number) for number in range(processes)]
@@ -181,7 +192,7 @@ class Supervisor:
         slot.start_at = now + min(longest, first * 2 ** min(slot.crashes - 1, 16))
         logger.error("A worker process died of %(cause)s.", {"cause": cause}, extra={"cause": cause})
         if in_hand:
-            self._on_crash(*in_hand, cause)
+            self._on_crash(in_hand, cause)
 
     def _signal_all(self, number: signal.Signals) -> None:
         for slot in self._slots:

@@ -21,6 +21,7 @@ import contextlib
 import math
 import os
 import select
+from collections.abc import Callable
 
 from django.db import connections
 
@@ -30,11 +31,23 @@ MIN_PAUSE = 0.001
 MAX_PAUSE = 0.05
 
 
-class Wake:
-    """One worker's sleep. `using` is the alias whose connection LISTENs; None means to poll only."""
+def poll(descriptors: list[int], seconds: float) -> set[int]:
+    """Wait until some of the file descriptors can be read; return which."""
+    waiting = select.poll()
+    for descriptor in descriptors:
+        waiting.register(descriptor, select.POLLIN)
+    return {descriptor for descriptor, _ in waiting.poll(math.ceil(seconds * 1000))}
 
-    def __init__(self, using: str | None) -> None:
+
+class Wake:
+    """One worker's sleep. `using` is the alias whose connection LISTENs; None means to poll only.
+    `poll` is how it waits."""
+
+    def __init__(
+        self, using: str | None, *, poll: Callable[[list[int], float], set[int]] = poll
+    ) -> None:
         self._using = using
+        self._poll = poll
         self._oid = 0
         self._holds_s = False
         self._notified = False
@@ -52,9 +65,6 @@ class Wake:
         # Not earlier: whoever may still interrupt us, from another thread, holds a reference.
         for descriptor in self._pipe or ():
             os.close(descriptor)
-
-    def uses(self, alias: str) -> bool:
-        return alias == self._using
 
     def listen(self) -> None:
         """Start to hear notifications, on a connection that is not in a transaction."""
@@ -129,15 +139,12 @@ class Wake:
 
     def _select(self, connection: int | None, seconds: float) -> bool:
         """Wait for the connection or an interrupt; return whether the connection has something."""
-        poll = select.poll()
-        if connection is not None:
-            poll.register(connection, select.POLLIN)
-        if self._pipe is not None:
-            poll.register(self._pipe[0], select.POLLIN)
-        ready = dict(poll.poll(math.ceil(min(seconds, 86_400.0) * 1000)))
-        if self._pipe is not None and self._pipe[0] in ready:
+        pipe = None if self._pipe is None else self._pipe[0]
+        descriptors = [each for each in (connection, pipe) if each is not None]
+        ready = self._poll(descriptors, min(seconds, 86_400.0))
+        if pipe in ready and pipe is not None:
             with contextlib.suppress(BlockingIOError):
-                os.read(self._pipe[0], 4096)
+                os.read(pipe, 4096)
             self._notified = True
         return connection in ready
 

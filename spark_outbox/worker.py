@@ -2,26 +2,27 @@
 
 import logging
 import math
-import os
 import random
 import resource
-import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from django.db import DatabaseError, DataError, Error, connections, transaction
 
-from spark_outbox import conf, store
+from spark_outbox import conf, settle, store
+from spark_outbox.calls import Alarm, Calls, InHand
 from spark_outbox.claim import Claims
-from spark_outbox.dispatch import Alarm, Batch, Dispatcher, InHand, Outcomes, TransactionLost, book
-from spark_outbox.errors import NotMigrated, SettingsError, WorkerDied
+from spark_outbox.detached import TAKE_OVER_INTERVAL, Detached
+from spark_outbox.dispatch import Dispatcher, TransactionLost
+from spark_outbox.errors import NotMigrated, SettingsError
 from spark_outbox.events import Event
 from spark_outbox.isolation import Isolation
+from spark_outbox.outcomes import Batch, Outcomes
 from spark_outbox.references import References
 from spark_outbox.registry import Handler, Registry, registry
-from spark_outbox.wake import Wake
+from spark_outbox.wake import Wake, poll
 
 logger = logging.getLogger(__name__)
 
@@ -30,15 +31,14 @@ HELD_POLL = 0.25
 
 PUT_BACK_CHUNK = 10_000
 
+SILENCE = 30.0
+"""Seconds that a transaction may be idle beyond the timeouts of its handlers."""
+
 CRASH_PATIENCE = 5.0
 """Seconds to wait until the rows of a process that died are free."""
 
 RECONNECT_PAUSES = (0.1, 10.0)
 """The first and the longest pause, in seconds, while the database is away."""
-
-
-WHO = f"{socket.gethostname()}:{os.getpid()}"
-"""This process, as its deliveries name it."""
 
 
 class Worker:
@@ -47,7 +47,8 @@ class Worker:
     `run` is the daemon; `drain` handles what is ready, on the current connection, and returns.
     `groups` is a PostgreSQL regular expression: the worker leaves other groups to others. `alarm`
     interrupts handlers that outlast their timeout; without one only their queries end in time.
-    `in_hand` is told what is being called. `run` returns after about `max_events`, or once the
+    `in_hand` is told what is being called. `async_concurrency` bounds the calls of async handlers that
+    are under way. `run` returns after about `max_events`, or once the
     process has used more than `max_rss` MiB.
     `on_ready` is called with the server's version whenever a new session is prepared and LISTENs;
     `on_error` with the event, the handler and what it raised.
@@ -61,6 +62,7 @@ class Worker:
         batch_size: int | None = None,
         commit_interval: float | None = None,
         poll_interval: float | None = None,
+        async_concurrency: int | None = None,
         registry: Registry = registry,
         clock: Callable[[], float] = time.monotonic,
         alarm: Alarm | None = None,
@@ -85,15 +87,31 @@ class Worker:
             clock=clock,
         )
         self._isolation = Isolation(using)
+        self._alarm = alarm
+        self._in_hand = in_hand
         self._dispatcher = Dispatcher(
-            registry.handlers_for, commit_interval=commit_interval, clock=clock, on_error=on_error
+            registry.handlers_for,
+            using=using,
+            commit_interval=commit_interval,
+            clock=clock,
+            alarm=alarm,
+            in_hand=in_hand,
+            on_error=on_error,
         )
-        self._dispatcher.alarm = alarm
-        self._dispatcher.in_hand = in_hand
+        self._commit_interval = commit_interval
+        self._async_concurrency = async_concurrency or settings.ASYNC_CONCURRENCY
         self._events_left = max_events or math.inf
         self._max_rss = max_rss
-        listens = settings.WAKE != "never" and settings.LISTEN_DATABASE is not None
-        self._wake = Wake((settings.LISTEN_DATABASE or using) if listens else None)
+        # The alias of a connection that is no pooler's: it LISTENs, and holds the lock of our session.
+        self._direct = None if settings.LISTEN_DATABASE is None else settings.LISTEN_DATABASE or using
+        self._wake = Wake(None if settings.WAKE == "never" else self._direct, poll=self._poll)
+        self._detached = Detached(
+            using=using,
+            direct=self._direct,
+            dispatcher=self._dispatcher,
+            registry=registry,
+            clock=clock,
+        )
         self._stopping = False
         self._session: object = None  # the psycopg connection that is prepared
         self._failures = 0  # of the database, in a row
@@ -106,26 +124,44 @@ class Worker:
         Outlives the database: it reconnects with a growing pause. Raises NotMigrated if the
         database has no outbox, SettingsError if PostgreSQL can't read `groups`.
         """
+        self._check_handlers()
         self._wake.open()
         self._dispatcher.daemon = True
-        while not self._stopping:
-            try:
-                self._set_up_session()
-                if self._work(drain, once):
-                    break
-            except Error as error:
-                self._recover(error)
+        calls = Calls(
+            self._async_concurrency,
+            must_end=self._direct is None,
+            alarm=self._alarm,
+            in_hand=self._in_hand,
+        )
+        self._dispatcher.calls = calls
+        finished = False
+        try:
+            while not finished:
+                try:
+                    self._set_up_session()
+                    finished = self._work(drain, once) or self._stopping
+                    if finished:
+                        self._detached.finish()
+                except Error as error:
+                    self._recover(error)
+                    finished = self._stopping and not self._detached.calls
+        finally:
+            calls.close()
         logger.info("Stopped on database %s.", self.using, extra={"database": self.using})
 
     def _work(self, drain: bool, once: bool) -> bool:
         """Claim, dispatch and settle until it is time to stop; return True if the work is done."""
         while not self._stopping and connections[self.using].connection is self._session:
+            self._detached.settle()
+            self._detached.take_over()
             handled = self.handle_batch(sweep=once)
             if once:
                 return True
             if not handled:
                 if not drain:
                     self._sleep()
+                elif self._detached.calls:
+                    self._detached.finish()
                 elif not self.handle_batch(sweep=True):
                     return True
             self._failures = 0
@@ -138,8 +174,11 @@ class Worker:
     def drain(self) -> int:
         """Handle ready events until none is left, on the current connection; return how many."""
         total = 0
-        while handled := self._handle_or_narrow() or self.handle_batch(sweep=True):
-            total += handled
+        try:
+            while handled := self._handle_or_narrow() or self.handle_batch(sweep=True):
+                total += handled
+        finally:
+            self._detached.resign()
         return total
 
     def stop(self) -> None:
@@ -159,46 +198,25 @@ class Worker:
                 self._wake.wake_up()
                 with self._isolation.batch(references, strict=self._claims.careful):
                     outcomes = self._dispatcher.dispatch(batch, self._isolation, self._is_stopping)
-                self._settle(outcomes)
+                session = self._detached.identify() if outcomes.calls else 0
+                settle.write(outcomes, session=session, using=self.using)
         except TransactionLost as loss:
-            return self._settle_alone(loss)
-        except DatabaseError:
-            if self._is_connected():  # then it was an event's fault, and nobody can tell whose
-                self._claims.doubt(batch)
+            settle.write_alone(loss.alone, using=self.using)
+            return len(loss.alone)
+        except BaseException as error:
+            self._dispatcher.abandon()
+            if isinstance(error, DatabaseError) and self._is_connected():
+                self._claims.doubt(batch)  # it was an event's fault, and nobody can tell whose
             raise
         finally:
             references.close()
         self._claims.learn(batch, outcomes)
         self._log(batch, outcomes)
+        if outcomes.calls:
+            self._detached.begin(outcomes.calls)
         return outcomes.count
 
     # Its steps
-
-    def _settle(self, outcomes: Outcomes) -> None:
-        """Write what became of the events; a lost claim is told, and overwrites nothing."""
-        applied = 0
-        if outcomes.done:
-            applied += store.finish(outcomes.done, "done", using=self.using)
-        if outcomes.unhandled:
-            applied += store.finish(outcomes.unhandled, "unhandled", using=self.using)
-        if outcomes.attempts:
-            store.record_attempts(outcomes.attempts, worker=WHO, using=self.using)
-        if outcomes.postponed:
-            applied += store.postpone(outcomes.postponed, using=self.using)
-        if outcomes.ended:
-            applied += store.end(outcomes.ended, using=self.using)
-        if outcomes.retried:
-            store.discard_deliveries(outcomes.retried, using=self.using)
-        if applied != outcomes.count:
-            lost = {"events": outcomes.count - applied}
-            logger.warning("Lost the claim on %(events)s events.", lost, extra=lost)
-
-    def _settle_alone(self, loss: TransactionLost) -> int:
-        """Book what a handler did to its batch; the batch was rolled back, and is claimed again."""
-        with transaction.atomic(using=self.using):
-            if store.claim_one(loss.event.id, using=self.using):
-                self._settle(loss.alone)
-        return 1
 
     def _log(self, batch: Batch, outcomes: Outcomes) -> None:
         if outcomes.unhandled:
@@ -219,9 +237,10 @@ class Worker:
         notified = False
         while not (notified or self._stopping):
             held = HELD_POLL if outlook.ready or self._claims.held else math.inf
-            timeout = min(pause, self.poll_interval, outlook.due_in, held)
+            running = TAKE_OVER_INTERVAL if outlook.running else math.inf
+            timeout = min(pause, self.poll_interval, outlook.due_in, held, running)
             notified = self._wake.wait(timeout)
-            if timeout != self.poll_interval:
+            if timeout != self.poll_interval or self._detached.has_ended:
                 break
             outlook = store.outlook(groups=self.groups, using=self.using)
             if outlook.ready or outlook.ordered:
@@ -236,7 +255,7 @@ class Worker:
         connection.ensure_connection()
         if connection.connection is self._session:
             return
-        version = store.set_up_session(using=self.using)
+        version = store.set_up_session(idle_in_transaction=self._longest_silence(), using=self.using)
         if not store.has_outbox(using=self.using):
             raise NotMigrated(
                 f"Database {self.using!r} has no outbox. Run: manage.py migrate spark_outbox"
@@ -248,11 +267,34 @@ class Worker:
             except DataError as error:
                 raise SettingsError(f"--groups {self.groups!r}: {error}") from error
         self._wake.listen()
+        self._detached.reconnected()
         self._session = connection.connection
         self._put_back_unhandled()
         logger.info("Ready on database %s.", self.using, extra={"database": self.using})
         if self._on_ready is not None:
             self._on_ready(version)
+
+    def _check_handlers(self) -> None:
+        detached = [handler.name for handler in self._registry.handlers if not handler.atomic]
+        if detached and self._direct is None:
+            raise SettingsError(
+                f"{', '.join(detached)}: handlers with atomic=False need a session that lasts. Name "
+                'the alias of a direct connection in SPARK_OUTBOX["LISTEN_DATABASE"]; or "" if the '
+                "worker's own is none of a pooler."
+            )
+
+    def _longest_silence(self) -> float | None:
+        """Return the seconds that may pass between two statements of a transaction; None if nobody
+        knows, since a handler has no timeout or nothing would interrupt it."""
+        handlers = [h for h in self._registry.handlers if h.atomic and not h.is_async]
+        limits = [None if self._alarm is None else handler.policy.limit() for handler in handlers]
+        known = [limit for limit in limits if limit is not None]
+        return sum(known) + SILENCE if len(known) == len(limits) else None
+
+    def _poll(self, descriptors: list[int], seconds: float) -> set[int]:
+        """Wait until a file descriptor can be read; meanwhile async handlers go on."""
+        calls = self._dispatcher.calls
+        return calls.poll(descriptors, seconds) if calls else poll(descriptors, seconds)
 
     def _put_back_unhandled(self) -> None:
         """Make events ready that had no handler: old workers may meet new groups first."""
@@ -291,31 +333,28 @@ class Worker:
         """Do between batches what Django does between requests."""
         for connection in connections.all(initialized_only=True):
             connection.queries_log.clear()
-            if connection.connection is not self._session and not self._wake.uses(connection.alias):
+            if connection.connection is not self._session and connection.alias != self._direct:
                 connection.close_if_unusable_or_obsolete()
 
-    def book_crash(self, event_id: int, handler: int, cause: str) -> None:
-        """Count an attempt that ended with its process; wait for the server to see that it is gone."""
-        (row,) = store.events_by_id([event_id], using=self.using)
-        event = Event.from_row(row, References())
-        registered = {h.name for h in self._registry.handlers_for(event.group)}
-        error = WorkerDied(f"The worker process died of {cause} while it ran this handler.")
+    def book_crash(self, in_hand: Sequence[tuple[int, int]], cause: str) -> None:
+        """Count the attempts that ended with a process; wait for the server to see that it is gone."""
+        left = list(in_hand)
         deadline = time.monotonic() + CRASH_PATIENCE
-        while time.monotonic() < deadline:
-            if not store.is_pending(event_id, using=self.using):
-                return  # it has failed meanwhile, in the hands of another process
-            with transaction.atomic(using=self.using):
-                if store.claim_one(event_id, using=self.using):
-                    earlier = store.deliveries([event_id], using=self.using).get(event_id, {})
-                    culprit = self._registry.handlers[handler]
-                    self._settle(book(culprit, event, error, earlier, registered))
-                    return
-            self._wake.pause(0.02)
-        logger.warning(
-            "The attempt on event %(event_id)s that ended with its process could not be counted.",
-            {"event_id": event_id},
-            extra={"event_id": event_id},
-        )
+        while left and time.monotonic() < deadline:
+            left = [
+                (event_id, number)
+                for event_id, number in left
+                if not settle.write_crash(event_id, number, cause, self._registry, using=self.using)
+            ]
+            if left:
+                self._wake.pause(0.02)
+        if left:
+            events = {"event_ids": [event_id for event_id, _ in left]}
+            logger.warning(
+                "Attempts that ended with their process could not be counted: events %(event_ids)s.",
+                events,
+                extra=events,
+            )
 
     def _is_bloated(self) -> bool:
         if self._max_rss is None:

@@ -2,7 +2,7 @@
 
 import signal
 
-from spark_outbox.errors import HandlerTimeout
+from spark_outbox.outcomes import timed_out
 
 AGAIN = 1.0
 """Seconds between further alarms, for a handler that catches the first."""
@@ -25,4 +25,4 @@ class Alarm:
 
     def _ring(self, *_: object) -> None:
         if self._armed:
-            raise HandlerTimeout("The handler ran longer than its timeout.")
+            raise timed_out()

@@ -70,6 +70,13 @@ class Command(BaseCommand):
             help="work in so many processes (default: %(default)s)",
         )
         parser.add_argument(
+            "--async-concurrency",
+            type=_whole_number,
+            default=settings.ASYNC_CONCURRENCY,
+            metavar="N",
+            help="have up to N calls of async handlers under way in each process (default: %(default)s)",
+        )
+        parser.add_argument(
             "--shutdown-timeout",
             type=_seconds,
             default=30.0,
@@ -125,7 +132,7 @@ class Command(BaseCommand):
             shutdown_timeout=options["shutdown_timeout"],
             finite=finite,
             on_ready=lambda: systemd.notify("READY=1"),
-            on_crash=lambda *crash: self._book_crash(*crash, using=options["database"]),
+            on_crash=lambda in_hand, cause: self._book_crash(in_hand, cause, using=options["database"]),
         )
         stops = (signal.SIGTERM, signal.SIGINT)
 
@@ -188,16 +195,17 @@ class Command(BaseCommand):
             batch_size=options["batch_size"],
             commit_interval=options["commit_interval"],
             poll_interval=options["poll_interval"],
+            async_concurrency=options["async_concurrency"],
             max_events=options["max_events"],
             max_rss=options["max_rss"],
             **more,
         )
 
-    def _book_crash(self, event_id: int, handler: int, cause: str, *, using: str) -> None:
+    def _book_crash(self, in_hand: list[tuple[int, int]], cause: str, *, using: str) -> None:
         try:
-            Worker(using=using).book_crash(event_id, handler, cause)
+            Worker(using=using).book_crash(in_hand, cause)
         except Error as error:  # the database is away: then nothing can be counted
-            self.stderr.write(f"A crash on event {event_id} could not be counted: {error}")
+            self.stderr.write(f"A crash on event {in_hand[0][0]} could not be counted: {error}")
         finally:
             connections.close_all()
 

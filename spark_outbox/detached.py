@@ -1,0 +1,103 @@
+"""Handlers at work outside of the worker's transaction: their deliveries are `running` meanwhile.
+
+A worker that has such deliveries holds the advisory lock of its session, a random number that they
+bear. Locks die with the connection: so others see at once that it is gone, and take them back; and
+what it finds out after that applies to nothing any more.
+"""
+
+import math
+from collections.abc import Callable
+
+from spark_outbox import settle, store
+from spark_outbox.dispatch import Dispatcher
+from spark_outbox.outcomes import Call, succeeded
+from spark_outbox.registry import Registry
+
+TAKE_OVER_INTERVAL = 1.0
+"""Seconds between two looks whether the worker of a running delivery is gone."""
+
+
+class Detached:
+    """One worker's detached calls. `direct` is the alias of a connection that is no pooler's: its own
+    or that which LISTENs."""
+
+    def __init__(
+        self,
+        *,
+        using: str,
+        direct: str | None,
+        dispatcher: Dispatcher,
+        registry: Registry,
+        clock: Callable[[], float],
+    ) -> None:
+        self._using = using
+        self._direct = direct or using
+        self._dispatcher = dispatcher
+        self._registry = registry
+        self._clock = clock
+        self.calls: list[Call] = []
+        """Under way, or ended and not settled."""
+        self._session = 0
+        self._is_locked = False
+        self._take_over_at = -math.inf
+
+    @property
+    def has_ended(self) -> bool:
+        return any(call.ended for call in self.calls)
+
+    def identify(self) -> int:
+        """Return our session; its lock is held from now on, until the connection is lost."""
+        while not self._is_locked:
+            # After a reconnection the old number, if nobody has taken over what bears it.
+            self._session = self._session or settle.new_session()
+            self._is_locked = store.lock_session(self._session, using=self._direct)
+            if not self._is_locked:
+                self._session = 0
+        return self._session
+
+    def resign(self) -> None:
+        """Let others take over whatever is still running."""
+        if self._is_locked:
+            self._is_locked = False
+            store.unlock_session(self._session, using=self._direct)
+
+    def reconnected(self) -> None:
+        """After a new connection was made: the lock is gone with the old one."""
+        self._is_locked = False
+        if self.calls:
+            self.identify()
+
+    def begin(self, calls: list[Call]) -> None:
+        """Run what has been committed as running; go on with what runs already."""
+        for call in calls:
+            call.session = self._session
+        self.calls += calls
+        for call in calls:
+            if not call.handler.atomic:
+                if not call.handler.is_async and self._dispatcher.calls is not None:
+                    self._dispatcher.calls.finish()  # the event loop stands still meanwhile
+                self._dispatcher.call_apart(call)
+        self.settle()
+
+    def settle(self) -> None:
+        """Write what became of the calls that have ended."""
+        ended = [call for call in self.calls if call.ended]
+        if not ended:
+            return
+        for call in ended:
+            if call.attempt is None:
+                call.attempt = self._dispatcher.conclude(call) or succeeded(call)
+        settle.write_calls(ended, self._registry, using=self._using)
+        self.calls = [call for call in self.calls if call not in ended]
+
+    def finish(self) -> None:
+        """Wait for all calls to end, and settle them."""
+        if self.calls and self._dispatcher.calls is not None:
+            self._dispatcher.calls.finish()
+        self.settle()
+
+    def take_over(self) -> None:
+        """Put back what workers have begun that are gone; not more often than it makes sense."""
+        if self._clock() >= self._take_over_at:
+            settle.take_over(mine=self._session, using=self._using)
+            self._take_over_at = self._clock() + TAKE_OVER_INTERVAL

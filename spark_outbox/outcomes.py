@@ -1,0 +1,222 @@
+"""What becomes of a batch's events, in the store's terms. Runs no SQL and calls no handler."""
+
+import datetime as dt
+import logging
+import random
+import traceback
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+from spark_outbox.errors import HandlerTimeout
+from spark_outbox.events import Event
+from spark_outbox.policy import Verdict
+from spark_outbox.registry import Handler
+from spark_outbox.store import Attempt, Begun, Earlier, Ended, Postponed
+
+logger = logging.getLogger(__name__)
+
+MAX_ERROR_LENGTH = 20_000
+
+
+@dataclass(slots=True)
+class Batch:
+    """Claimed events, and what is known of those that were tried before."""
+
+    events: Sequence[Event]
+    elsewhere: int = 0
+    """How many of them, the first, were not in the ready queue: they are due, or ordered."""
+    earlier: dict[int, dict[str, Earlier]] = field(default_factory=dict)
+
+    def owed(self, event: Event, handlers: Sequence[Handler]) -> list[Handler]:
+        """Return the handlers that an event tried before owes: those due, or all that are pending if
+        somebody has made it ready by hand."""
+        earlier = self.earlier[event.id]
+        ready = event.available_at is None
+        return [
+            handler
+            for handler in handlers
+            if (before := earlier.get(handler.name)) is None
+            or (before.status == "pending" and (ready or before.due))
+        ]
+
+
+@dataclass(eq=False, slots=True)
+class Call:
+    """A handler at work on an event, outside of the order in which a batch is dispatched."""
+
+    handler: Handler
+    event: Event
+    """A copy, with this handler's attempt."""
+    ended: bool = False
+    error: BaseException | None = None
+    seconds: float = 0.0
+    session: int = 0
+    """Under which its delivery is `running`, if it is detached, or has outlived its batch."""
+    attempt: Attempt | None = None
+    """What came of it, to be written."""
+
+
+@dataclass(slots=True)
+class Open:
+    """An event in the course of being handled."""
+
+    event: Event
+    handlers: Sequence[Handler]
+    owed: Sequence[Handler]
+    """Those that are called in this pass."""
+    earlier: dict[str, Earlier]
+    attempts: dict[str, Attempt]
+    """By handler, what came of the calls that did not simply succeed."""
+
+    def close(self, outcomes: "Outcomes") -> None:
+        """Add to `outcomes` what the event comes to, all calls having been made."""
+        if self.attempts or self.earlier:
+            for handler in self.owed:
+                self.attempts.setdefault(handler.name, Attempt(self.event.id, handler.name, "done"))
+            outcomes.settle(self.event, self.handlers, self.attempts, self.earlier)
+        else:
+            outcomes.done.append(self.event.id)
+
+    def alone(self) -> "Outcomes":
+        """Return what the event comes to by itself."""
+        outcomes = Outcomes()
+        self.close(outcomes)
+        return outcomes
+
+
+@dataclass(slots=True)
+class Outcomes:
+    """What a dispatched batch comes to, in the store's terms."""
+
+    done: list[int] = field(default_factory=list)
+    unhandled: list[int] = field(default_factory=list)
+    ended: list[Ended] = field(default_factory=list)
+    postponed: list[Postponed] = field(default_factory=list)
+    running: list[Begun] = field(default_factory=list)
+    attempts: list[Attempt] = field(default_factory=list)
+    retried: list[int] = field(default_factory=list)
+    """Finished events that have deliveries."""
+    calls: list[Call] = field(default_factory=list)
+    """Of the running events: to begin or to go on with after the commit."""
+    reached: int = 0
+    """How many events of the batch were looked at."""
+    cut: bool = False
+    """The batch ended before its last event, or might as well have."""
+
+    def holds_up(self, event: Event, failed_head: str) -> bool:
+        """Return whether later events of its ordering key have to wait for the last one handled."""
+        if self.postponed and self.postponed[-1].event_id == event.id:
+            return True
+        if self.running and self.running[-1].event_id == event.id:
+            return True
+        failed = self.ended and self.ended[-1][:2] == (event.id, "failed")
+        return bool(failed) and failed_head == "block"
+
+    @property
+    def count(self) -> int:
+        settled = (self.done, self.unhandled, self.ended, self.postponed, self.running)
+        return sum(len(each) for each in settled)
+
+    def settle(
+        self,
+        event: Event,
+        handlers: Iterable[Handler],
+        attempts: dict[str, Attempt],
+        earlier: dict[str, Earlier],
+    ) -> None:
+        """Say what an event comes to that was not, or is not, finished in one go."""
+        self.attempts += attempts.values()
+        registered = {handler.name for handler in handlers}
+        statuses = {
+            name: before.status
+            for name, before in earlier.items()
+            if name in registered or before.status == "running"
+        }
+        statuses.update((name, attempt.status) for name, attempt in attempts.items())
+        error = next((a.traceback for a in reversed(attempts.values()) if a.traceback), "")
+        never_called = bool(registered - statuses.keys())
+        if "running" in statuses.values():
+            self.running.append(Begun(event.id, error))
+            return
+        if never_called or "pending" in statuses.values():
+            self.postponed.append(Postponed(event.id, error, never_called))
+            return
+        self.retried.append(event.id)
+        if "failed" in statuses.values():
+            self.ended.append(Ended(event.id, "failed", error))
+        elif "done" in statuses.values():
+            self.done.append(event.id)
+        else:
+            self.ended.append(Ended(event.id, "discarded", error))
+
+
+def succeeded(call: Call) -> Attempt:
+    duration = dt.timedelta(seconds=call.seconds)
+    return Attempt(call.event.id, call.handler.name, "done", duration=duration)
+
+
+def begun(call: Call) -> Attempt:
+    """Return what stands for a call that outlives its batch's transaction."""
+    return Attempt(call.event.id, call.handler.name, "running", counts=False)
+
+
+def postponed_by_breaker(handler: Handler, event: Event, wait: float) -> Attempt:
+    """Return what stands for a call that was not made; it burns no attempt."""
+    spread = wait * random.uniform(1, 1.5)  # noqa: S311, so that not all come back at once
+    return Attempt(
+        event.id,
+        handler.name,
+        "pending",
+        error="spark_outbox: not called, its circuit is open",
+        delay=dt.timedelta(seconds=spread),
+        counts=False,
+    )
+
+
+def judge(handler: Handler, event: Event, error: BaseException, seconds: float) -> Attempt:
+    """Say what becomes of a delivery whose handler raised, and log it."""
+    verdict = handler.policy.judge(error, event.attempt)
+    log_verdict(handler, event, error, verdict)
+    return Attempt(
+        event.id,
+        handler.name,
+        verdict.status,
+        error=storable(f"{type(error).__module__}.{type(error).__qualname__}: {error}"),
+        traceback=storable("".join(traceback.format_exception(error))),
+        duration=dt.timedelta(seconds=seconds),
+        delay=verdict.delay,
+        at=verdict.at,
+    )
+
+
+def timed_out(cause: BaseException | None = None) -> HandlerTimeout:
+    error = HandlerTimeout("The handler ran longer than its timeout.")
+    error.__cause__ = cause
+    return error
+
+
+def log_verdict(handler: Handler, event: Event, error: BaseException, verdict: Verdict) -> None:
+    level, what = {
+        "failed": (logging.ERROR, "failed for good"),
+        "discarded": (logging.INFO, "discarded"),
+        "pending": (logging.WARNING, "failed, to be tried again"),
+    }[verdict.status]
+    context = {
+        "handler": handler.name,
+        "event_id": event.id,
+        "attempt": event.attempt,
+        "error": type(error).__qualname__,
+        "what": what,
+    }
+    logger.log(
+        level,
+        "Handler %(handler)s on event %(event_id)s: %(what)s (attempt %(attempt)s, %(error)s).",
+        context,
+        extra=context,
+    )
+
+
+def storable(text: str) -> str:
+    """Return text that PostgreSQL can store; the end of it, if it is very long."""
+    text = text.replace("\0", "\\0").encode("utf-8", "backslashreplace").decode()
+    return text[-MAX_ERROR_LENGTH:]

@@ -1,0 +1,114 @@
+"""Write what became of events: in a batch, alone, with a detached handler, or a process that died."""
+
+import logging
+import os
+import random
+import socket
+from collections.abc import Sequence
+
+from django.db import transaction
+
+from spark_outbox import store
+from spark_outbox.errors import WorkerDied
+from spark_outbox.events import Event
+from spark_outbox.outcomes import Call, Open, Outcomes, judge
+from spark_outbox.references import References
+from spark_outbox.registry import Registry
+from spark_outbox.store import Running
+
+logger = logging.getLogger(__name__)
+
+
+def write(outcomes: Outcomes, *, session: int = 0, using: str) -> None:
+    """Write what became of claimed events; a lost claim is told, and overwrites nothing."""
+    applied = 0
+    if outcomes.done:
+        applied += store.finish(outcomes.done, "done", using=using)
+    if outcomes.unhandled:
+        applied += store.finish(outcomes.unhandled, "unhandled", using=using)
+    if outcomes.attempts:
+        who = f"{socket.gethostname()}:{os.getpid()}"
+        store.record_attempts(outcomes.attempts, worker=who, session=session, using=using)
+    if outcomes.running:
+        applied += store.run(outcomes.running, using=using)
+    if outcomes.postponed:
+        applied += store.postpone(outcomes.postponed, using=using)
+    if outcomes.ended:
+        applied += store.end(outcomes.ended, using=using)
+    if outcomes.retried:
+        store.discard_deliveries(outcomes.retried, using=using)
+    if applied != outcomes.count:
+        tell_lost(outcomes.count - applied)
+
+
+def write_alone(alone: dict[int, Outcomes], *, using: str) -> None:
+    """Write what became of events whose batch was rolled back; unless others have them by now."""
+    for event_id, outcomes in alone.items():
+        with transaction.atomic(using=using):
+            if store.claim_one(event_id, using=using):
+                write(outcomes, using=using)
+
+
+def write_calls(calls: Sequence[Call], registry: Registry, *, using: str) -> None:
+    """Write what became of detached calls: of those that still are ours."""
+    with transaction.atomic(using=using):
+        running = [Running(call.event.id, call.handler.name, call.session) for call in calls]
+        taken = store.take_back(running, using=using)
+        if len(taken) < len(calls):
+            tell_lost(len(calls) - len(taken))
+        earlier = store.deliveries([event_id for event_id, _ in taken], using=using)
+        outcomes = Outcomes()
+        opened: dict[int, Open] = {}
+        for call in calls:
+            event = call.event
+            if call.attempt is not None and (event.id, call.handler.name) in taken:
+                handlers = registry.handlers_for(event.group)
+                known = Open(event, handlers, [], earlier.get(event.id, {}), {})
+                opened.setdefault(event.id, known).attempts[call.handler.name] = call.attempt
+        for each in opened.values():
+            each.close(outcomes)
+        write(outcomes, using=using)
+
+
+def take_over(*, mine: int = 0, using: str) -> None:
+    """Put back what workers have begun that are gone. Our own session is `mine`."""
+    for session in store.running_sessions(using=using):
+        if session == mine:
+            continue
+        with transaction.atomic(using=using):
+            if not store.is_session_gone(session, using=using):
+                continue
+            taken = store.take_back(store.running_of(session, using=using), using=using)
+        context = {"deliveries": len(taken)}
+        logger.warning(
+            "Took over %(deliveries)s deliveries of a worker that is gone.", context, extra=context
+        )
+
+
+def write_crash(event_id: int, number: int, cause: str, registry: Registry, *, using: str) -> bool:
+    """Count an attempt that ended with its process; return whether that is settled, or to be tried
+    again: until the server has seen that the process is gone, its rows are locked."""
+    take_over(using=using)
+    with transaction.atomic(using=using):
+        if not store.claim_one(event_id, using=using):
+            return not store.is_unfinished(event_id, using=using)
+        (row,) = store.events_by_id([event_id], using=using)
+        event = Event.from_row(row, References())
+        handler = registry.handlers[number]
+        earlier = store.deliveries([event_id], using=using).get(event_id, {})
+        event.attempt = earlier[handler.name].attempts + 1 if handler.name in earlier else 1
+        error = WorkerDied(f"The worker process died of {cause} while it ran this handler.")
+        attempts = {handler.name: judge(handler, event, error, 0.0)}
+        opened = Open(event, registry.handlers_for(event.group), [], earlier, attempts)
+        write(opened.alone(), using=using)
+    return True
+
+
+def tell_lost(count: int) -> None:
+    lost = {"events": count}
+    logger.warning("Lost the claim on %(events)s events.", lost, extra=lost)
+
+
+def new_session() -> int:
+    """Return a number for `store.lock_session` that is nobody's."""
+    return random.SystemRandom().randrange(1, 2**31)
