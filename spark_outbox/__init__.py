@@ -4,13 +4,14 @@ All that stands here can be imported before the app registry is ready.
 """
 
 from spark_outbox.emit import aemit, aemit_many, emit, emit_many
-from spark_outbox.errors import Discard, Retry
+from spark_outbox.errors import BatchFailed, Discard, Retry
 from spark_outbox.events import Event
 from spark_outbox.registry import handler, source
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "BatchFailed",
     "Discard",
     "Event",
     "Retry",

@@ -61,12 +61,10 @@ class Calls:
         return self.concurrency - len(self._running)
 
     def start(self, calls: Iterable[Call]) -> None:
-        self._turn(self._start(calls))
-
-    async def _start(self, calls: Iterable[Call]) -> None:
-        await sync_to_async(_tidy)()
+        loop = self._loop()
+        self._turn(sync_to_async(_tidy)())
         for call in calls:
-            task = asyncio.create_task(_run(call))
+            task = loop.create_task(_run(call))
             task.add_done_callback(self._running.pop)
             self._running[task] = call
 
@@ -103,15 +101,18 @@ class Calls:
             self._runner.close()
             self._runner = None
 
+    def _loop(self) -> asyncio.AbstractEventLoop:
+        if self._runner is None:
+            self._runner = asyncio.Runner()
+        return self._runner.get_loop()
+
     def _turn(self, coroutine: Coroutine[Any, Any, T]) -> T:
         """Run the loop until `coroutine` returns.
 
         asyncio's timeouts can't end a handler that blocks the loop. So an alarm is set that each
         turn of the loop puts off, and that rings when none has for longer than any may take.
         """
-        if self._runner is None:
-            self._runner = asyncio.Runner()
-        loop = self._runner.get_loop()
+        loop = self._loop()
         task = loop.create_task(coroutine)
         if self._in_hand is not None:
             running = self._running.values()
@@ -120,7 +121,9 @@ class Calls:
         longest = max((limit for limit in limits if limit is not None), default=None)
         if self._alarm is None or longest is None:
             return loop.run_until_complete(task)
-        watchdog = loop.create_task(_put_off(self._alarm, longest))
+        patience = longest * 1.25
+        self._alarm.start(patience)
+        watchdog = loop.create_task(_put_off(self._alarm, patience))
         try:
             while not task.done():
                 with contextlib.suppress(HandlerTimeout):  # it has also ended the call that blocked
@@ -171,8 +174,8 @@ async def _poll(descriptors: list[int], tasks: set[asyncio.Task[None]], seconds:
 
 async def _put_off(alarm: Alarm, seconds: float) -> None:
     while True:
-        alarm.start(seconds * 1.25)
         await asyncio.sleep(seconds / 4)
+        alarm.start(seconds)
 
 
 def _tidy() -> None:

@@ -5,9 +5,7 @@ Runs no SQL of its own; what becomes of the events is said in outcomes.py.
 
 import logging
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
-
-from asgiref.sync import async_to_sync
+from typing import NamedTuple
 
 from spark_outbox import conf
 from spark_outbox.breaker import Breakers
@@ -272,17 +270,11 @@ class Dispatcher:
 
     def _run(self, handler: Handler, events: list[Event]) -> BatchFailed | None:
         """Call the function, and interrupt it when its time is up; return how it failed in part."""
-        function: Any = handler.function
-        if handler.is_async:
-            function = async_to_sync(function)
         limit = None if self._alarm is None else handler.policy.limit()
         try:
             if limit is not None and self._alarm is not None:
                 self._alarm.start(limit)
-            if handler.batch is None:
-                function(events[0])
-            else:
-                function(events)
+            handler.call(events)
         except BatchFailed as failed:
             if handler.batch is None or not failed.errors.keys() <= set(events):
                 raise TypeError(

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+from asgiref.sync import async_to_sync
 from django.db.models import Model
 
 from spark_outbox.backoff import Backoff, Seconds
@@ -41,6 +42,11 @@ class Handler:
     def __post_init__(self) -> None:
         is_plain = self.atomic and not self.is_async and self.batch is None
         object.__setattr__(self, "is_plain", is_plain)
+
+    def call(self, events: list[Event]) -> None:
+        """Run the function in this thread, also if it is async, with the event or the list."""
+        function: Any = async_to_sync(self.function) if self.is_async else self.function  # type: ignore[arg-type]
+        function(events[0] if self.batch is None else events)
 
 
 class Registry:

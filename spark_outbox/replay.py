@@ -106,7 +106,7 @@ def _try(handler: Handler, event: Event, isolation: Isolation, done: Rehearsal) 
     done.events += 1
     isolation.begin()
     try:
-        handler.function(event if handler.batch is None else [event])
+        handler.call([event])
         isolation.end()
     except Exception:  # noqa: BLE001, it is what a rehearsal is to report
         isolation.undo()

@@ -53,7 +53,7 @@ def write_calls(calls: Sequence[Call], registry: Registry, *, using: str) -> Non
     """Write what became of detached calls: of those that still are ours."""
     with transaction.atomic(using=using):
         running = [Running(call.event.id, call.handler.name, call.session) for call in calls]
-        taken = store.take_back(running, using=using)
+        taken = store.take_back(running, to_settle=True, using=using)
         if len(taken) < len(calls):
             tell_lost(len(calls) - len(taken))
         earlier = store.deliveries([event_id for event_id, _ in taken], using=using)
@@ -78,7 +78,8 @@ def take_over(*, mine: int = 0, using: str) -> None:
         with transaction.atomic(using=using):
             if not store.is_session_gone(session, using=using):
                 continue
-            taken = store.take_back(store.running_of(session, using=using), using=using)
+            running = store.running_of(session, using=using)
+            taken = store.take_back(running, to_settle=False, using=using)
         context = {"deliveries": len(taken)}
         logger.warning(
             "Took over %(deliveries)s deliveries of a worker that is gone.", context, extra=context

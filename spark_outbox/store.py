@@ -387,7 +387,7 @@ where event.id = ended.event_id and event.status = 'pending'
 
 RUN = """
 update spark_outbox_event as event
-set status = 'running', available_at = null,
+set status = 'running', available_at = null, attempts = attempts + 1,
     last_error = coalesce(nullif(begun.error, ''), event.last_error)
 from unnest(%s::bigint[], %s::text[]) as begun (event_id, error)
 where event.id = begun.event_id and event.status = 'pending'
@@ -519,7 +519,8 @@ where status = 'running' and session is not distinct from %s
 """
 
 REOPEN_RUNNING = """
-update spark_outbox_event set status = 'pending', available_at = statement_timestamp()
+update spark_outbox_event
+set status = 'pending', available_at = statement_timestamp(), attempts = attempts - %s
 where id = any(%s) and status = 'running'
 """
 
@@ -554,15 +555,16 @@ def running_of(session: int | None, *, using: str) -> list[Running]:
     return list(map(Running._make, _rows(RUNNING_OF, [session], using=using)))
 
 
-def take_back(running: Sequence[Running], *, using: str) -> set[tuple[int, str]]:
+def take_back(running: Sequence[Running], *, to_settle: bool, using: str) -> set[tuple[int, str]]:
     """Make deliveries, and their events, pending again; return those to which it applied.
 
-    It does not apply to those that another worker has taken over. Locks the events first.
+    It does not apply to those that another worker has taken over. Locks the events first. With
+    `to_settle` it is in order to settle them, which counts the pass that they are in once more.
     """
     event_ids = sorted({event_id for event_id, _, _ in running})
     _rows(LOCK_RUNNING, [event_ids], using=using)
     taken = {tuple(row) for row in _rows(TAKE_BACK, _columns(running), using=using)}
-    _run(REOPEN_RUNNING, [[event_id for event_id, _ in taken]], using=using)
+    _run(REOPEN_RUNNING, [int(to_settle), [event_id for event_id, _ in taken]], using=using)
     return taken
 
 

@@ -175,6 +175,7 @@ class Worker:
         """Handle ready events until none is left, on the current connection; return how many."""
         total = 0
         try:
+            self._detached.take_over()
             while handled := self._handle_or_narrow() or self.handle_batch(sweep=True):
                 total += handled
         finally:

@@ -82,6 +82,11 @@ def system_exit(event):
     raise SystemExit(3)
 
 
+def durable_atomic(event):
+    with transaction.atomic(durable=True):
+        note(event)
+
+
 def keyboard_interrupt(event):
     raise KeyboardInterrupt
 
@@ -108,6 +113,7 @@ def leave_durable_open(event):
         set_autocommit,
         system_exit,
         keyboard_interrupt,
+        durable_atomic,
         leave_atomic_open,
         leave_durable_open,
     ],
@@ -160,6 +166,35 @@ def test_a_handler_that_fails_in_whatever_way_hurts_no_other_and_is_retried_alon
         eventually(lambda: statuses().get("another") == "done")
     assert calls == ["fails", "fails first"]
     assert Handled.objects.filter(handler="fine").count() == 1
+
+
+def test_who_needs_a_durable_atomic_is_told_of_atomic_false(own_registry):
+    own_registry.add_handler(durable_atomic, group="", name="h")
+    emit("g", "key")
+    Worker().drain()
+    assert "Register it with atomic=False" in Delivery.objects.get().error
+
+
+def test_the_server_ends_a_transaction_that_is_idle_for_longer_than_its_handlers_may_be(own_registry):
+    seen = []
+
+    @handler("^g$", name="h", timeout=60)
+    def look(event):
+        with connection.cursor() as cursor:
+            cursor.execute("show idle_in_transaction_session_timeout")
+            seen.extend(cursor.fetchone())
+
+    emit("g", "1")
+    Worker(alarm=Alarm()).run(drain=True)
+    connection.close()
+    emit("g", "2")
+    Worker().run(drain=True)  # nothing would interrupt it
+    connection.close()
+    handler("^other$", name="as long as it likes")(note)
+    emit("g", "3")
+    Worker(alarm=Alarm()).run(drain=True)
+    assert seen == ["90s", "0", "0"]
+    connection.close()
 
 
 def test_a_handler_that_closes_the_connection_is_told_and_hurts_no_other(own_registry):

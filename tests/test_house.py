@@ -18,6 +18,7 @@ from tests.tools import manage
 
 def test_the_public_names_are_these():
     assert spark_outbox.__all__ == [
+        "BatchFailed",
         "Discard",
         "Event",
         "Retry",

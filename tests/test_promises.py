@@ -24,7 +24,7 @@ from spark_outbox.worker import Worker
 from tests.challenges.models import Handled
 from tests.tools import HOUR, connect
 
-HANDLERS = ("one", "two")
+HANDLERS = ("one", "two", "list")
 MAX_ATTEMPTS = 3
 
 keys = st.sampled_from([f"key {n}" for n in range(16)])
@@ -56,11 +56,19 @@ class Outbox(RuleBasedStateMachine):
         self.registry = Registry()
         for name in HANDLERS:
             self.registry.add_handler(
-                lambda event, name=name: self.handle(event, name),
+                self.handler(name),
                 group="^g$",
                 name=name,
                 policy=Policy(max_attempts=MAX_ATTEMPTS, backoff=3600),
+                batch=3 if name == "list" else None,
             )
+
+    def handler(self, name):
+        def handle_list(events):
+            for event in events:
+                self.handle(event, name)
+
+        return handle_list if name == "list" else lambda event: self.handle(event, name)
 
     def handle(self, event, name):
         self.calls.append(event.key)

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from dataclasses import fields
 from datetime import date, timedelta
+from unittest.mock import AsyncMock, Mock
 
 import pytest
 from django.core.management import get_commands
@@ -15,6 +16,7 @@ from markdown_it import MarkdownIt
 import tests.challenges.models
 from spark_outbox import conf, emit
 from spark_outbox.models import OutboxEvent
+from spark_outbox.testing import drain
 from tests.postgres import ROOT
 
 README = (ROOT / "README.md").read_text()
@@ -74,6 +76,9 @@ def test_the_python_blocks_run_in_order(own_registry, monkeypatch):
         "in_a_month": today + timedelta(days=30),
         "log": [],
         "sent": [],
+        "search": Mock(**{"bulk.side_effect": lambda numbers: ["ok"] * len(numbers)}),
+        "http": Mock(post=AsyncMock()),
+        "write_report": Mock(),
         "__name__": "readme",
     }
     exec(
@@ -87,6 +92,13 @@ def test_the_python_blocks_run_in_order(own_registry, monkeypatch):
     assert tests.challenges.models.Challenge.objects.count() == 2
     assert "announced_now" in {key for _, _, key, _, _ in namespace["log"]}
     assert OutboxEvent.objects.filter(status="pending", available_at=None).count() == 0
+    emit("search_index", "index", number=1)
+    emit("webhook", "hook", url="here")
+    emit("export", "export", number=2)
+    drain()
+    namespace["search"].bulk.assert_called_once_with([1])
+    namespace["http"].post.assert_called_once_with("here", json={"key": "hook"})
+    namespace["write_report"].assert_called_once_with(2)
 
     conf.Settings(**namespace["SPARK_OUTBOX"])
     with connection.cursor() as cursor:

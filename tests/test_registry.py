@@ -18,10 +18,6 @@ def another_handler(event):
     """Do nothing, either."""
 
 
-async def async_handler(event):
-    """Be something that a call alone does not run."""
-
-
 def generator(event):
     yield event
 
@@ -50,7 +46,6 @@ def test_a_function_may_handle_several_patterns(registry):
         (lambda r: r.add_handler("some_handler", group="a"), "must be callable"),
         (lambda r: r.add_handler(functools.partial(some_handler), group="a"), "name=…"),
         (lambda r: r.add_handler(some_handler, group="a", name=""), "1 to 255 characters"),
-        (lambda r: r.add_handler(async_handler, group="a"), "async_to_sync"),
         (lambda r: r.add_handler(generator, group="a"), "a generator"),
         (lambda r: r.add_source(some_handler, model="app.Model"), "model class"),
         (lambda r: r.add_source(None, model=Challenge), "must be callable"),

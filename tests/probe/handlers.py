@@ -1,5 +1,6 @@
 """A handler that does what its event says, for tests with real worker processes."""
 
+import asyncio
 import ctypes
 import os
 import time
@@ -10,7 +11,7 @@ from tests.challenges.models import Handled
 
 
 @handler(r"^probe_in_time$", timeout=0.2, name="in time")
-@handler(r"^probe(?!_in_time|_crash)")
+@handler(r"^probe(?!_in_time|_crash|_detached|_async)")
 def probe(event: Event) -> None:
     """Note the call in the ledger; then touch `started`, wait for `go`, or raise, as told."""
     Handled.objects.create(key=event.key, handler="probe", note=str(os.getpid()))
@@ -26,4 +27,31 @@ def probe(event: Event) -> None:
 @handler(r"^probe_crash$", name="crash", max_attempts=2, backoff=0.1)
 def crash(event: Event) -> None:
     Handled.objects.create(key=event.key, handler="crash")
+    ctypes.string_at(0)
+
+
+@handler(r"^probe_(detached|async)$", name="sibling")
+def sibling(event: Event) -> None:
+    Handled.objects.create(key=event.key, handler="sibling")
+
+
+@handler(r"^probe_detached$", name="detached", atomic=False)
+def detached(event: Event) -> None:
+    """As `probe`, in no transaction; notes in the ledger that it came through."""
+    Path(event["started"]).write_text(str(os.getpid()))
+    while not Path(event["go"]).exists():
+        time.sleep(0.005)
+    Handled.objects.create(key=event.key, handler="after", note=str(os.getpid()))
+
+
+@handler(r"^probe_async$", name="async")
+async def concurrent(event: Event) -> None:
+    Path(event["started"]).write_text(str(os.getpid()))
+    while not Path(event["go"]).exists():
+        await asyncio.sleep(0.005)
+    await Handled.objects.acreate(key=event.key, handler="after", note=str(os.getpid()))
+
+
+@handler(r"^probe_detached_crash$", name="detached crash", atomic=False, max_attempts=2, backoff=0.1)
+def detached_crash(event: Event) -> None:
     ctypes.string_at(0)
