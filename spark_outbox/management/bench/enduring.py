@@ -1,0 +1,115 @@
+"""Whether a worker stays as fast with a long queue, and behind somebody's old snapshot."""
+
+import statistics
+import threading
+import time
+from typing import Any
+
+from django.db import connections, transaction
+
+from spark_outbox.management.bench.figures import Bench, Figure, Goal, measure, percentile
+from spark_outbox.management.bench.load import child_workers, fill, handlers, make_worker, noop, refill
+from spark_outbox.management.bench.scratch import Scratch
+from spark_outbox.management.bench.waking import fill_bare, moments
+from spark_outbox.references import References
+
+CLAIMS = 30
+
+
+@measure
+def backlog(bench: Bench) -> list[Figure]:
+    """What a claim takes with many pending, and with many delayed rows, against a thousand."""
+    refill(bench.scratch, 0)
+    small, big, delayed = (Scratch(bench.near, name) for name in ("_small", "_big", "_delayed"))
+    for each in (small, big, delayed):
+        each.create(template=bench.scratch)
+        fill(each, 1000)
+    fill(big, bench.size(1_000_000))
+    fill(delayed, bench.size(1_000_000), delay=3600)
+    for each in (small, big, delayed):
+        each.execute("vacuum analyze spark_outbox_event")
+    pending, later, baseline = bench.medians(
+        lambda: claims_a_second(big), lambda: claims_a_second(delayed), lambda: claims_a_second(small)
+    )
+    for each in (small, big, delayed):
+        each.drop()
+    return [
+        Figure("backlog_pending", pending, "claims/s", baseline, Goal(">=", 0.8)),
+        Figure("backlog_delayed", later, "claims/s", baseline, Goal(">=", 0.8)),
+    ]
+
+
+def claims_a_second(scratch: Scratch) -> float:
+    """Claim the first events again and again, as a sweep does, and roll back."""
+    claims = make_worker(scratch, handlers(noop))._claims
+    claims.size = 100
+    found = []
+    for _ in range(CLAIMS):
+        with transaction.atomic(using=scratch.alias):
+            started = time.perf_counter()
+            batch = claims.next(References(), sweep=True)
+            found.append(time.perf_counter() - started)
+            transaction.set_rollback(True, using=scratch.alias)
+        if not batch.events:
+            raise RuntimeError("The claim found nothing.")
+    return 1 / statistics.median(found)
+
+
+@measure
+def held_snapshot(bench: Bench) -> list[Figure]:
+    """A steady load while somebody holds an old snapshot, against the same while nobody does."""
+    seconds, rate = bench.seconds(60), 1000
+    last: dict[bool, float] = {}
+
+    def drain_rate(*, is_held: bool) -> float:
+        refill(bench.scratch, 0)
+        with bench.scratch.connect() as other, moments() as claims:
+
+            def time_claims(execute: Any, sql: Any, *statement: Any) -> Any:
+                started = time.perf_counter()
+                found = execute(sql, *statement)
+                if "skip locked" in str(sql):
+                    claims.tell(time.perf_counter() - started)
+                return found
+
+            if is_held:
+                other.execute("begin isolation level repeatable read")
+                other.execute("select count(*) from spark_outbox_event")
+            with child_workers(bench.scratch, handlers(noop), watch=time_claims):
+                emitter = threading.Thread(target=emit_steadily, args=[bench, rate, seconds])
+                started = time.monotonic()
+                emitter.start()
+                time.sleep(seconds * 5 / 6)
+                claims.all()
+                emitter.join()
+                took = time.monotonic() - started
+                handled = count_done(bench)
+                last[is_held] = percentile(claims.all(), 0.5) * 1000
+            if is_held:
+                other.execute("rollback")
+        return handled / took
+
+    held, free, claim, free_claim = bench.medians(
+        lambda: drain_rate(is_held=True),
+        lambda: drain_rate(is_held=False),
+        lambda: last[True],
+        lambda: last[False],
+    )
+    return [
+        Figure("held_snapshot", held, "events/s", free, Goal(">=", 0.9)),
+        Figure("held_snapshot_claim", claim, "ms", free_claim, Goal("<=", 1 / 0.9)),
+    ]
+
+
+def emit_steadily(bench: Bench, rate: int, seconds: float) -> None:
+    try:
+        started = time.monotonic()
+        for number in range(int(seconds * 100)):
+            fill_bare(bench, rate // 100)
+            time.sleep(max(0.0, started + (number + 1) / 100 - time.monotonic()))
+    finally:
+        connections[bench.scratch.alias].close()
+
+
+def count_done(bench: Bench) -> int:
+    return int(bench.scratch.execute("select count(*) from spark_outbox_event where status = 'done'"))
