@@ -26,9 +26,8 @@ class Breakers:
         self._threshold = threshold
         self._clock = clock
         self._circuits: dict[str, _Circuit] = {}
-
-    def __bool__(self) -> bool:
-        return bool(self._circuits)  # nothing has failed lately: nothing to ask, nothing to tell
+        self.any = False
+        """Something has failed lately; if not, there is nothing to ask, and nothing to tell."""
 
     def remaining(self, name: str) -> float:
         """Return the seconds for which the handler is not to be called; 0 if it may be, now.
@@ -47,6 +46,7 @@ class Breakers:
     def succeeded(self, name: str) -> bool:
         """Close the handler's circuit; return whether it was open."""
         circuit = self._circuits.pop(name, None)
+        self.any = bool(self._circuits)
         return circuit is not None and circuit.pause > 0
 
     def failed(self, name: str, event_id: int) -> float:
@@ -54,6 +54,7 @@ class Breakers:
         if self._threshold is None:
             return 0.0
         circuit = self._circuits.setdefault(name, _Circuit())
+        self.any = True
         circuit.events.add(event_id)
         if not circuit.pause and len(circuit.events) < self._threshold:
             return 0.0

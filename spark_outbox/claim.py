@@ -42,6 +42,7 @@ class Claims:
         self._sweep_at = -math.inf
         self._due_at = -math.inf  # when a busy worker looks for due events again
         self._looked_for_due = False
+        self._order_at = -math.inf  # when a busy worker that found no ordered events looks again
         self._looked_for_ordered = False
         self._after_key = ""  # the ordering key after which to look next
         self._failed_head = conf.current().FAILED_HEAD
@@ -52,21 +53,31 @@ class Claims:
         """Events are handled one by one, after a commit that failed through one of them."""
         return self._one_by_one > 0
 
-    def next(self, references: References, *, sweep: bool) -> Batch:
-        """Lock events that can be handled now; with `sweep`, wherever they are in the queue."""
+    def next(self, references: References, *, sweep: bool, first: str = "") -> Batch:
+        """Lock events that can be handled now; with `sweep`, wherever they are in the queue.
+
+        `first` is a query to begin with.
+        """
         started = self._clock()
         limit = 1 if self.careful else self.size
-        ready = self._claim_ready(started, limit, from_zero=sweep or started >= self._sweep_at)
+        from_zero = sweep or started >= self._sweep_at
+        ready = self._claim_ready(started, limit, first, from_zero=from_zero)
         # Not twice in a row: a backlog of due events must leave slow handlers time for ready ones.
-        self._looked_for_due = sweep or (started >= self._due_at and not self._looked_for_due)
+        everywhere = sweep or not ready
+        self._looked_for_due = everywhere or (started >= self._due_at and not self._looked_for_due)
         due = self._claim_due(started, limit) if self._looked_for_due else []
-        # Nor this, unless there is nothing else: a hot ordering key must leave others their time.
-        self._looked_for_ordered = sweep or not (ready and self._looked_for_ordered)
+        # Nor this: a hot ordering key must leave others their time.
+        self._looked_for_ordered = everywhere or (
+            started >= self._order_at and not self._looked_for_ordered
+        )
         ordered = self._claim_ordered(limit, all_keys=sweep) if self._looked_for_ordered else []
+        if self._looked_for_ordered:
+            self._order_at = started + (0 if ordered or self.held else self._commit_interval)
         rows = (due + ordered + ready)[: 1 if self.careful else None]
-        retried = [row.id for row in rows if row.attempts]
+        events = Event.from_rows(rows, references)
+        retried = [event.id for event in events if event.attempt > 1]
         return Batch(
-            [Event.from_row(row, references) for row in rows],
+            events,
             elsewhere=len(due) + len(ordered),
             earlier=store.deliveries(retried, using=self.using) if retried else {},
         )
@@ -96,9 +107,17 @@ class Claims:
         """Look for due events in `due_in` seconds: that is when the next one's time comes."""
         self._due_at = self._clock() + min(due_in, SWEEP_INTERVAL)
 
-    def _claim_ready(self, started: float, limit: int, *, from_zero: bool) -> list[StoredRow]:
+    def hurry(self) -> None:
+        """After a notification: what has just come first, and what has been waiting after it."""
+        soon = self._clock() + self._commit_interval
+        self._due_at = max(self._due_at, soon)
+        self._order_at = max(self._order_at, soon)
+
+    def _claim_ready(
+        self, started: float, limit: int, first: str, *, from_zero: bool
+    ) -> list[StoredRow]:
         floor = 0 if from_zero else self.floor
-        rows = store.claim_ready(floor, limit, groups=self.groups, using=self.using)
+        rows = store.claim_ready(floor, limit, groups=self.groups, first=first, using=self.using)
         if from_zero:
             now = self._clock()
             self._sweep_at = now + max(SWEEP_INTERVAL, 10 * (now - started))

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from spark_outbox import conf
+from spark_outbox.backoff import seconds as seconds_of
 from spark_outbox.breaker import Breakers
 from spark_outbox.calls import Alarm, Calls, InHand
 from spark_outbox.errors import BatchFailed, BrokenTransaction, Discard, Retry
@@ -15,7 +16,7 @@ from spark_outbox.events import Event
 from spark_outbox.isolation import Isolation, apart
 from spark_outbox.outcomes import Batch, Call, Open, Outcomes, begun, judge, postponed_by_breaker
 from spark_outbox.policy import HOPELESS
-from spark_outbox.registry import Handler
+from spark_outbox.registry import Handler, Matching
 from spark_outbox.store import Attempt, Earlier
 
 logger = logging.getLogger(__name__)
@@ -51,7 +52,7 @@ class Dispatcher:
 
     def __init__(
         self,
-        handlers_for: Callable[[str], tuple[Handler, ...]],
+        handlers_for: Callable[[str], Matching],
         *,
         using: str,
         commit_interval: float,
@@ -70,6 +71,7 @@ class Dispatcher:
         self.calls: Calls | None = None
         self.daemon = False  # if so, nobody presses Ctrl-C: a KeyboardInterrupt is the handler's own
         self._failed_head = conf.current().FAILED_HEAD
+        self._timeout = conf.current().TIMEOUT
         self._breakers = Breakers(conf.current().BREAK_AFTER, clock)
         self._slow: dict[str, float] = {}  # handler name -> recent seconds, if above the interval
         self._start_batch()
@@ -93,7 +95,7 @@ class Dispatcher:
                     outcomes.reached += 1
                     continue
                 handlers = self._handlers_for(event.group)
-                if self._must_wait(handlers):
+                if (self._slow or not handlers.are_plain) and self._must_wait(handlers):
                     outcomes.cut = True
                     break
                 is_open = self._handle(event, handlers, batch, isolation, outcomes)
@@ -134,8 +136,9 @@ class Dispatcher:
                 event.load()
                 self.calls.start([call])
                 return
-            with apart(self._using, handler.policy.limit()):
-                self._run(handler, [event])
+            limit = self._limit(handler)
+            with apart(self._using, limit):
+                self._call_in_time(handler, event, limit)
         except BaseException as raised:
             if type(raised) is KeyboardInterrupt and not self.daemon:
                 raise
@@ -163,7 +166,7 @@ class Dispatcher:
     def _handle(
         self,
         event: Event,
-        handlers: tuple[Handler, ...],
+        handlers: Matching,
         batch: Batch,
         isolation: Isolation,
         outcomes: Outcomes,
@@ -180,11 +183,11 @@ class Dispatcher:
         for handler in owed:
             if earlier is not None:
                 event.attempt = next_attempt(handler, earlier)
-            if self._breakers and (wait := self._breakers.remaining(handler.name)):
+            if self._breakers.any and (wait := self._breakers.remaining(handler.name)):
                 attempt = postponed_by_breaker(handler, event, wait)
             elif handler.is_plain or self._is_called_alone(handler, event):
                 attempt = self._deliver(handler, event, isolation)
-                if isolation.lost and attempt is not None:
+                if attempt is not None and isolation.lost:
                     lost = Open(event, handlers, [handler], earlier or {}, {handler.name: attempt})
                     raise TransactionLost({event.id: lost.alone()})
             else:
@@ -213,8 +216,11 @@ class Dispatcher:
 
     def _deliver(self, handler: Handler, event: Event, isolation: Isolation) -> Attempt | None:
         """Call one handler with one event; return None if it succeeded."""
-        error, seconds = self._call(handler, [event], isolation)
-        if error is None and not self._breakers:
+        if self._in_hand is not None:
+            self._in_hand.take_in_hand((event.id, handler.number))
+        event.start_over()
+        error, seconds = self._call(handler, event if handler.batch is None else [event], isolation)
+        if error is None and not self._breakers.any:
             return None
         return self._judge(handler, event, error, seconds)
 
@@ -225,7 +231,7 @@ class Dispatcher:
         if isinstance(error, BatchFailed):
             error = error.errors.get(event)
         if error is None:
-            if self._breakers and self._breakers.succeeded(handler.name):
+            if self._breakers.any and self._breakers.succeeded(handler.name):
                 logger.warning("Circuit of %(handler)s is closed again.", {"handler": handler.name})
             return None
         self._contended = self._contended or is_contention(error)
@@ -243,48 +249,66 @@ class Dispatcher:
         return judge(handler, event, error, seconds)
 
     def _call(
-        self, handler: Handler, events: list[Event], isolation: Isolation
+        self, handler: Handler, argument: Event | list[Event], isolation: Isolation
     ) -> tuple[BaseException | None, float]:
         """Run one handler; return what it raised, and for how many seconds it ran."""
         error: BaseException | None = None
-        started = self._clock()
+        limit = self._limit(handler)
         self._called = True
-        if self._in_hand is not None:
-            self._in_hand.take_in_hand(*[(event.id, handler.number) for event in events])
-        isolation.begin(handler.policy.limit())
-        for event in events:
-            event.start_over()
+        started = self._clock()
+        isolation.begin(handler.name, limit)
         try:
-            error = self._run(handler, events)
+            if limit is None:
+                handler.call(argument)
+            else:
+                self._call_in_time(handler, argument, limit)
             isolation.end()
-        except BaseException as raised:  # whatever a handler raises is its delivery's fate
-            if self._alarm is not None:
-                self._alarm.stop()  # again: it may have rung while it was being stopped
-            isolation.undo()
-            if type(raised) is KeyboardInterrupt and not self.daemon:
-                raise
-            error = explain(raised, isolation.lost)
+        except BaseException as raised:  # noqa: BLE001, whatever it raises is its delivery's fate
+            error = self._undo(handler, argument, raised, isolation)
         seconds = self._clock() - started
-        self._note_duration(handler.name, seconds)
+        if seconds > self._commit_interval or self._slow:
+            self._note_duration(handler.name, seconds)
         return error, seconds
 
-    def _run(self, handler: Handler, events: list[Event]) -> BatchFailed | None:
-        """Call the function, and interrupt it when its time is up; return how it failed in part."""
-        limit = None if self._alarm is None else handler.policy.limit()
+    def _undo(
+        self,
+        handler: Handler,
+        argument: Event | list[Event],
+        raised: BaseException,
+        isolation: Isolation,
+    ) -> BaseException:
+        """Take back what a handler did that raised; say what it died of."""
+        if self._alarm is not None:
+            self._alarm.stop()  # again: it may have rung while it was being stopped
+        if isinstance(raised, BatchFailed):
+            try:
+                raised.check(argument if handler.batch else [])
+                isolation.end()
+            except Exception as error:  # noqa: BLE001, then all of the list has failed
+                raised = error
+            else:
+                return raised
+        isolation.undo()
+        if type(raised) is KeyboardInterrupt and not self.daemon:
+            raise raised
+        return explain(raised, "" if isolation.unparsed else isolation.lost)
+
+    def _limit(self, handler: Handler) -> float | None:
+        timeout = handler.policy.timeout
+        return self._timeout if timeout is None else seconds_of(timeout)
+
+    def _call_in_time(
+        self, handler: Handler, argument: Event | list[Event], limit: float | None
+    ) -> None:
+        """Call a handler, and interrupt it when its time is up."""
+        if self._alarm is None or limit is None:
+            handler.call(argument)
+            return
         try:
-            if limit is not None and self._alarm is not None:
-                self._alarm.start(limit)
-            handler.call(events)
-        except BatchFailed as failed:
-            if handler.batch is None or not failed.errors.keys() <= set(events):
-                raise TypeError(
-                    "BatchFailed is for handlers with batch=…, and names events of their list."
-                ) from failed
-            return failed
+            self._alarm.start(limit)
+            handler.call(argument)
         finally:
-            if limit is not None and self._alarm is not None:
-                self._alarm.stop()
-        return None
+            self._alarm.stop()
 
     def _note_duration(self, name: str, seconds: float) -> None:
         if seconds > self._commit_interval or name in self._slow:
@@ -328,7 +352,10 @@ class Dispatcher:
     def _call_list(self, waiting: list[Deferred], isolation: Isolation) -> None:
         """Call a batch handler."""
         handler = waiting[0].call.handler
-        error, seconds = self._call(handler, [call.event for _, call in waiting], isolation)
+        events = [call.event for _, call in waiting]
+        if self._in_hand is not None:
+            self._in_hand.take_in_hand(*[(event.id, handler.number) for event in events])
+        error, seconds = self._call(handler, events, isolation)
         lost: dict[int, Outcomes] = {}
         for opened, call in waiting:
             attempt = self._judge(handler, call.event, error, seconds)
@@ -343,7 +370,7 @@ class Dispatcher:
     def _call_concurrently(self, side: Calls, isolation: Isolation, outcomes: Outcomes) -> None:
         """Call async handlers, and wait for those that are about as fast as the others."""
         for _, call in self._concurrent:
-            isolation.begin()
+            isolation.begin(call.handler.name)
             try:
                 call.event.load()  # now: a running loop can't wait for the worker's connection
                 isolation.end()

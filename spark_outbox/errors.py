@@ -23,7 +23,7 @@ KeyboardInterrupt
 """
 
 import datetime as dt
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from django.core.exceptions import ImproperlyConfigured
@@ -104,6 +104,13 @@ class BatchFailed(HandlingError):
         if not errors or not all(isinstance(error, BaseException) for error in errors.values()):
             raise TypeError("BatchFailed takes a dict of events, and the exception of each.")
         self.errors = dict(errors)
+
+    def check(self, events: Iterable[Any]) -> None:
+        """Raise TypeError if it names others than `events`, the list of the handler that raised it."""
+        if not self.errors.keys() <= set(events):
+            raise TypeError(
+                "BatchFailed is for handlers with batch=…, and names events of their list."
+            ) from self
 
 
 class UnreadablePayload(HandlingError, ValueError):

@@ -5,15 +5,24 @@ import datetime as dt
 import os
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
+from django.utils.timezone import make_naive
+
+from spark_outbox import conf
 from spark_outbox.errors import InvalidEvent
 from spark_outbox.payload import LazyPayload, is_plain_text
 from spark_outbox.references import References
 
 MAX_LENGTH = 255
 """Characters that a group, a key or an ordering key may have; the table checks it as well."""
+
+
+NO_HEADERS: Mapping[str, Any] = MappingProxyType({})
+
+EPOCH = dt.datetime(1970, 1, 1, tzinfo=dt.UTC)
 
 
 class StoredRow(NamedTuple):
@@ -26,7 +35,8 @@ class StoredRow(NamedTuple):
     headers: str
     ordering_key: str | None
     attempts: int
-    created_at: dt.datetime
+    created: int
+    """Microseconds since 1970."""
     available_at: dt.datetime | None
 
 
@@ -42,16 +52,18 @@ class Event(Mapping[str, Any]):
     """
 
     __slots__ = (
+        "_created_at",
+        "_payload",
+        "_references",
+        "_text",
         "attempt",
         "available_at",
-        "created_at",
         "delay",
         "group",
         "headers",
         "id",
         "key",
         "ordering_key",
-        "payload",
     )
 
     __eq__ = object.__eq__
@@ -79,22 +91,60 @@ class Event(Mapping[str, Any]):
         if not isinstance(headers, Mapping | None):
             raise InvalidEvent(f"The headers are a mapping, not {type(headers).__name__}.")
         self.headers: Mapping[str, Any] = headers or {}
-        self.payload: Mapping[str, Any] = payload
+        self._payload: Mapping[str, Any] | None = payload
+        self._text = ""
+        self._references: References | None = None
         self.id = 0
-        self.created_at: dt.datetime | None = None
+        self._created_at: dt.datetime | int | None = None
         self.attempt = 1
 
     @classmethod
     def from_row(cls, row: StoredRow, references: References) -> "Event":
         """Return a stored event; its payload is parsed when a handler first looks at it."""
         event = cls.__new__(cls)
-        event.id, event.key, event.group, text, headers, event.ordering_key, attempts = row[:7]
-        event.created_at, event.available_at = row[7:]
-        event.payload = LazyPayload(text, references)
-        event.headers = {} if headers == "{}" else LazyPayload(headers, references)
+        (
+            event.id,
+            event.key,
+            event.group,
+            event._text,
+            headers,
+            event.ordering_key,
+            attempts,
+            event._created_at,
+            event.available_at,
+        ) = row
+        event._payload = None
+        event._references = references
+        event.headers = NO_HEADERS if headers == "{}" else LazyPayload(headers, references)
         event.attempt = attempts + 1
         event.delay = None
         return event
+
+    @classmethod
+    def from_rows(cls, rows: Iterable[StoredRow], references: References) -> "list[Event]":
+        """Return stored events whose model instances are fetched together."""
+        events = [cls.from_row(row, references) for row in rows]
+        references.add(events)
+        return events
+
+    @property
+    def payload(self) -> Mapping[str, Any]:
+        """What it was given by name."""
+        if self._payload is None:
+            self._payload = LazyPayload(self._text, self._references or References())
+        return self._payload
+
+    @property
+    def created_at(self) -> dt.datetime | None:
+        """When the event was stored, by the database's clock; None before that."""
+        if isinstance(self._created_at, int):
+            moment = EPOCH + dt.timedelta(microseconds=self._created_at)
+            self._created_at = moment if conf.use_tz() else make_naive(moment)
+        return self._created_at
+
+    @created_at.setter
+    def created_at(self, value: dt.datetime) -> None:
+        self._created_at = value
 
     @classmethod
     def of(cls, value: "Event | Mapping[str, Any]") -> "Event":
@@ -113,8 +163,8 @@ class Event(Mapping[str, Any]):
     def copy(self) -> "Event":
         """Return the stored event for another handler: what that one makes of the payload is its own."""
         event = copy.copy(self)
-        if isinstance(self.payload, LazyPayload):
-            event.payload = self.payload.copy()
+        if isinstance(self._payload, LazyPayload):
+            event._payload = self._payload.copy()
         return event
 
     def load(self) -> None:
@@ -124,8 +174,8 @@ class Event(Mapping[str, Any]):
 
     def start_over(self) -> None:
         """Forget what was read of a stored event's payload: the next handler reads it anew."""
-        if isinstance(self.payload, LazyPayload):
-            self.payload.start_over()
+        if isinstance(self._payload, LazyPayload):
+            self._payload.start_over()
 
     def __getitem__(self, name: str) -> Any:
         if name == "group":

@@ -245,7 +245,6 @@ class LazyPayload(Mapping[str, Any]):
         self._document: dict[str, Any] | None = None
         self._values: dict[str, Any] = {}
         self._gone: dict[str, InstanceGone] = {}
-        references.add(self)
 
     def __getitem__(self, name: str) -> Any:
         if name not in self._values:

@@ -14,11 +14,12 @@ from spark_outbox.errors import InstanceGone, UnreadablePayload
 Source = tuple[type[models.Model], str]
 
 
-class Referring(Protocol):
-    """A payload, as far as this module is concerned."""
+class Carrier(Protocol):
+    """An event, as far as this module is concerned."""
 
-    def keys_of(self, label: str, alias: str) -> Iterator[Any]:
-        """Yield the primary keys of the model `label` in database `alias` that it refers to."""
+    @property
+    def payload(self) -> Any:
+        """It can `keys_of(label, alias)`: yield the primary keys of a model that it refers to."""
 
 
 class References:
@@ -30,15 +31,15 @@ class References:
     """
 
     def __init__(self) -> None:
-        self._payloads: list[Referring] = []
+        self._events: list[Carrier] = []
         self._fetched: dict[Source, dict[Any, models.Model]] = {}
 
-    def add(self, payload: Referring) -> None:
-        self._payloads.append(payload)
+    def add(self, events: Iterable[Carrier]) -> None:
+        self._events += events
 
     def close(self) -> None:
         """End the batch: whoever kept an event fetches for it alone from now on."""
-        self._payloads.clear()
+        self._events.clear()
         self._fetched.clear()
 
     def get(self, label: str, pk: Any, alias: str) -> models.Model:
@@ -69,8 +70,8 @@ class References:
 
     def _keys_of(self, source: Source) -> Iterator[Any]:
         model, alias = source
-        for payload in self._payloads:
-            for pk in payload.keys_of(model._meta.label_lower, alias):
+        for event in self._events:
+            for pk in event.payload.keys_of(model._meta.label_lower, alias):
                 # What is wrong with another event's key is for that event to say.
                 with contextlib.suppress(TypeError, ValueError, ValidationError):
                     yield _key(model, pk)

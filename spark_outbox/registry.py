@@ -38,15 +38,25 @@ class Handler:
     is_async: bool = False
     is_plain: bool = field(init=False)
     """Called with one event, in the batch's transaction, before the next one's turn."""
+    call: HandlerFunction = field(init=False)
+    """Runs the function in this thread to its end, also if it is async."""
 
     def __post_init__(self) -> None:
         is_plain = self.atomic and not self.is_async and self.batch is None
         object.__setattr__(self, "is_plain", is_plain)
+        call: Any = self.function
+        object.__setattr__(self, "call", async_to_sync(call) if self.is_async else call)
 
-    def call(self, events: list[Event]) -> None:
-        """Run the function in this thread, also if it is async, with the event or the list."""
-        function: Any = async_to_sync(self.function) if self.is_async else self.function  # type: ignore[arg-type]
-        function(events[0] if self.batch is None else events)
+
+class Matching(tuple[Handler, ...]):
+    """The handlers that match a group, in registration order."""
+
+    are_plain: bool
+
+    def __new__(cls, handlers: Iterable[Handler]) -> "Matching":
+        made = super().__new__(cls, handlers)
+        made.are_plain = all(handler.is_plain for handler in made)
+        return made
 
 
 class Registry:
@@ -55,7 +65,7 @@ class Registry:
     def __init__(self) -> None:
         self.handlers: list[Handler] = []
         self.sources: dict[type[Model], list[SourceFunction]] = {}
-        self._matches: dict[str, tuple[Handler, ...]] = {}
+        self._matches: dict[str, Matching] = {}
 
     def clear(self) -> None:
         """Forget all handlers and sources."""
@@ -133,7 +143,7 @@ class Registry:
             )
         sources.append(function)
 
-    def handlers_for(self, group: str) -> tuple[Handler, ...]:
+    def handlers_for(self, group: str) -> Matching:
         """Return the handlers that match `group`, in registration order."""
         try:
             return self._matches[group]
@@ -141,7 +151,7 @@ class Registry:
             pass
         if len(self._matches) >= _MATCHED_GROUPS:
             self._matches.clear()
-        found = tuple(handler for handler in self.handlers if handler.pattern.search(group))
+        found = Matching(handler for handler in self.handlers if handler.pattern.search(group))
         self._matches[group] = found
         return found
 

@@ -81,13 +81,13 @@ def rehearse(selection: Selection, *, using: str, limit: int) -> Rehearsal:
     What it does outside of this database, such as mails, happens.
     """
     done = Rehearsal()
-    isolation = Isolation(using)
+    isolation = Isolation(using, combine=False)
     with transaction.atomic(using=using):
         before = Counter(store.rows_written(using=using))
         for ids in selection.ids(using=using):
             references = References()
             rows = store.events_by_id(ids[: limit - done.events], using=using)
-            events = [Event.from_row(row, references) for row in rows]
+            events = Event.from_rows(rows, references)
             with (
                 connections[using].execute_wrapper(_counting(done)),
                 isolation.batch(references, strict=True),
@@ -104,9 +104,9 @@ def rehearse(selection: Selection, *, using: str, limit: int) -> Rehearsal:
 
 def _try(handler: Handler, event: Event, isolation: Isolation, done: Rehearsal) -> None:
     done.events += 1
-    isolation.begin()
+    isolation.begin(handler.name)
     try:
-        handler.call([event])
+        handler.call(event if handler.batch is None else [event])
         isolation.end()
     except Exception:  # noqa: BLE001, it is what a rehearsal is to report
         isolation.undo()

@@ -48,6 +48,5 @@ def capture_events(group: str = "", *, using: str = "default") -> Iterator[list[
 
 
 def _events_after(last: int, group: str, using: str) -> list[Event]:
-    references = References()
-    events = [Event.from_row(row, references) for row in store.events_after(last, using=using)]
+    events = Event.from_rows(store.events_after(last, using=using), References())
     return [event for event in events if re.search(group, event.group)]

@@ -1,6 +1,6 @@
 """The worker's half of the wake protocol: sleep so that no event is missed, and wake at once.
 
-The trigger (migrations/0002) notifies only while a worker sleeps. Two advisory locks decide it:
+The trigger (migrations/0004) notifies only while a worker sleeps. Two advisory locks decide it:
 
     K  held shared, to the end of its transaction, by every transaction that has emitted
     S  held shared, for as long as it sleeps, by every sleeping worker
@@ -50,6 +50,7 @@ class Wake:
         self._poll = poll
         self._oid = 0
         self._holds_s = False
+        self._is_leaving = False
         self._notified = False
         self._pause = MIN_PAUSE
         self._pipe: tuple[int, int] | None = None
@@ -68,7 +69,7 @@ class Wake:
 
     def listen(self) -> None:
         """Start to hear notifications, on a connection that is not in a transaction."""
-        self._holds_s = False
+        self._holds_s = self._is_leaving = False
         if self._using is None:
             return
         connection = connections[self._using]
@@ -106,7 +107,22 @@ class Wake:
         """Release S, if held: who emits from now on need not notify."""
         if self._holds_s:
             self._holds_s = False
-            store.value(store.LET_GO_OF_S, [self._oid], using=self._using or "")
+            store.value(store.LET_GO_OF_S.format(oid=self._oid), using=self._using or "")
+
+    def let_go_with_next(self) -> None:
+        """Release S before the next claim, in the same round trip: see `parting`."""
+        self._is_leaving = self._holds_s
+
+    def parting(self, using: str) -> str:
+        """Return what the next query on connection `using` is to begin with."""
+        if not self._is_leaving:
+            return ""
+        self._is_leaving = False
+        if using != self._using:
+            self.let_go()
+            return ""
+        self._holds_s = False
+        return store.LET_GO_OF_S.format(oid=self._oid)
 
     def wait(self, timeout: float) -> bool:
         """Sleep for up to `timeout` seconds; return whether a notification or interrupt() ended it.

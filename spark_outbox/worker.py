@@ -153,8 +153,8 @@ class Worker:
         """Claim, dispatch and settle until it is time to stop; return True if the work is done."""
         while not self._stopping and connections[self.using].connection is self._session:
             self._detached.settle()
-            self._detached.take_over()
             handled = self.handle_batch(sweep=once)
+            self._detached.take_over()
             if once:
                 return True
             if not handled:
@@ -193,7 +193,8 @@ class Worker:
         batch = Batch([])
         try:
             with transaction.atomic(using=self.using):
-                batch = self._claims.next(references, sweep=sweep)
+                parting = self._wake.parting(self.using)
+                batch = self._claims.next(references, sweep=sweep, first=parting)
                 if not batch.events:
                     return 0
                 self._wake.wake_up()
@@ -236,17 +237,19 @@ class Worker:
         outlook = store.outlook(groups=self.groups, using=self.using)
         self._claims.expect(outlook.due_in)
         notified = False
-        while not (notified or self._stopping):
+        while not self._stopping:
             held = HELD_POLL if outlook.ready or self._claims.held else math.inf
             running = TAKE_OVER_INTERVAL if outlook.running else math.inf
             timeout = min(pause, self.poll_interval, outlook.due_in, held, running)
             notified = self._wake.wait(timeout)
-            if timeout != self.poll_interval or self._detached.has_ended:
+            if notified or timeout != self.poll_interval or self._detached.has_ended:
                 break
             outlook = store.outlook(groups=self.groups, using=self.using)
             if outlook.ready or outlook.ordered:
                 break
-        self._wake.let_go()
+        self._wake.let_go_with_next()
+        if notified:
+            self._claims.hurry()
 
     # The session
 

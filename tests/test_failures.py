@@ -563,7 +563,7 @@ def test_the_settings_have_a_timeout_for_all(own_registry, settings):
 def test_a_circuit_opens_after_failures_on_different_events_in_a_row_for_growing_pauses():
     clock = Clock()
     breakers = Breakers(3, clock)
-    assert not breakers
+    assert not breakers.any
     assert [breakers.failed("h", event) for event in (1, 1, 1, 2)] == [0, 0, 0, 0]
     assert breakers.failed("h", 3) == 5
     assert breakers.remaining("h") == 5
@@ -574,7 +574,7 @@ def test_a_circuit_opens_after_failures_on_different_events_in_a_row_for_growing
     assert pauses == [10, 20, 40, 80, 160, 300, 300]
     clock.now += 300
     assert breakers.succeeded("h")
-    assert not breakers
+    assert not breakers.any
     assert [breakers.failed("h", event) for event in (1, 2)] == [0, 0]
     assert not breakers.succeeded("h")  # it was not open
     assert [breakers.failed("h", event) for event in (3, 4)] == [0, 0]

@@ -5,12 +5,14 @@ import itertools
 import re
 import threading
 
+import psycopg
 import pytest
 from django.db import IntegrityError, connection, connections, transaction
 
 from spark_outbox import emit, emit_many, store
 from spark_outbox.isolation import MAX_SUBTRANSACTIONS
 from spark_outbox.models import Delivery, OutboxEvent
+from spark_outbox.policy import Policy
 from spark_outbox.worker import Worker
 from tests.challenges.models import Challenge, Donation, Handled
 from tests.tools import HOUR, connect, eventually, make_challenge, wait_until_asleep, worker_thread
@@ -32,29 +34,29 @@ def make_ready():
 
 
 class Statements:
-    """Every statement that goes over the wire on Django's connection, ours included."""
+    """Every query that goes over the wire, ours included, but for BEGIN and COMMIT."""
 
     def __init__(self):
         self.sql = []
 
     def __enter__(self):
-        self._context = connection.execute_wrapper(self)
-        self._context.__enter__()
-        self._savepoint = store.savepoint
-        store.savepoint = self._record_savepoint
+        self._patch = pytest.MonkeyPatch()
+        execute, savepoint = psycopg.Cursor.execute, store.savepoint
+
+        def record(cursor, sql, *args, **kwargs):
+            self.sql.append(sql)
+            return execute(cursor, sql, *args, **kwargs)
+
+        def record_savepoint(sql, *, using):
+            self.sql.append(sql)
+            savepoint(sql, using=using)
+
+        self._patch.setattr(psycopg.Cursor, "execute", record)
+        self._patch.setattr(store, "savepoint", record_savepoint)
         return self
 
     def __exit__(self, *error):
-        store.savepoint = self._savepoint
-        self._context.__exit__(*error)
-
-    def _record_savepoint(self, sql, *, using):
-        self.sql.append(sql)
-        self._savepoint(sql, using=using)
-
-    def __call__(self, execute, sql, params, many, context):
-        self.sql.append(sql)
-        return execute(sql, params, many, context)
+        self._patch.undo()
 
     def count(self, pattern):
         return sum(bool(re.search(pattern, sql, re.IGNORECASE)) for sql in self.sql)
@@ -368,7 +370,7 @@ def test_a_handler_may_write_rows_that_refer_to_its_event(own_registry):
 # Savepoints only when needed
 
 
-def test_a_savepoint_is_taken_at_the_first_touch_and_released_with_the_next(own_registry):
+def test_a_savepoint_goes_with_the_first_statement_and_is_released_with_the_next(own_registry):
     own_registry.add_handler(
         lambda event: note(event) if event.key in "135" else None, group="", name="h"
     )
@@ -376,9 +378,110 @@ def test_a_savepoint_is_taken_at_the_first_touch_and_released_with_the_next(own_
     worker = Worker()
     with Statements() as statements:
         worker.handle_batch()
-    savepoints = [sql for sql in statements.sql if "savepoint" in sql]
-    following = store.RELEASE + store.SAVEPOINT
-    assert savepoints == [store.SAVEPOINT, following, following]
+    queries = [sql.partition("; INSERT")[0] for sql in statements.sql if "savepoint" in sql]
+    assert queries == [
+        "savepoint spark_outbox_1",
+        "release savepoint spark_outbox_1; savepoint spark_outbox_2",
+        "release savepoint spark_outbox_2; savepoint spark_outbox_3",
+    ]
+
+
+def no_sql(event):
+    with connection.cursor() as cursor:
+        cursor.execute("this is no SQL")
+
+
+def too_few_parameters(event):
+    with connection.cursor() as cursor:
+        cursor.execute("select %s, %s", [1])
+
+
+@pytest.mark.parametrize("fail", [no_sql, too_few_parameters])
+def test_a_first_statement_that_cannot_be_run_costs_others_nothing_but_a_second_call_once(
+    own_registry, fail
+):
+    """It takes its savepoint along, and the batch. From then on that handler's savepoints go ahead."""
+    calls = []
+
+    def neighbour(event):
+        calls.append(event.key)
+        note(event)
+
+    own_registry.add_handler(neighbour, group="^good", name="good")
+    own_registry.add_handler(fail, group="^bad", name="bad", policy=Policy(backoff=3600))
+    for key in ("good 1", "bad 1", "good 2", "bad 2", "good 3"):
+        emit(key, key)
+    worker = Worker(commit_interval=HOUR)
+    worker.drain()
+    assert calls == ["good 1", "good 1", "good 2", "good 3"]
+    assert list(Handled.objects.order_by("id").values_list("key", flat=True)) == calls[1:]
+    assert set(Delivery.objects.values_list("handler", "status", "attempts")) == {("bad", "pending", 1)}
+    assert {"SyntaxError", "ProgrammingError"} & set(
+        re.findall(r"\w+Error", Delivery.objects.all()[0].error)
+    )
+
+
+@pytest.mark.parametrize("then_fails", [False, True])
+def test_a_handler_may_go_on_after_a_first_statement_that_could_not_be_sent(own_registry, then_fails):
+    def go_on(event):
+        with pytest.raises(Exception, match="placeholders"):
+            too_few_parameters(event)
+        note(event)
+        if then_fails:
+            raise RuntimeError
+
+    own_registry.add_handler(note, group="^good")
+    own_registry.add_handler(go_on, group="^bad", name="bad")
+    for key in ("good 1", "bad", "good 2"):
+        emit(key, key)
+    Worker(commit_interval=HOUR).drain()
+    expected = {"good 1": "done", "bad": "pending" if then_fails else "done", "good 2": "done"}
+    assert statuses() == expected
+    handled = set(Handled.objects.values_list("key", flat=True))
+    assert handled == {key for key, status in expected.items() if status == "done"}
+
+
+def several_statements(event):
+    with connection.cursor() as cursor:
+        cursor.execute("select 1; select 2")
+        assert cursor.fetchall() == [(1,)]
+        assert cursor.nextset()
+        assert cursor.fetchall() == [(2,)]
+
+
+def a_server_side_cursor(event):
+    assert [row.key for row in OutboxEvent.objects.order_by("id").iterator()] == ["1", "2"]
+
+
+def many_at_once(event):
+    with connection.cursor() as cursor:
+        cursor.executemany("select %s", [[1], [2]])
+
+
+def a_percent_sign(event):
+    with connection.cursor() as cursor:
+        cursor.execute("select '100 %'")
+        assert cursor.fetchone() == ("100 %",)
+
+
+@pytest.mark.parametrize(
+    "first", [several_statements, a_server_side_cursor, many_at_once, a_percent_sign]
+)
+@pytest.mark.parametrize("fails", [False, True])
+def test_whatever_a_handler_starts_with_it_is_isolated(own_registry, first, fails):
+    def start(event):
+        first(event)
+        note(event)
+        if fails:
+            raise RuntimeError
+
+    own_registry.add_handler(note, group="", name="other")
+    own_registry.add_handler(start, group="", name="first")
+    for key in "12":
+        emit("g", key)
+    Worker(commit_interval=HOUR).drain()
+    assert set(statuses().values()) == {"pending" if fails else "done"}
+    assert Handled.objects.count() == (2 if fails else 4)
 
 
 def test_a_batch_ends_before_its_savepoints_overflow_the_servers_cache(own_registry):

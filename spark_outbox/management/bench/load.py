@@ -1,6 +1,7 @@
 """What measurements share: events by the thousand, workers, and the bare loop that they race."""
 
 import contextlib
+import gc
 import os
 import signal
 import time
@@ -70,9 +71,12 @@ def drain(scratch: Scratch, registry: Registry, count: int) -> float:
     """Let a worker of this process handle all; return events a second."""
     connections[scratch.alias].ensure_connection()
     worker = make_worker(scratch, registry)
+    gc.collect()
+    gc.freeze()  # as spark_worker does
     started = time.perf_counter()
     worker.run(drain=True)
     seconds = time.perf_counter() - started
+    gc.unfreeze()
     if left := pending(scratch):
         raise RuntimeError(f"{left} events of {count} are left.")
     return count / seconds

@@ -136,7 +136,9 @@ def listen_and_claim(bench: Bench, arrivals: Moments, say_ready: int) -> None:
     with bench.scratch.connect() as connection:
         connection.execute("listen spark_outbox")
         os.write(say_ready, b"r")
-        for _ in connection.notifies():
+        while True:
+            for _ in connection.notifies(stop_after=1):
+                pass
             with connection.transaction():
                 rows = connection.execute(claim, {"floor": floor, "limit": 500}).fetchall()
                 for _ in rows:

@@ -1,6 +1,7 @@
 """The daemon's command line, signals and messages. What it does is in spark_outbox/worker.py."""
 
 import argparse
+import gc
 import logging
 import os
 import signal
@@ -126,6 +127,8 @@ class Command(BaseCommand):
         for connection in connections.all(initialized_only=True):  # they can't be shared
             connection.close()
             getattr(connection, "close_pool", bool)()
+        gc.collect()
+        gc.freeze()  # what is loaded stays: no collection need look at it, or copy its pages
         supervisor = Supervisor(
             lambda slot, ready: self._child(slot, ready, options),
             processes=options["processes"],
