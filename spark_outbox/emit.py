@@ -76,7 +76,7 @@ def emit(
                 "everything apart that shall be handled apart."
             )
         return None
-    event.id, event.created_at = stored
+    event.is_stored_as(*stored)
     _announce(alias)
     return event
 

@@ -142,9 +142,9 @@ class Event(Mapping[str, Any]):
             self._created_at = moment if conf.use_tz() else make_naive(moment)
         return self._created_at
 
-    @created_at.setter
-    def created_at(self, value: dt.datetime) -> None:
-        self._created_at = value
+    def is_stored_as(self, event_id: int, created: int) -> None:
+        """Note its id, and its time in microseconds, that the database gave it."""
+        self.id, self._created_at = event_id, created
 
     @classmethod
     def of(cls, value: "Event | Mapping[str, Any]") -> "Event":

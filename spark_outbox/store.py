@@ -63,7 +63,15 @@ insert into spark_outbox_event
 values
     (%s, %s, %s::jsonb, %s::jsonb, %s, coalesce(%s, statement_timestamp() + %s::interval))
 on conflict do nothing
-returning id, created_at
+returning id, (extract(epoch from created_at) * 1000000)::bigint
+"""
+
+# The same for most events: without order, and ready at once.
+INSERT_READY = """
+insert into spark_outbox_event (key, event_group, payload, headers)
+values (%s, %s, %s::jsonb, %s::jsonb)
+on conflict do nothing
+returning id, (extract(epoch from created_at) * 1000000)::bigint
 """
 
 INSERT_MANY = """
@@ -79,12 +87,13 @@ on conflict do nothing
 """
 
 
-def insert(row: NewRow, *, using: str) -> tuple[int, dt.datetime] | None:
-    """Write one event; return its id and time, or None if its key exists.
+def insert(row: NewRow, *, using: str) -> tuple[int, int] | None:
+    """Write one event; return its id and its time in microseconds, or None if its key exists.
 
     Waits for a transaction that has written the same key and not ended yet.
     """
-    stored = _rows(INSERT, row, using=using)
+    is_ready = row[4:] == (None, None, None)
+    stored = _rows(INSERT_READY, row[:4], using=using) if is_ready else _rows(INSERT, row, using=using)
     return stored[0] if stored else None
 
 

@@ -10,6 +10,7 @@ from django.db import transaction
 from spark_outbox.isolation import MAX_SUBTRANSACTIONS
 from spark_outbox.management.bench.figures import Bench, Figure, Goal, measure
 from spark_outbox.management.bench.load import (
+    PROC,
     bare_drain,
     child_workers,
     drain,
@@ -126,6 +127,8 @@ def processes(bench: Bench) -> list[Figure]:
 @measure
 def memory(bench: Bench) -> list[Figure]:
     """What a worker's memory grows by while it handles ten times as many events."""
+    if not PROC.exists():
+        return []  # Linux tells what is in use; others only the most that ever was
     first, last = bench.size(20_000), bench.size(200_000)
 
     def growth() -> float:
@@ -150,6 +153,6 @@ def memory(bench: Bench) -> list[Figure]:
 
 
 def resident() -> int:
-    """Return the bytes of memory that this process has in use; on Linux."""
-    with open("/proc/self/statm") as file:  # noqa: PTH123, what pathlib allocates would count
+    """Return the bytes of memory that this process has in use."""
+    with PROC.joinpath("self/statm").open() as file:
         return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")

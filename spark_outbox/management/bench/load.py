@@ -6,6 +6,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 from django.db import connections
@@ -26,6 +27,10 @@ from generate_series(1, %(count)s)
 """
 
 EMPTY = "truncate spark_outbox_event, spark_outbox_delivery, spark_bench_row restart identity"
+
+
+PROC = Path("/proc")
+"""Where Linux tells of its processes."""
 
 
 def noop(event: Any) -> None:

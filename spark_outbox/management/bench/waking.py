@@ -6,7 +6,6 @@ import struct
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 from django.db import connections
@@ -15,6 +14,7 @@ from spark_outbox import conf, emit, store
 from spark_outbox.management.bench.figures import Bench, Figure, Goal, measure, percentile
 from spark_outbox.management.bench.load import (
     BARE_UPDATE,
+    PROC,
     Child,
     child_workers,
     drain,
@@ -253,13 +253,15 @@ def idle(bench: Bench) -> list[Figure]:
         return last[0]
 
     rate, processor = bench.medians(statements, lambda: last[1])
-    return [
-        Figure("idle_statements", rate, "per minute", goal=Goal("<=", 60 / poll_interval + 2)),
-        Figure("idle_processor", processor, "s per minute", goal=Goal("<", 0.1)),
-    ]
+    figures = [Figure("idle_statements", rate, "per minute", goal=Goal("<=", 60 / poll_interval + 2))]
+    if PROC.exists():
+        figures.append(Figure("idle_processor", processor, "s per minute", goal=Goal("<", 0.1)))
+    return figures
 
 
 def processor_seconds(pid: int) -> float:
-    """Return the seconds of processor time that a process has used; on Linux."""
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    """Return the seconds of processor time that a process has used; 0 if the system does not tell."""
+    if not PROC.exists():
+        return 0.0
+    fields = PROC.joinpath(str(pid), "stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")

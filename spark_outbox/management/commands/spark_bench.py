@@ -23,8 +23,8 @@ class Command(BaseCommand):
     help = (
         "Measures how fast the outbox is on this machine and this PostgreSQL, against a baseline of the "
         "same run: bare psycopg, or the ORM, doing the least that must be done. It works in databases "
-        "of its own, which it drops at the end; your events are not touched. All of it takes about "
-        "twenty minutes, --quick about two. Nothing else should be running meanwhile."
+        "of its own, which it drops at the end; your events are not touched. All of it takes about half "
+        "an hour, --quick about two minutes. Nothing else should be running meanwhile."
     )
 
     def add_arguments(self, parser: CommandParser) -> None:
