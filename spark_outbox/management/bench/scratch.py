@@ -5,6 +5,7 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 import psycopg
+from django.apps.registry import Apps
 from django.core.management import call_command
 from django.db import DEFAULT_DB_ALIAS, ProgrammingError, connections, models, router
 from psycopg import sql
@@ -34,6 +35,7 @@ class BenchRow(models.Model):
 
     class Meta:
         app_label = "spark_outbox"
+        apps = Apps()  # not the project's: no migration is to be made of it
         db_table = "spark_bench_row"
         managed = False  # it is only ever in a scratch database
 
