@@ -8,16 +8,24 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from spark_outbox import conf
-from spark_outbox.backoff import seconds as seconds_of
 from spark_outbox.breaker import Breakers
 from spark_outbox.calls import Alarm, Calls, InHand
 from spark_outbox.errors import BatchFailed, BrokenTransaction, Discard, Retry
 from spark_outbox.events import Event
 from spark_outbox.isolation import Isolation, apart
-from spark_outbox.outcomes import Batch, Call, Open, Outcomes, begun, judge, postponed_by_breaker
+from spark_outbox.outcomes import (
+    Batch,
+    Call,
+    Open,
+    Outcomes,
+    begun,
+    judge,
+    next_attempt,
+    postponed_by_breaker,
+)
 from spark_outbox.policy import HOPELESS
 from spark_outbox.registry import Handler, Matching
-from spark_outbox.store import Attempt, Earlier
+from spark_outbox.store import Attempt
 
 logger = logging.getLogger(__name__)
 
@@ -71,7 +79,6 @@ class Dispatcher:
         self.calls: Calls | None = None
         self.daemon = False  # if so, nobody presses Ctrl-C: a KeyboardInterrupt is the handler's own
         self._failed_head = conf.current().FAILED_HEAD
-        self._timeout = conf.current().TIMEOUT
         self._breakers = Breakers(conf.current().BREAK_AFTER, clock)
         self._slow: dict[str, float] = {}  # handler name -> recent seconds, if above the interval
         self._start_batch()
@@ -136,7 +143,7 @@ class Dispatcher:
                 event.load()
                 self.calls.start([call])
                 return
-            limit = self._limit(handler)
+            limit = handler.policy.limit()
             with apart(self._using, limit):
                 self._call_in_time(handler, event, limit)
         except BaseException as raised:
@@ -253,7 +260,7 @@ class Dispatcher:
     ) -> tuple[BaseException | None, float]:
         """Run one handler; return what it raised, and for how many seconds it ran."""
         error: BaseException | None = None
-        limit = self._limit(handler)
+        limit = handler.policy.limit()
         self._called = True
         started = self._clock()
         isolation.begin(handler.name, limit)
@@ -292,10 +299,6 @@ class Dispatcher:
         if type(raised) is KeyboardInterrupt and not self.daemon:
             raise raised
         return explain(raised, "" if isolation.unparsed else isolation.lost)
-
-    def _limit(self, handler: Handler) -> float | None:
-        timeout = handler.policy.timeout
-        return self._timeout if timeout is None else seconds_of(timeout)
 
     def _call_in_time(
         self, handler: Handler, argument: Event | list[Event], limit: float | None
@@ -393,10 +396,6 @@ class Dispatcher:
                 outcomes.calls.append(call)
             elif (attempt := self.conclude(call)) is not None:
                 opened.attempts[name] = attempt
-
-
-def next_attempt(handler: Handler, earlier: dict[str, Earlier]) -> int:
-    return earlier[handler.name].attempts + 1 if handler.name in earlier else 1
 
 
 def explain(raised: BaseException, lost: str) -> BaseException:

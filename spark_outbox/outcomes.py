@@ -150,6 +150,10 @@ class Outcomes:
             self.ended.append(Ended(event.id, "discarded", error))
 
 
+def next_attempt(handler: Handler, earlier: dict[str, Earlier]) -> int:
+    return earlier[handler.name].attempts + 1 if handler.name in earlier else 1
+
+
 def succeeded(call: Call) -> Attempt:
     duration = dt.timedelta(seconds=call.seconds)
     return Attempt(call.event.id, call.handler.name, "done", duration=duration)

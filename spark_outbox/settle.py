@@ -11,7 +11,7 @@ from django.db import transaction
 from spark_outbox import store
 from spark_outbox.errors import WorkerDied
 from spark_outbox.events import Event
-from spark_outbox.outcomes import Call, Open, Outcomes, judge
+from spark_outbox.outcomes import Call, Open, Outcomes, judge, next_attempt
 from spark_outbox.references import References
 from spark_outbox.registry import Registry
 from spark_outbox.store import Running
@@ -97,7 +97,7 @@ def write_crash(event_id: int, number: int, cause: str, registry: Registry, *, u
         event = Event.from_row(row, References())
         handler = registry.handlers[number]
         earlier = store.deliveries([event_id], using=using).get(event_id, {})
-        event.attempt = earlier[handler.name].attempts + 1 if handler.name in earlier else 1
+        event.attempt = next_attempt(handler, earlier)
         error = WorkerDied(f"The worker process died of {cause} while it ran this handler.")
         attempts = {handler.name: judge(handler, event, error, 0.0)}
         opened = Open(event, registry.handlers_for(event.group), [], earlier, attempts)

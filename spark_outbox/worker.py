@@ -98,7 +98,6 @@ class Worker:
             in_hand=in_hand,
             on_error=on_error,
         )
-        self._commit_interval = commit_interval
         self._async_concurrency = async_concurrency or settings.ASYNC_CONCURRENCY
         self._events_left = max_events or math.inf
         self._max_rss = max_rss

@@ -8,7 +8,7 @@ from typing import Any
 
 from spark_outbox.management.bench.scratch import Scratch
 
-Run = Callable[[], float]
+Run = Callable[[], float | tuple[float, ...]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,13 +70,17 @@ class Bench:
         return full / 10 if self.quick else full
 
     def medians(self, *runs: Run) -> list[float]:
-        """Call each in turn, as many times as there are rounds; return the median of each."""
-        found: list[list[float]] = [[] for _ in runs]
+        """Call each in turn, as many times as there are rounds; return the median of each number that
+        they return, in their order."""
+        found: list[list[tuple[float, ...]]] = [[] for _ in runs]
         for number in range(self.rounds):
             for run, results in zip(runs, found, strict=True):
                 self._say(f"round {number + 1} of {self.rounds}")
-                results.append(run())
-        return [statistics.median(results) for results in found]
+                result = run()
+                results.append(result if isinstance(result, tuple) else (result,))
+        return [
+            statistics.median(numbers) for results in found for numbers in zip(*results, strict=True)
+        ]
 
 
 Measure = Callable[[Bench], list[Figure]]
