@@ -1,4 +1,5 @@
 import contextlib
+import random
 from collections.abc import Iterator
 
 import pytest
@@ -6,6 +7,24 @@ from django.conf import settings
 
 from spark_outbox.registry import Registry, registry
 from tests import postgres
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("chaos")
+    group.addoption(
+        "--chaos-seconds",
+        type=float,
+        default=0,
+        metavar="N",
+        help="go on with faults for this long; each comes once in any case",
+    )
+    group.addoption(
+        "--chaos-seed",
+        type=int,
+        default=random.randrange(10**6),
+        metavar="N",
+        help="the seed of every random choice (default: a new one, which is printed)",
+    )
 
 
 def pytest_report_header() -> str:

