@@ -279,7 +279,7 @@ def terminate_all(rig: Rig) -> None:
 @fault
 def statement_timeout(rig: Rig) -> None:
     """A statement_timeout so short that statements fail at random."""
-    with setting(rig, statement_timeout="5ms"):
+    with setting(rig, statement_timeout="2ms"):
         time.sleep(4)
 
 
@@ -302,6 +302,16 @@ def lock(rig: Rig, sql: str, seconds: float) -> None:
 def lock_tables(rig: Rig) -> None:
     """The outbox locked, as a migration does."""
     lock(rig, "lock table spark_outbox_event, spark_outbox_delivery", 2)
+
+
+@fault
+def full_disk(rig: Rig) -> None:
+    """No space left on the outbox's disk."""
+    if rig.server.disk is None:
+        rig.say("not possible here: no disk could be mounted")
+        return
+    with rig.server.full_disk():
+        time.sleep(3)
 
 
 @fault

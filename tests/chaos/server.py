@@ -43,8 +43,15 @@ def binaries() -> Path:
     return postgres.embedded_binaries()
 
 
+DISK = 400 * 1024 * 1024
+"""Bytes of the small disk that the outbox is on, where one can be mounted."""
+
+
 class Server:
-    """Its data is in `folder`. PostgreSQL refuses to be root: it is `nobody` then."""
+    """Its data is in `folder`. PostgreSQL refuses to be root: it is `nobody` then.
+
+    Where the test may mount one, new tables are on a small disk of their own, to be filled.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -61,6 +68,11 @@ class Server:
         with (self.data / "postgresql.conf").open("a") as file:
             file.write(conf)
         self.start()
+        self.disk: Path | None = self._mount(folder / "disk")
+        if self.disk:
+            self.query(f"create tablespace small location '{self.disk}'")
+            self.query("alter database postgres set default_tablespace = 'small'")
+            self.query("grant create on tablespace small to public")
 
     def own(self, path: Path) -> None:
         """Give a folder to the server."""
@@ -103,9 +115,31 @@ class Server:
             os.kill(pid, number)
         return found[0][0] if found else 0
 
+    @contextlib.contextmanager
+    def full_disk(self) -> Iterator[None]:
+        """Take all that is left of the small disk."""
+        assert self.disk is not None
+        ballast = self.disk / "ballast"
+        try:
+            with ballast.open("wb") as file:
+                os.posix_fallocate(file.fileno(), 0, shutil.disk_usage(self.disk).free)
+            yield
+        finally:
+            ballast.unlink()
+
+    def _mount(self, folder: Path) -> Path | None:
+        folder.mkdir()
+        options = f"size={DISK},mode=700,uid={self._user}"
+        mount = ["mount", "-t", "tmpfs", "-o", options, "chaos", str(folder)]
+        if self._user is None or subprocess.run(mount, check=False, capture_output=True).returncode:
+            return None  # only root may
+        return folder
+
     def remove(self) -> None:
         with contextlib.suppress(subprocess.CalledProcessError):
             self.stop("immediate")
+        if self.disk:
+            subprocess.run(["umount", "--lazy", self.disk], check=False)
         shutil.rmtree(self.data, ignore_errors=True)
 
     def _run(self, program: str, *arguments: object) -> None:
