@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -134,6 +135,19 @@ class Server:
         if self._user is None or subprocess.run(mount, check=False, capture_output=True).returncode:
             return None  # only root may
         return folder
+
+    def errors(self) -> Counter[str]:
+        """Count the errors in the server's log that faults were to cause."""
+        told = (
+            "deadlock detected",
+            "No space left on device",
+            "canceling statement due to statement timeout",
+            "canceling statement due to lock timeout",
+            "remaining connection slots are reserved",
+            "terminating connection due to administrator command",
+        )
+        log = (self.data / "log").read_text(errors="replace")
+        return Counter({error: log.count(error) for error in told})
 
     def remove(self) -> None:
         with contextlib.suppress(subprocess.CalledProcessError):
