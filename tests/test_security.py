@@ -1,10 +1,11 @@
-"""Who may do what in the database, and what a hostile search_path can do.
+"""Who may do what in the database, what a hostile search_path can do, and what is never logged.
 
 The roles of deploy/roles.sql are tested by connecting as each. Names that the database holds are
 tested in test_hostile.py.
 """
 
 import contextlib
+import io
 import os
 import secrets
 import signal
@@ -14,16 +15,19 @@ from pathlib import Path
 import psycopg
 import pytest
 from asgiref.sync import async_to_sync
+from django.core.management import CommandError, call_command
 from django.db import ProgrammingError, connection, transaction
 from psycopg.conninfo import make_conninfo
 from psycopg.errors import InsufficientPrivilege
 
-from spark_outbox import aemit, emit, emit_many, store
+from spark_outbox import aemit, emit, emit_many, source, store
 from spark_outbox.errors import DuplicateKey
-from spark_outbox.models import OutboxEvent
+from spark_outbox.models import Delivery, OutboxEvent
 from spark_outbox.store import Attempt, Begun, Ended, NewRow, Postponed, Running
-from tests.challenges.models import Handled
+from spark_outbox.worker import Worker
+from tests.challenges.models import Challenge, Handled
 from tests.postgres import ROOT
+from tests.probe.handlers import WAYS
 from tests.test_readme import blocks
 from tests.tools import (
     WorkerProcess,
@@ -505,3 +509,118 @@ def test_the_outbox_may_be_in_any_schema(logins):
         finally:
             admin.execute("drop schema shop cascade")
     assert not OutboxEvent.objects.exists()
+
+
+# What is never logged, on no level
+
+SECRET = "x7Qw-correct-horse"
+
+
+@pytest.fixture
+def refused_rows():
+    """A deferred constraint that refuses some rows, and quotes them."""
+    with connection.cursor() as cursor:
+        cursor.execute(
+            "create function refuse() returns trigger language plpgsql as "
+            "$$ begin raise exception 'refused: %', new.note; end $$; "
+            "create constraint trigger refuse after insert on challenges_handled "
+            "deferrable initially deferred for each row when (new.handler = 'refused') "
+            "execute function refuse()"
+        )
+    yield
+    with connection.cursor() as cursor:
+        cursor.execute("drop function refuse cascade")
+
+
+@pytest.mark.parametrize(
+    ("verbosity", "debug"), [("1", "0"), ("3", "0"), ("3", "1")], ids=["default", "verbose", "debug"]
+)
+def test_whatever_happens_to_an_event_its_data_and_tracebacks_stay_out_of_the_log(
+    logins, refused_rows, verbosity, debug
+):
+    for way in WAYS:
+        emit(f"leak_{way}", f"{way} {SECRET}", secret=SECRET, headers={"trace": SECRET})
+    emit("nothing", SECRET, secret=SECRET)
+    with connection.cursor() as cursor:
+        cursor.execute(
+            """
+            insert into spark_outbox_event (key, event_group, payload) values
+                ('unreadable', 'leak_raise', jsonb_build_object('secret', jsonb_build_object(
+                    '$', jsonb_build_array('nope', %s))))
+            """,
+            [SECRET],
+        )
+    with WorkerProcess("-v", verbosity, "--no-reload", url=logins.url("worker"), DEBUG=debug) as worker:
+        worker.wait_until_ready()
+        eventually(lambda: not OutboxEvent.objects.filter(status__in=["pending", "running"]).exists())
+        worker.signal(signal.SIGTERM)
+        assert worker.wait() == 0
+        output = worker.output
+    assert SECRET not in output
+    assert "Traceback" not in output
+    assert "Handler leak raise on event" in output
+    assert {way: status(f"{way} {SECRET}") for way in WAYS} == {
+        way: ended for way, (_, ended) in WAYS.items()
+    }
+    # The tables have it all.
+    told = Delivery.objects.filter(status="failed", traceback__contains=SECRET)
+    assert set(told.values_list("handler", flat=True)) >= {
+        f"leak {way}" for way in ("raise", "chain", "value", "unique", "commit", "batch", "async")
+    }
+    assert SECRET in OutboxEvent.objects.get(key="unreadable").last_error
+
+
+def test_a_worker_that_dies_of_a_bug_says_where_and_no_more():
+    emit("sabotage", "key", secret=SECRET)
+    with WorkerProcess("-v", "3") as worker:
+        eventually(lambda: "The worker process dies of ValueError at " in worker.output)
+        eventually(lambda: "ERROR A worker process died of exit code 1" in worker.output)
+        assert "in handle_batch" in worker.output
+        assert SECRET not in worker.output
+
+
+def test_a_source_that_raises_is_reported_without_what_it_said(own_registry):
+    challenge = make_challenge(SECRET)
+
+    @source(Challenge)
+    def bad(challenge):
+        raise ValueError(challenge.title)
+
+    def report(**options):
+        err = io.StringIO()
+        with pytest.raises(CommandError):
+            call_command("process_spark_sources", stderr=err, stdout=io.StringIO(), **options)
+        return err.getvalue()
+
+    assert report().startswith(f"challenges.Challenge {challenge.pk}: ")
+    assert "raised ValueError at " in report()
+    assert SECRET not in report()
+    assert f"ValueError: {SECRET}" in report(traceback=True)
+
+
+def test_what_goes_wrong_after_the_commit_neither_hurts_the_caller_nor_tells_of_rows(
+    own_registry, settings, caplog
+):
+    settings.SPARK_OUTBOX = {"DISPATCH": "on_commit"}
+    own_registry.add_handler(lambda event: None, group="", name="h")
+    with connection.cursor() as cursor:
+        cursor.execute(
+            "create function refuse() returns trigger language plpgsql as "
+            "$$ begin raise exception 'refused: %', new.key; end $$; "
+            "create trigger refuse before update on spark_outbox_event "
+            "for each row execute function refuse()"
+        )
+    try:
+        with transaction.atomic():
+            emit("g", SECRET)
+    finally:
+        with connection.cursor() as cursor:
+            cursor.execute("drop function refuse cascade")
+    assert status(SECRET) == "pending"
+    (record,) = caplog.records
+    assert record.getMessage() == (
+        "Events of database default could not be handled after the commit (ProgrammingError P0001)."
+    )
+    assert record.exc_info is None
+    Worker().drain()
+    assert status(SECRET) == "done"
