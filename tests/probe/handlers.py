@@ -2,9 +2,13 @@
 
 import asyncio
 import ctypes
+import json
 import os
+import socket
 import time
 from pathlib import Path
+
+from django.db import connections
 
 from spark_outbox import Event, handler
 from tests.challenges.models import Handled
@@ -35,7 +39,7 @@ def sibling(event: Event) -> None:
     Handled.objects.create(key=event.key, handler="sibling")
 
 
-@handler(r"^probe_detached$", name="detached", atomic=False)
+@handler(r"^probe_detached$", name="detached", atomic=False, timeout=600)
 def detached(event: Event) -> None:
     """As `probe`, in no transaction; notes in the ledger that it came through."""
     Path(event["started"]).write_text(str(os.getpid()))
@@ -55,3 +59,20 @@ async def concurrent(event: Event) -> None:
 @handler(r"^probe_detached_crash$", name="detached crash", atomic=False, max_attempts=2, backoff=0.1)
 def detached_crash(event: Event) -> None:
     ctypes.string_at(0)
+
+
+@handler(r"^sockets$", name="sockets")
+def sockets(event: Event) -> None:
+    """Note what the worker's connections, by their aliases, have set on their sockets."""
+    options = {
+        "keepalives": (socket.SOL_SOCKET, socket.SO_KEEPALIVE),
+        "keepalives_idle": (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE),
+        "keepalives_interval": (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL),
+        "keepalives_count": (socket.IPPROTO_TCP, socket.TCP_KEEPCNT),
+        "tcp_user_timeout": (socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT),
+    }
+    found = {}
+    for connection in connections.all(initialized_only=True):
+        with socket.socket(fileno=os.dup(connection.connection.fileno())) as end:
+            found[connection.alias] = {name: end.getsockopt(*each) for name, each in options.items()}
+    Handled.objects.create(key=event.key, handler="sockets", note=json.dumps(found))
