@@ -41,17 +41,17 @@ def set_bounds(*aliases: str | None) -> None:
 
 
 def set_up(using: str, *, direct: str | None, idle_in_transaction: float | None) -> str:
-    """Connect, and have the server give up this worker when it is gone; return the server's version.
+    """Have the server give up this worker when it is gone; return the server's version.
 
     `direct` is the alias of the connection that is no pooler's. What is set in a pooler's session is
     left to whoever gets it next: there, the limit on silence goes with each transaction, see
     `store.silence_limit`; and as the server can't see past the pooler, the rest is up to that.
     """
-    for alias in {using, direct or using}:
-        connections[alias].ensure_connection()
-        store.name_session(using=alias)
+    store.name_session(using=using)
     if direct is not None:
-        given = connections[direct].connection.pgconn.info
+        connection = connections[direct]
+        connection.ensure_connection()
+        given = connection.connection.pgconn.info
         values = {option.keyword.decode(): option.val.decode() for option in given if option.val}
         store.bound_session({**BOUNDS, **values}, using=direct)
         store.limit_silence(idle_in_transaction, using=direct)
