@@ -76,6 +76,10 @@ class Settings:
         if not (self.LISTEN_DATABASE is None or isinstance(self.LISTEN_DATABASE, str)):
             raise _error("LISTEN_DATABASE", self.LISTEN_DATABASE, "a database alias or None")
 
+    def direct(self, using: str) -> str | None:
+        """Return the alias of the connection to `using` that is no pooler's; None if all are."""
+        return None if self.LISTEN_DATABASE is None else self.LISTEN_DATABASE or using
+
 
 @cache
 def current() -> Settings:

@@ -21,7 +21,7 @@ from django.db.backends.base.base import BaseDatabaseWrapper
 from psycopg import ClientCursor
 from psycopg.pq import TransactionStatus
 
-from spark_outbox import store
+from spark_outbox import conf, store
 from spark_outbox.errors import BrokenTransaction, describe
 from spark_outbox.references import References
 
@@ -275,10 +275,13 @@ def _call_back(callback: Callable[[], object]) -> None:
 def apart(using: str, limit: float | None) -> Iterator[None]:
     """Around a handler that runs on the worker's connection, but not in its transaction.
 
-    None of its queries may take longer than `limit` seconds. Raises BrokenTransaction if it leaves a
-    transaction open; then that is rolled back, and the connection closed.
+    None of its queries may take longer than `limit` seconds, unless a pooler lends the connection's
+    session to others, too. Raises BrokenTransaction if it leaves a transaction open; then that is
+    rolled back, and the connection closed.
     """
     connection = connections[using]
+    if conf.current().direct(using) != using:
+        limit = None
     blocks = len(connection.atomic_blocks)
     if limit is not None:
         milliseconds = math.ceil(limit * 1000)

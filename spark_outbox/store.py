@@ -8,7 +8,7 @@ has locked, and say how many rows they applied to.
 import datetime as dt
 import itertools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from django.db import connections
@@ -747,33 +747,52 @@ def listen(*, using: str) -> None:
     _run(LISTEN, using=using)
 
 
-# A worker's session
+# A worker's session, or where that is a pooler's, its transactions; see session.py
 
 SERVER_VERSION = "select current_setting('server_version')"
 
-# So that the server soon notices a worker that is gone: during a statement, or behind a cut line.
-SESSION = """
-select set_config(name, setting, false) from (values
-    ('application_name', 'spark_worker'),
-    ('client_connection_check_interval', '1s'),
-    ('tcp_keepalives_idle', '5'),
-    ('tcp_keepalives_interval', '2'),
-    ('tcp_keepalives_count', '3'),
-    ('tcp_user_timeout', '15s'),
-    ('idle_in_transaction_session_timeout', %s)
-) as wanted (name, setting)
+NAME_SESSION = "set application_name = 'spark_worker'"
+
+BOUND_SESSION = """
+select
+    set_config('tcp_keepalives_idle', %(keepalives_idle)s, false),
+    set_config('tcp_keepalives_interval', %(keepalives_interval)s, false),
+    set_config('tcp_keepalives_count', %(keepalives_count)s, false),
+    set_config('tcp_user_timeout', %(tcp_user_timeout)s, false)
+"""
+
+# The first is for statements that still run when the worker is gone.
+LIMIT_SILENCE = """
+select
+    set_config('client_connection_check_interval', '1s', {local}),
+    set_config('idle_in_transaction_session_timeout', '{milliseconds}', {local})
 """
 
 
-def set_up_session(*, idle_in_transaction: float | None, using: str) -> str:
-    """Prepare the connection of a worker; return the server's version.
-
-    The server ends a transaction in which it has heard nothing for `idle_in_transaction` seconds.
-    """
-    milliseconds = 0 if idle_in_transaction is None else math.ceil(idle_in_transaction * 1000)
-    _rows(SESSION, [str(milliseconds)], using=using)
+def server_version(*, using: str) -> str:
     version: str = value(SERVER_VERSION, using=using)
     return version.split(maxsplit=1)[0]
+
+
+def name_session(*, using: str) -> None:
+    """Tell people whose session it is. Poolers keep this apart for each of their clients."""
+    _run(NAME_SESSION, using=using)
+
+
+def bound_session(bounds: Mapping[str, str], *, using: str) -> None:
+    """Have the server end the session if its client is silent; `bounds` are libpq's parameters."""
+    _rows(BOUND_SESSION, bounds, using=using)
+
+
+def limit_silence(seconds: float | None, *, using: str) -> None:
+    """Have the server end the session if it hears nothing in a transaction for so long."""
+    _rows(silence_limit(seconds, local=False), using=using)
+
+
+def silence_limit(seconds: float | None, *, local: bool = True) -> str:
+    """Return the query that does it, for the transaction alone."""
+    milliseconds = 0 if seconds is None else math.ceil(seconds * 1000)
+    return LIMIT_SILENCE.format(milliseconds=milliseconds, local=str(local).lower())
 
 
 # The wake trigger's mode, see SPARK_OUTBOX["WAKE"]

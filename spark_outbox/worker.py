@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 
 from django.db import DatabaseError, DataError, Error, connections, transaction
 
-from spark_outbox import conf, settle, store
+from spark_outbox import conf, session, settle, store
 from spark_outbox.calls import Alarm, Calls, InHand
 from spark_outbox.claim import Claims
 from spark_outbox.detached import TAKE_OVER_INTERVAL, Detached
@@ -101,8 +101,7 @@ class Worker:
         self._async_concurrency = async_concurrency or settings.ASYNC_CONCURRENCY
         self._events_left = max_events or math.inf
         self._max_rss = max_rss
-        # The alias of a connection that is no pooler's: it LISTENs, and holds the lock of our session.
-        self._direct = None if settings.LISTEN_DATABASE is None else settings.LISTEN_DATABASE or using
+        self._direct = settings.direct(using)  # it LISTENs, and holds the lock of our session
         self._wake = Wake(None if settings.WAKE == "never" else self._direct, poll=self._poll)
         self._detached = Detached(
             using=using,
@@ -113,6 +112,7 @@ class Worker:
         )
         self._stopping = False
         self._session: object = None  # the psycopg connection that is prepared
+        self._first = ""  # the query that a batch begins with
         self._failures = 0  # of the database, in a row
 
     # The loop
@@ -124,6 +124,7 @@ class Worker:
         database has no outbox, SettingsError if PostgreSQL can't read `groups`.
         """
         self._check_handlers()
+        session.set_bounds(self.using, self._direct)
         self._wake.open()
         self._dispatcher.daemon = True
         calls = Calls(
@@ -192,15 +193,15 @@ class Worker:
         batch = Batch([])
         try:
             with transaction.atomic(using=self.using):
-                parting = self._wake.parting(self.using)
-                batch = self._claims.next(references, sweep=sweep, first=parting)
+                first = self._wake.parting(self.using) or self._first
+                batch = self._claims.next(references, sweep=sweep, first=first)
                 if not batch.events:
                     return 0
                 self._wake.wake_up()
                 with self._isolation.batch(references, strict=self._claims.careful):
                     outcomes = self._dispatcher.dispatch(batch, self._isolation, self._is_stopping)
-                session = self._detached.identify() if outcomes.calls else 0
-                settle.write(outcomes, session=session, using=self.using)
+                identity = self._detached.identify() if outcomes.calls else 0
+                settle.write(outcomes, session=identity, using=self.using)
         except TransactionLost as loss:
             settle.write_alone(loss.alone, using=self.using)
             return len(loss.alone)
@@ -258,7 +259,9 @@ class Worker:
         connection.ensure_connection()
         if connection.connection is self._session:
             return
-        version = store.set_up_session(idle_in_transaction=self._longest_silence(), using=self.using)
+        silence = self._longest_silence()
+        version = session.set_up(self.using, direct=self._direct, idle_in_transaction=silence)
+        self._first = "" if self._direct == self.using else store.silence_limit(silence)
         if not store.has_outbox(using=self.using):
             raise NotMigrated(
                 f"Database {self.using!r} has no outbox. Run: manage.py migrate spark_outbox"
@@ -341,6 +344,7 @@ class Worker:
 
     def book_crash(self, in_hand: Sequence[tuple[int, int]], cause: str) -> None:
         """Count the attempts that ended with a process; wait for the server to see that it is gone."""
+        session.set_bounds(self.using)
         left = list(in_hand)
         deadline = time.monotonic() + CRASH_PATIENCE
         while left and time.monotonic() < deadline:

@@ -27,6 +27,8 @@ class Proxy:
         self.port = 0
         self.accepted = 0
         """How many connections there have been."""
+        self.swallowed = 0
+        """How many chunks of bytes were lost."""
         self._links: dict[Task[object], list[StreamWriter]] = {}
         self._lost: set[Task[object]] = set()  # what they send goes nowhere, until they are reset
         self._flowing = asyncio.Event()
@@ -130,6 +132,8 @@ class Proxy:
                 return
             if self._is_black_hole:
                 self._lost.add(link)
+                while await reader.read(65536):
+                    self.swallowed += 1
                 await asyncio.Future()
             other_reader, other_writer = await self._connect()
             writers.append(other_writer)
@@ -164,9 +168,11 @@ class Proxy:
             if self._delay:
                 await asyncio.sleep(self._delay)
             await self._flowing.wait()
-            if link not in self._lost:
-                writer.write(data)
-                await writer.drain()
+            if link in self._lost:
+                self.swallowed += 1
+                continue
+            writer.write(data)
+            await writer.drain()
         await self._flowing.wait()
         if link in self._lost:
             await asyncio.Future()

@@ -3,7 +3,9 @@
 import asyncio
 import contextlib
 import ctypes
+import json
 import os
+import socket
 import time
 from collections.abc import Callable
 from functools import partial
@@ -11,7 +13,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from django.contrib.auth.models import Group
-from django.db import DatabaseError, connection, transaction
+from django.db import DatabaseError, connection, connections, transaction
 
 from spark_outbox import BatchFailed, Discard, Event, Retry, emit, handler, settle
 from tests.challenges.models import Handled
@@ -42,7 +44,7 @@ def sibling(event: Event) -> None:
     Handled.objects.create(key=event.key, handler="sibling")
 
 
-@handler(r"^probe_detached$", name="detached", atomic=False)
+@handler(r"^probe_detached$", name="detached", atomic=False, timeout=600)
 def detached(event: Event) -> None:
     """As `probe`, in no transaction; notes in the ledger that it came through."""
     Path(event["started"]).write_text(str(os.getpid()))
@@ -62,6 +64,23 @@ async def concurrent(event: Event) -> None:
 @handler(r"^probe_detached_crash$", name="detached crash", atomic=False, max_attempts=2, backoff=0.1)
 def detached_crash(event: Event) -> None:
     ctypes.string_at(0)
+
+
+@handler(r"^sockets$", name="sockets")
+def sockets(event: Event) -> None:
+    """Note what the worker's connections, by their aliases, have set on their sockets."""
+    options = {
+        "keepalives": (socket.SOL_SOCKET, socket.SO_KEEPALIVE),
+        "keepalives_idle": (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE),
+        "keepalives_interval": (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL),
+        "keepalives_count": (socket.IPPROTO_TCP, socket.TCP_KEEPCNT),
+        "tcp_user_timeout": (socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT),
+    }
+    found = {}
+    for each in connections.all(initialized_only=True):
+        with socket.socket(fileno=os.dup(each.connection.fileno())) as end:
+            found[each.alias] = {name: end.getsockopt(*option) for name, option in options.items()}
+    Handled.objects.create(key=event.key, handler="sockets", note=json.dumps(found))
 
 
 # All ways to come to grief, each with what the event calls its secret in the message, or in a row.
