@@ -24,9 +24,11 @@ KeyboardInterrupt
 
 import datetime as dt
 from collections.abc import Iterable, Mapping
+from traceback import extract_tb
 from typing import Any
 
 from django.core.exceptions import ImproperlyConfigured
+from django.db import InterfaceError, OperationalError, ProgrammingError
 
 
 class SparkOutboxError(Exception):
@@ -132,3 +134,18 @@ class BrokenTransaction(HandlingError, RuntimeError):
 class HandlerTimeout(KeyboardInterrupt):
     """Raised inside a handler. Not an Exception, so that `except Exception` lets it pass; and what
     psycopg takes for a Ctrl-C, on which it cancels the running query."""
+
+
+def describe(error: BaseException) -> str:
+    """Return what a log may say of an exception. Its message can quote a payload, or a row: so its type,
+    and where it was raised. Of a database that is not there, or does not let us, the message as well.
+    """
+    kind = type(error).__qualname__
+    sqlstate = str(getattr(error.__cause__, "sqlstate", None) or "")
+    refused = isinstance(error, ProgrammingError) and sqlstate in {"42501", "42P01", "42883"}
+    if refused or isinstance(error, InterfaceError | OperationalError):
+        return f"{kind}: {error}".partition("\n")[0]  # DETAIL, on later lines, may quote rows
+    if sqlstate:
+        return f"{kind} {sqlstate}"
+    places = extract_tb(error.__traceback__)
+    return f"{kind} at {places[-1].filename}:{places[-1].lineno}" if places else kind

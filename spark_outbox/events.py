@@ -152,7 +152,9 @@ class Event(Mapping[str, Any]):
         if isinstance(value, Event):
             return value
         if not isinstance(value, Mapping):
-            raise InvalidEvent(f"An event is an Event or a dict with a group and a key, not {value!r}.")
+            raise InvalidEvent(
+                f"An event is an Event or a dict with a group and a key, not {type(value).__name__}."
+            )
         try:
             return cls(**value)
         except TypeError as error:

@@ -9,9 +9,11 @@ there is no savepoint either, and the batch is lost with it; `undo` finds out, f
 a number. It happens to a handler once: from then on its savepoints go ahead of its statements.
 """
 
+import logging
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from django.db import DatabaseError, connections
@@ -20,8 +22,10 @@ from psycopg import ClientCursor
 from psycopg.pq import TransactionStatus
 
 from spark_outbox import conf, store
-from spark_outbox.errors import BrokenTransaction
+from spark_outbox.errors import BrokenTransaction, describe
 from spark_outbox.references import References
+
+logger = logging.getLogger(__name__)
 
 # Each savepoint that wrote is a subtransaction id until the commit. PostgreSQL caches 64 of them
 # per backend (PGPROC_MAX_CACHED_SUBXIDS); beyond that every other session's snapshots pay.
@@ -86,10 +90,11 @@ class Isolation:
             raw.cursor_factory = factory
             self._touched = True
             self._limited = False
-        # No on_commit callback that raises shall cost other events theirs.
+        # No on_commit callback that raises shall cost other events theirs. Django's `robust` would log
+        # its traceback, and in Django 5.2 stumbles over a partial.
         hooks: list[Any] = connection.run_on_commit
         if len(connection.atomic_blocks) == 1:
-            hooks[:] = [(sids, callback, True) for sids, callback, _ in hooks]
+            hooks[:] = [(sids, partial(_call_back, callback), False) for sids, callback, _ in hooks]
 
     def begin(self, handler: str, limit: float | None = None) -> None:
         """Start the handler of this name; none of its queries may take longer than `limit` seconds."""
@@ -247,6 +252,23 @@ class Isolation:
 
             self._cursors[factory] = WatchedCursor
         return self._cursors[factory]
+
+
+def _call_back(callback: Callable[[], object]) -> None:
+    """Run what a handler has left for after the commit."""
+    try:
+        callback()
+    except Exception as error:  # noqa: BLE001, logged
+        function = getattr(callback, "func", callback)  # a partial's arguments are not for the log
+        context = {
+            "callback": getattr(function, "__qualname__", type(function).__qualname__),
+            "error": describe(error),
+        }
+        logger.error(
+            "%(callback)s, which a handler gave to on_commit(), failed (%(error)s).",
+            context,
+            extra=context,
+        )
 
 
 @contextmanager

@@ -185,7 +185,7 @@ def judge(handler: Handler, event: Event, error: BaseException, seconds: float) 
         event.id,
         handler.name,
         verdict.status,
-        error=storable(f"{type(error).__module__}.{type(error).__qualname__}: {error}"),
+        error=storable(f"{type(error).__module__}.{type(error).__qualname__}: {_message(error)}"),
         traceback=storable("".join(traceback.format_exception(error))),
         duration=dt.timedelta(seconds=seconds),
         delay=verdict.delay,
@@ -218,6 +218,13 @@ def log_verdict(handler: Handler, event: Event, error: BaseException, verdict: V
         context,
         extra=context,
     )
+
+
+def _message(error: BaseException) -> str:
+    try:
+        return str(error)
+    except Exception:  # noqa: BLE001, a handler's exceptions may be of any make
+        return "(its message can't be read)"
 
 
 def storable(text: str) -> str:

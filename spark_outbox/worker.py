@@ -16,7 +16,7 @@ from spark_outbox.calls import Alarm, Calls, InHand
 from spark_outbox.claim import Claims
 from spark_outbox.detached import TAKE_OVER_INTERVAL, Detached
 from spark_outbox.dispatch import Dispatcher, TransactionLost
-from spark_outbox.errors import NotMigrated, SettingsError
+from spark_outbox.errors import NotMigrated, SettingsError, describe
 from spark_outbox.events import Event
 from spark_outbox.isolation import Isolation
 from spark_outbox.outcomes import Batch, Outcomes
@@ -227,7 +227,7 @@ class Worker:
         if logger.isEnabledFor(logging.DEBUG):
             for event in batch.events[: outcomes.count]:
                 done = {"event_id": event.id, "group": event.group, "attempt": event.attempt}
-                logger.debug("Dispatched event %(event_id)s of group %(group)s.", done, extra=done)
+                logger.debug("Dispatched event %(event_id)s of group %(group)r.", done, extra=done)
 
     def _sleep(self) -> None:
         """Wait until there may be something to do; see `wake` for the protocol."""
@@ -321,7 +321,7 @@ class Worker:
         seconds *= random.uniform(0.5, 1)  # noqa: S311, workers shall not come back in step
         context = {
             "database": self.using,
-            "error": str(error).partition("\n")[0],  # DETAIL, on later lines, may quote rows
+            "error": describe(error),
             "seconds": round(seconds, 2),
         }
         logger.warning(
@@ -393,7 +393,8 @@ _draining = threading.local()
 def drain_after_commit(using: str, **_: object) -> None:
     """Handle what was just committed, in this process: DISPATCH = "on_commit".
 
-    Events that handlers emit are handled by the call that is running, not by one inside it.
+    Events that handlers emit are handled by the call that is running, not by one inside it. What goes
+    wrong is no fault of the caller's, who has committed: the events are left to the next call.
     """
     aliases: set[str] = _draining.__dict__.setdefault("aliases", set())
     if using in aliases:
@@ -401,5 +402,12 @@ def drain_after_commit(using: str, **_: object) -> None:
     aliases.add(using)
     try:
         Worker(using=using).drain()
+    except Exception as error:  # noqa: BLE001, logged
+        context = {"database": using, "error": describe(error)}
+        logger.error(
+            "Events of database %(database)s could not be handled after the commit (%(error)s).",
+            context,
+            extra=context,
+        )
     finally:
         aliases.discard(using)

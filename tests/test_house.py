@@ -185,7 +185,8 @@ def test_functions_pin_their_search_path():
         cursor.execute("select count(*) from public.spark_outbox_event")
         assert cursor.fetchone() == (1,)
     assert found == {
-        "spark_emit": ["search_path=public, pg_catalog, pg_temp"],
+        "spark_emit": ["search_path=pg_catalog, public, pg_temp"],
+        "spark_outbox_is_same": ["search_path=pg_catalog, public, pg_temp"],
         "spark_outbox_wake": ["search_path=pg_catalog, pg_temp"],
     }
 

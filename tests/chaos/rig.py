@@ -213,6 +213,8 @@ class Rig:
     def _kill_all(self) -> None:
         for member in self.members:
             member.kill()
+            assert member.process is not None
+            member.process.wait()
 
     # The run
 

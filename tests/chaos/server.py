@@ -7,6 +7,8 @@ import shutil
 import signal
 import socket
 import subprocess
+import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ import psycopg
 from psycopg.conninfo import make_conninfo
 
 from tests import postgres
+from tests.tools import eventually
 
 CONNECTIONS = 60
 
@@ -90,9 +93,12 @@ class Server:
     @contextlib.contextmanager
     def superuser(self) -> Iterator[psycopg.Connection[Any]]:
         """Connect past all that is done to others: as a superuser, over the Unix socket."""
-        url = self.url("postgres", host=str(self.data), application_name="chaos_rig")
-        with psycopg.connect(url, autocommit=True) as connection:
+        with psycopg.connect(self._own_url, autocommit=True) as connection:
             yield connection
+
+    @property
+    def _own_url(self) -> str:
+        return self.url("postgres", host=str(self.data), application_name="chaos_rig")
 
     def query(self, sql: str, params: Any = None) -> list[Any]:
         with self.superuser() as connection:
@@ -107,16 +113,10 @@ class Server:
 
     def kill(self) -> None:
         """kill -9 a backend, as the kernel's out-of-memory killer does: all others restart."""
-        self.signal_backend("application_name like 'chaos%' and pid <> pg_backend_pid()", signal.SIGKILL)
-
-    def signal_backend(self, condition: str, number: signal.Signals) -> int:
-        """Send a signal to one backend's process, at random; return its pid, or 0."""
-        found = self.query(
-            f"select pid from pg_stat_activity where {condition} order by random() limit 1"
-        )
-        for (pid,) in found:
-            os.kill(pid, number)
-        return found[0][0] if found else 0
+        ((pid,),) = self.query("select min(pid) from pg_stat_activity where usename = 'chaos'")
+        os.kill(pid, signal.SIGKILL)
+        time.sleep(0.5)  # the server takes notice
+        eventually(lambda: psycopg.pq.PGconn.ping(self._own_url.encode()) == psycopg.pq.Ping.OK)
 
     @contextlib.contextmanager
     def full_disk(self) -> Iterator[None]:
@@ -124,8 +124,9 @@ class Server:
         assert self.disk is not None
         ballast = self.disk / "ballast"
         try:
-            with ballast.open("wb") as file:
-                os.posix_fallocate(file.fileno(), 0, shutil.disk_usage(self.disk).free)
+            with ballast.open("wb", buffering=0) as file, contextlib.suppress(OSError):
+                while True:
+                    file.write(bytes(65536))
             yield
         finally:
             ballast.unlink()
@@ -137,6 +138,19 @@ class Server:
         if self._user is None or subprocess.run(mount, check=False, capture_output=True).returncode:
             return None  # only root may
         return folder
+
+    def errors(self) -> Counter[str]:
+        """Count the errors in the server's log that faults were to cause."""
+        told = (
+            "deadlock detected",
+            "No space left on device",
+            "canceling statement due to statement timeout",
+            "canceling statement due to lock timeout",
+            "remaining connection slots are reserved",
+            "terminating connection due to administrator command",
+        )
+        log = (self.data / "log").read_text(errors="replace")
+        return Counter({error: log.count(error) for error in told})
 
     def remove(self) -> None:
         with contextlib.suppress(subprocess.CalledProcessError):

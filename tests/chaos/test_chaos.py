@@ -58,7 +58,7 @@ def books(rig):
 
 def test_the_books_balance(rig, books):
     counts, wrong = books.counts(), books.faults()
-    for name, count in {**counts, **rig.counts, **rig.ends(), **wrong}.items():
+    for name, count in {**counts, **rig.counts, **rig.ends(), **rig.server.errors(), **wrong}.items():
         rig.say(f"{count:8,} {name}")
     rig.say(
         f"{books.longest_repeated_batch():8.3f} s: the longest batch whose outside effects were repeated"
@@ -72,6 +72,7 @@ def test_it_was_hurt_enough(rig, books):
     assert set(rig.counts) >= {fault.__name__ for fault in FAULTS}
     counts = books.counts()
     assert all(counts[name] for name in ("events", "rolled back", "outside: repeated")), counts
+    assert all(rig.server.errors().values())
 
 
 def test_no_process_ended_for_a_reason_of_its_own(rig):

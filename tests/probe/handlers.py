@@ -1,16 +1,21 @@
-"""A handler that does what its event says, for tests with real worker processes."""
+"""Handlers that do what their event says, for tests with real worker processes."""
 
 import asyncio
+import contextlib
 import ctypes
 import json
 import os
 import socket
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any, NoReturn
 
-from django.db import connections
+from django.contrib.auth.models import Group
+from django.db import DatabaseError, connection, connections, transaction
 
-from spark_outbox import Event, handler
+from spark_outbox import BatchFailed, Discard, Event, Retry, emit, handler, settle
 from tests.challenges.models import Handled
 
 
@@ -22,8 +27,7 @@ def probe(event: Event) -> None:
     if "started" in event:
         Path(event["started"]).write_text(str(os.getpid()))
     if "sql" in event:
-        with connections["default"].cursor() as cursor:
-            cursor.execute(event["sql"])
+        run_sql(event["sql"])
     if "go" in event:
         while not Path(event["go"]).exists():
             time.sleep(0.005)
@@ -75,10 +79,141 @@ def sockets(event: Event) -> None:
         "tcp_user_timeout": (socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT),
     }
     found = {}
-    for connection in connections.all(initialized_only=True):
-        with socket.socket(fileno=os.dup(connection.connection.fileno())) as end:
-            client = {name: end.getsockopt(*each) for name, each in options.items()}
-        with connection.cursor() as cursor:
+    for each in connections.all(initialized_only=True):
+        with socket.socket(fileno=os.dup(each.connection.fileno())) as end:
+            client = {name: end.getsockopt(*option) for name, option in options.items()}
+        with each.cursor() as cursor:
             cursor.execute("select name, setting::int from pg_settings where name ~ '^tcp_(k|u)'")
-            found[connection.alias] = {"client": client, "server": dict(cursor.fetchall())}
+            found[each.alias] = {"client": client, "server": dict(cursor.fetchall())}
     Handled.objects.create(key=event.key, handler="sockets", note=json.dumps(found))
+
+
+# All ways to come to grief, each with what the event calls its secret in the message, or in a row.
+
+
+def leak(secret: str) -> NoReturn:
+    raise ValueError(secret)
+
+
+def run_sql(sql: str, *params: str) -> None:
+    with connection.cursor() as cursor:
+        cursor.execute(sql, params)
+
+
+def chain(secret: str) -> None:
+    try:
+        leak(secret)
+    except ValueError as error:
+        raise RuntimeError from error
+
+
+def break_unique(secret: str) -> None:
+    for _ in range(2):
+        Group.objects.create(name=secret)
+
+
+def swallow(secret: str) -> None:
+    with contextlib.suppress(DatabaseError):
+        break_unique(secret)
+
+
+def lose(secret: str) -> None:
+    run_sql("rollback")
+    leak(secret)
+
+
+def close(secret: str) -> None:
+    connection.close()
+    leak(secret)
+
+
+def discard(secret: str) -> None:
+    raise Discard(secret)
+
+
+def retry(secret: str) -> None:
+    raise Retry(secret, after=0.1)
+
+
+def leave(secret: str) -> None:
+    raise SystemExit(secret)
+
+
+def be_unspeakable(secret: str) -> None:
+    class Unspeakable(Exception):
+        __str__ = partial(leak, secret)
+
+    raise Unspeakable
+
+
+def write_what_the_commit_refuses(secret: str) -> None:
+    Handled.objects.create(key="refused", handler="refused", note=secret)
+
+
+def leave_for_later(secret: str) -> None:
+    transaction.on_commit(partial(leak, secret))
+    transaction.on_commit(lambda: leak(secret))
+
+
+def succeed(secret: str) -> None:
+    run_sql("select %s", secret)
+    emit("probe", f"after {secret}")
+
+
+WAYS: dict[str, tuple[Callable[[str], object], str]] = {
+    "raise": (leak, "failed"),
+    "chain": (chain, "failed"),
+    "value": (partial(run_sql, "select %s::integer"), "failed"),
+    "unique": (break_unique, "failed"),
+    "swallow": (swallow, "failed"),
+    "lose": (lose, "failed"),
+    "close": (close, "failed"),
+    "syntax": (partial(run_sql, "select 1 2 %s"), "failed"),
+    "discard": (discard, "discarded"),
+    "retry": (retry, "failed"),
+    "exit": (leave, "failed"),
+    "unspeakable": (be_unspeakable, "failed"),
+    "commit": (write_what_the_commit_refuses, "failed"),
+    "later": (leave_for_later, "done"),
+    "crash": (lambda _: ctypes.string_at(0), "failed"),
+    "end": (lambda _: os._exit(3), "failed"),
+    "batch": (leak, "failed"),
+    "async": (leak, "failed"),
+    "detached": (leak, "failed"),
+    "slow": (lambda _: time.sleep(60), "failed"),
+    "succeed": (succeed, "done"),
+}
+"""By the end of the event's group, `leak_…`: what is done with the secret, and how the event ends."""
+
+
+def register(way: str, act: Callable[[str], object]) -> None:
+    options: dict[str, Any] = {"name": f"leak {way}", "max_attempts": 2, "backoff": 0.1}
+
+    def one(event: Event) -> None:
+        secret = event["secret"]
+        act(secret)
+
+    def many(events: list[Event]) -> None:
+        raise BatchFailed({event: ValueError(event["secret"]) for event in events})
+
+    async def concurrent(event: Event) -> None:
+        one(event)
+
+    functions: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
+        "batch": (many, {"batch": 10}),
+        "async": (concurrent, {}),
+        "detached": (one, {"atomic": False}),
+        "slow": (one, {"timeout": 0.2}),
+    }
+    function, more = functions.get(way, (one, {}))
+    handler(rf"^leak_{way}$", **options, **more)(function)
+
+
+for way, (act, _) in WAYS.items():
+    register(way, act)
+
+
+@handler(r"^sabotage$")
+def sabotage(event: Event) -> None:
+    """Put a bug into the worker."""
+    settle.write = lambda *_, **__: leak(event["secret"])

@@ -1,6 +1,7 @@
 """Sweep all instances of models through their sources: for events that depend on time, and repairs."""
 
 import sys
+from traceback import format_exception
 from typing import Any
 
 from django.apps import apps
@@ -9,6 +10,7 @@ from django.db import router
 from django.db.models import Model
 
 from spark_outbox.emit import CHUNK_SIZE
+from spark_outbox.errors import UnstorableValue, describe
 from spark_outbox.registry import SourceFunction, dotted_path, registry
 from spark_outbox.sources import Sweep, sweep
 
@@ -17,7 +19,8 @@ class Command(BaseCommand):
     help = (
         "Sends all instances of models through their sources, which emits what has not been emitted "
         "yet. Run it from a timer for sources that depend on the date, and after an import that went "
-        "around save()."
+        "around save(). Of a source that raises it tells the type and the place; the message, which can "
+        "quote data, with --traceback."
     )
 
     def add_arguments(self, parser: CommandParser) -> None:
@@ -85,9 +88,11 @@ class Command(BaseCommand):
         label = model._meta.label
 
         def report(instance: Model, source: SourceFunction, error: Exception) -> None:
-            self.stderr.write(
-                f"{label} {instance.pk!r}: {dotted_path(source)} raised {type(error).__name__}: {error}"
-            )
+            refused = isinstance(error, UnstorableValue)  # which names a value's path, not the value
+            what = f"{type(error).__name__}: {error}" if refused else describe(error)
+            self.stderr.write(f"{label} {instance.pk!r}: {dotted_path(source)} raised {what}")
+            if options["traceback"]:
+                self.stderr.write("".join(format_exception(error)))
 
         count = Sweep()
         for count in sweep(

@@ -16,7 +16,7 @@ from django.utils import autoreload
 
 import spark_outbox
 from spark_outbox import conf
-from spark_outbox.errors import SparkOutboxError
+from spark_outbox.errors import SparkOutboxError, describe
 from spark_outbox.management import systemd
 from spark_outbox.management.alarm import Alarm
 from spark_outbox.registry import registry
@@ -173,8 +173,9 @@ class Command(BaseCommand):
         except SparkOutboxError as error:
             self.stderr.write(self.style.ERROR(str(error)))
             return os.EX_CONFIG
-        except Exception:  # noqa: BLE001, shown, and then the supervisor starts another
-            traceback.print_exc()
+        except Exception as error:  # noqa: BLE001, shown, and then the supervisor starts another
+            lines = traceback.format_tb(error.__traceback__)  # of code, without values
+            self.stderr.write("".join([*lines, f"The worker process dies of {describe(error)}."]))
             return 1
         finally:
             self.stdout.flush()
@@ -208,7 +209,9 @@ class Command(BaseCommand):
         try:
             Worker(using=using).book_crash(in_hand, cause)
         except Error as error:  # the database is away: then nothing can be counted
-            self.stderr.write(f"A crash on event {in_hand[0][0]} could not be counted: {error}")
+            self.stderr.write(
+                f"A crash on event {in_hand[0][0]} could not be counted: {describe(error)}"
+            )
         finally:
             connections.close_all()
 

@@ -1,0 +1,65 @@
+-- Three roles, each with the least that it needs. They can't log in: grant them to roles that do.
+--
+--     psql --single-transaction --file deploy/roles.sql shop
+--
+-- as the owner of the tables, who may CREATE ROLE, or as a superuser. It can be run again, and should
+-- be after a migration of spark_outbox: it takes back what an earlier version has granted.
+--
+--     grant spark_outbox_emitter to shop_web;
+--     grant spark_outbox_worker to shop_worker;
+--     grant spark_outbox_viewer to shop_operator;
+--
+-- Rights on the project's own tables are yours to grant: handlers run as the worker's role. `migrate`
+-- needs the owner of the tables, `spark_bench` a role that may create databases.
+
+do $$
+declare
+    role text;
+    home regnamespace := (select relnamespace from pg_class where oid = 'spark_outbox_event'::regclass);
+begin
+    foreach role in array '{spark_outbox_emitter, spark_outbox_worker, spark_outbox_viewer}'::text[] loop
+        if not exists (select from pg_roles where rolname = role) then
+            execute format('create role %I nologin', role);
+        end if;
+        execute format('grant usage on schema %s to %I', home, role);
+    end loop;
+end $$;
+
+revoke all on spark_outbox_event, spark_outbox_delivery, spark_outbox_status
+    from spark_outbox_emitter, spark_outbox_worker, spark_outbox_viewer;
+revoke all on function spark_outbox_is_same(text, text, jsonb)
+    from spark_outbox_emitter, spark_outbox_worker, spark_outbox_viewer;
+
+-- The emitter writes new events: pending ones, with no attempt behind them, at the time that it is. Of
+-- what is there it can read ids and times, which emit() returns, but no key, group or payload. Whether
+-- a key is taken it learns from the duplicate; whether by the same event, from the function.
+grant insert (key, event_group, payload, headers, ordering_key, available_at), select (id, created_at)
+    on spark_outbox_event to spark_outbox_emitter;
+grant execute on function spark_outbox_is_same(text, text, jsonb) to spark_outbox_emitter;
+
+-- The worker moves events from status to status. It can't change what an event says, nor delete one.
+-- Handlers emit, too. It is also the role for spark_replay, and for repairs by hand.
+grant spark_outbox_emitter to spark_outbox_worker;
+grant select, update (status, attempts, available_at, finished_at, last_error)
+    on spark_outbox_event to spark_outbox_worker;
+grant
+    select,
+    insert (
+        event_id, handler, status, attempts, available_at, attempted_at, duration, worker, error, traceback,
+        session
+    ),
+    update (
+        status, attempts, available_at, attempted_at, duration, worker, error, traceback, session
+    )
+    on spark_outbox_delivery to spark_outbox_worker;
+
+-- The viewer sees everything but payloads and headers. Errors and tracebacks are what an operator looks
+-- for, but they can quote a payload: who must not see even that gets spark_outbox_status alone.
+grant select (
+        id, key, event_group, status, attempts, available_at, ordering_key, created_at, finished_at,
+        last_error
+    )
+    on spark_outbox_event to spark_outbox_viewer;
+grant select on spark_outbox_delivery, spark_outbox_status to spark_outbox_viewer;
+-- To see in pg_stat_activity what workers do, and what everybody else does, payloads included:
+-- grant pg_read_all_stats to spark_outbox_viewer;
