@@ -84,7 +84,8 @@ def sockets(*, url, **environment):
     emit("sockets", "sockets")
     with WorkerProcess("--drain", url=url, **environment) as worker:
         assert worker.wait() == 0, worker.output
-    return json.loads(Handled.objects.get().note)
+    found = json.loads(Handled.objects.get().note)
+    return {alias: sides["client"] for alias, sides in found.items()}
 
 
 def as_numbers(bounds):

@@ -10,7 +10,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import date
 from pathlib import Path
@@ -120,9 +120,18 @@ def make_challenge(title: str = "One", *, using: str = "default", **fields: Any)
 
 
 class WorkerProcess:
-    """A real `manage.py spark_worker`, with a socket where its messages to systemd arrive."""
+    """A real `manage.py spark_worker`, with a socket where its messages to systemd arrive.
 
-    def __init__(self, *arguments: str, url: str | None = None, **environment: str) -> None:
+    `within` is a command that runs it.
+    """
+
+    def __init__(
+        self,
+        *arguments: str,
+        url: str | None = None,
+        within: Sequence[str] = (),
+        **environment: str,
+    ) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="spark")
         address = f"{self._folder.name}/notify"
         self._messages = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
@@ -131,7 +140,7 @@ class WorkerProcess:
         self._output = Path(f"{self._folder.name}/output")
         with self._output.open("w") as output:
             self.process = subprocess.Popen(
-                [sys.executable, settings.BASE_DIR / "manage.py", "spark_worker", *arguments],
+                [*within, sys.executable, settings.BASE_DIR / "manage.py", "spark_worker", *arguments],
                 env=_environment(url, NOTIFY_SOCKET=address, PYTHONUNBUFFERED="1", **environment),
                 stdout=output,
                 stderr=subprocess.STDOUT,

@@ -24,7 +24,6 @@ CONNECTIONS = 60
 CONF = f"""
 max_connections = {CONNECTIONS}
 max_prepared_transactions = 10
-listen_addresses = '127.0.0.1'
 log_min_messages = error
 log_line_prefix = '%m [%p] %a '
 autovacuum_naptime = 5s
@@ -53,11 +52,13 @@ DISK = 400 * 1024 * 1024
 class Server:
     """Its data is in `folder`. PostgreSQL refuses to be root: it is `nobody` then.
 
+    It listens on `address`, for all of its /24, and on a Unix socket.
     Where the test may mount one, new tables are on a small disk of their own, to be filled.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, address: str = "127.0.0.1") -> None:
         self.folder = folder
+        self.address = address
         self.data = folder / "data"
         self.port = free_port()
         self._bin = binaries()
@@ -67,9 +68,11 @@ class Server:
         self._run(
             "initdb", "-D", self.data, "-U", "postgres", "--auth=trust", "-E", "utf8", "--locale=C"
         )
-        conf = f"{CONF}\nport = {self.port}\nunix_socket_directories = '{self.data}'\n"
+        where = f"listen_addresses = '{address}'\nunix_socket_directories = '{self.data}'"
         with (self.data / "postgresql.conf").open("a") as file:
-            file.write(conf)
+            file.write(f"{CONF}\nport = {self.port}\n{where}\n")
+        with (self.data / "pg_hba.conf").open("a") as file:
+            file.write(f"host all all {address}/24 trust\n")
         self.start()
         self.disk: Path | None = self._mount(folder / "disk")
         if self.disk:
@@ -84,7 +87,7 @@ class Server:
 
     def url(self, user: str = "chaos", **options: Any) -> str:
         """Return a URL over TCP, as a string of libpq's."""
-        where = {"host": "127.0.0.1", "port": self.port, "user": user, "dbname": "postgres"}
+        where = {"host": self.address, "port": self.port, "user": user, "dbname": "postgres"}
         return make_conninfo(**{**where, **options})
 
     @contextlib.contextmanager

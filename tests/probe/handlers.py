@@ -22,10 +22,12 @@ from tests.challenges.models import Handled
 @handler(r"^probe_in_time$", timeout=0.2, name="in time")
 @handler(r"^probe(?!_in_time|_crash|_detached|_async)")
 def probe(event: Event) -> None:
-    """Note the call in the ledger; then touch `started`, wait for `go`, or raise, as told."""
+    """Note the call in the ledger; then touch `started`, run `sql`, wait for `go`, or raise, as told."""
     Handled.objects.create(key=event.key, handler="probe", note=str(os.getpid()))
     if "started" in event:
         Path(event["started"]).write_text(str(os.getpid()))
+    if "sql" in event:
+        run_sql(event["sql"])
     if "go" in event:
         while not Path(event["go"]).exists():
             time.sleep(0.005)
@@ -68,7 +70,7 @@ def detached_crash(event: Event) -> None:
 
 @handler(r"^sockets$", name="sockets")
 def sockets(event: Event) -> None:
-    """Note what the worker's connections, by their aliases, have set on their sockets."""
+    """Note what is set on the sockets of the worker's connections, by their aliases and sides."""
     options = {
         "keepalives": (socket.SOL_SOCKET, socket.SO_KEEPALIVE),
         "keepalives_idle": (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE),
@@ -79,7 +81,10 @@ def sockets(event: Event) -> None:
     found = {}
     for each in connections.all(initialized_only=True):
         with socket.socket(fileno=os.dup(each.connection.fileno())) as end:
-            found[each.alias] = {name: end.getsockopt(*option) for name, option in options.items()}
+            client = {name: end.getsockopt(*option) for name, option in options.items()}
+        with each.cursor() as cursor:
+            cursor.execute("select name, setting::int from pg_settings where name ~ '^tcp_(k|u)'")
+            found[each.alias] = {"client": client, "server": dict(cursor.fetchall())}
     Handled.objects.create(key=event.key, handler="sockets", note=json.dumps(found))
 
 
