@@ -108,7 +108,7 @@ def test_a_host_that_is_cut_off_loses_its_rows_and_settles_nothing(server, netwo
         with other.worker(*ONLY_WOKEN, url=url) as second:
             second.wait_until_ready()
             one.cut()
-            pid = flags.wait(patience=session.NOTICED)
+            pid = flags.wait()
             assert second.owns(pid)
             one.mend()
             flags.go.touch()  # for both of them
