@@ -173,7 +173,11 @@ class Worker:
         return False
 
     def drain(self) -> int:
-        """Handle ready events until none is left, on the current connection; return how many."""
+        """Handle ready events until none is left, on the current connection; return how many.
+
+        Raises SettingsError if there are detached handlers, and no connection but a pooler's.
+        """
+        self._check_handlers()
         total = 0
         try:
             self._detached.take_over()
