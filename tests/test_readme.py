@@ -1,5 +1,6 @@
 """What the README shows is run."""
 
+import ast
 import os
 import re
 import subprocess
@@ -183,6 +184,19 @@ def test_links_within_the_readme_lead_somewhere():
         assert target in headings
     for name in re.findall(r"`((?:deploy|spark_outbox)/[^` ]+)`", README):
         assert (ROOT / name).exists(), name
+
+
+def test_each_promise_names_the_tests_that_defend_it():
+    (promises,) = re.findall(r"^## Promises$(.*?)^## ", README, re.MULTILINE | re.DOTALL)
+    items = re.findall(r"^(\d+)\. (.*?)(?=^\d+\. |^$)", promises, re.MULTILINE | re.DOTALL)
+    assert [int(number) for number, _ in items] == list(range(1, len(items) + 1))
+    for number, promise in items:
+        assert "::" in promise, number
+    named = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", promises)
+    assert len(named) >= len(items)
+    for file, name in named:
+        tree = ast.parse((ROOT / file).read_text())
+        assert name in {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}, name
 
 
 def test_what_the_deploying_section_copies_is_there():

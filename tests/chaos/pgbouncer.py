@@ -26,6 +26,7 @@ auth_type = any
 pool_mode = transaction
 max_client_conn = 1000
 default_pool_size = {pool_size}
+server_login_retry = 1
 ignore_startup_parameters = extra_float_digits, options
 """
 
