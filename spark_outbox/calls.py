@@ -32,7 +32,11 @@ class InHand(Protocol):
     def take_in_hand(self, *called: tuple[int, int]) -> None:
         """Note pairs of an event's id and its handler's number."""
 
-    def put_down(self) -> None: ...
+    def put_down(self) -> None:
+        """Note that nothing is, and that from now on we wait for the database."""
+
+    def rest(self) -> None:
+        """Note that we do not, until `put_down`."""
 
 
 class Calls:

@@ -2,8 +2,12 @@
 
 A child notes the handler and the event that it has in hand in memory that it shares with the
 supervisor. If it dies there, say of a segmentation fault, its transaction is rolled back, and the
-attempt would be forgotten with it: so the supervisor tells `on_crash`, which books it. It installs no
-signal handlers: `stop`, `kill` and `child_ended` are for those of its caller.
+attempt would be forgotten with it: so the supervisor tells `on_crash`, which books it.
+
+A child that has no handler in hand, and is not at rest, waits for the database. If that goes on for too
+long, behind a pooler that hangs, say, where TCP has nothing to complain of, the child is killed: it may
+be deaf to anything less. It installs no signal handlers: `stop`, `kill` and `child_ended` are for those
+of its caller.
 """
 
 import contextlib
@@ -32,7 +36,9 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGCHLD)
 _COUNT = struct.Struct("q")
 _PAIR = struct.Struct("qq")
 _ONE = struct.Struct("qqq")
-_ROOM = (16 * mmap.PAGESIZE - _COUNT.size) // _PAIR.size
+_TIME = struct.Struct("d")
+_SIZE = 16 * mmap.PAGESIZE
+_ROOM = (_SIZE - _COUNT.size - _TIME.size) // _PAIR.size
 
 
 @dataclass(slots=True)
@@ -44,7 +50,7 @@ class Slot:
     started: float = 0.0
     crashes: int = 0
     start_at: float = 0.0
-    memory: mmap.mmap = field(default_factory=lambda: mmap.mmap(-1, 16 * mmap.PAGESIZE))
+    memory: mmap.mmap = field(default_factory=lambda: mmap.mmap(-1, _SIZE))
 
     def take_in_hand(self, *called: tuple[int, int]) -> None:
         """Note, in the child, what is about to be called: ids of events, and the places of their
@@ -58,12 +64,24 @@ class Slot:
         _COUNT.pack_into(self.memory, 0, len(called[:_ROOM]))
 
     def put_down(self) -> None:
+        """Note, in the child, that it has nothing in hand, and that the database has to answer now."""
+        _TIME.pack_into(self.memory, _SIZE - _TIME.size, time.monotonic())
         _COUNT.pack_into(self.memory, 0, 0)
+
+    def rest(self) -> None:
+        """Note, in the child, that nobody has to answer; until `put_down`."""
+        _TIME.pack_into(self.memory, _SIZE - _TIME.size, float("inf"))
 
     def in_hand(self) -> list[tuple[int, int]]:
         (count,) = _COUNT.unpack_from(self.memory, 0)
         end = _COUNT.size + count * _PAIR.size
         return list(_PAIR.iter_unpack(self.memory[_COUNT.size : end]))
+
+    def waits_since(self) -> float:
+        """Return when the child asked the database for what it waits for; infinity if it does not."""
+        (count,) = _COUNT.unpack_from(self.memory, 0)
+        (since,) = _TIME.unpack_from(self.memory, _SIZE - _TIME.size)
+        return float("inf") if count else float(since)
 
 
 class Supervisor:
@@ -84,6 +102,7 @@ class Supervisor:
         *,
         processes: int,
         shutdown_timeout: float,
+        answer_timeout: float,
         finite: bool,
         on_ready: Callable[[], None],
         on_crash: Callable[[list[tuple[int, int]], str], None],
@@ -91,6 +110,7 @@ class Supervisor:
         self._work = work
         self._slots = [Slot(number) for number in range(processes)]
         self._shutdown_timeout = shutdown_timeout
+        self._answer_timeout = answer_timeout
         self._finite = finite
         self._on_ready = on_ready
         self._on_crash = on_crash
@@ -138,10 +158,11 @@ class Supervisor:
                 self._signal_all(signal.SIGKILL)
             self._wait(now)
             self._reap()
+            self._kill_unanswered()
 
     def _wait(self, now: float) -> None:
         starts = (slot.start_at for slot in self._slots if not slot.pid)
-        seconds = max(0.0, min(self._deadline, *starts, now + 3600) - now)
+        seconds = max(0.0, min(self._deadline, *starts, now + self._answer_timeout / 4) - now)
         if select.select([self._wake_read], [], [], seconds)[0]:
             told = os.read(self._wake_read, 4096)
             self._ready += told.count(b"r")
@@ -193,6 +214,13 @@ class Supervisor:
         logger.error("A worker process died of %(cause)s.", {"cause": cause}, extra={"cause": cause})
         if in_hand:
             self._on_crash(in_hand, cause)
+
+    def _kill_unanswered(self) -> None:
+        for slot in self._slots:
+            if slot.pid and time.monotonic() - slot.waits_since() > self._answer_timeout:
+                slot.rest()
+                logger.warning("The database has not answered a worker in time, which is killed.")
+                os.kill(slot.pid, signal.SIGKILL)
 
     def _signal_all(self, number: signal.Signals) -> None:
         for slot in self._slots:

@@ -137,6 +137,7 @@ class Worker:
         finished = False
         try:
             while not finished:
+                self._ask()
                 try:
                     self._set_up_session()
                     finished = self._work(drain, once) or self._stopping
@@ -172,7 +173,11 @@ class Worker:
         return False
 
     def drain(self) -> int:
-        """Handle ready events until none is left, on the current connection; return how many."""
+        """Handle ready events until none is left, on the current connection; return how many.
+
+        Raises SettingsError if there are detached handlers, and no connection but a pooler's.
+        """
+        self._check_handlers()
         total = 0
         try:
             self._detached.take_over()
@@ -198,6 +203,8 @@ class Worker:
                 if not batch.events:
                     return 0
                 self._wake.wake_up()
+                if self._in_hand is not None:  # what handlers do after the commit takes what it takes
+                    transaction.on_commit(self._in_hand.rest, using=self.using)
                 with self._isolation.batch(references, strict=self._claims.careful):
                     outcomes = self._dispatcher.dispatch(batch, self._isolation, self._is_stopping)
                 identity = self._detached.identify() if outcomes.calls else 0
@@ -212,6 +219,7 @@ class Worker:
             raise
         finally:
             references.close()
+        self._ask()
         self._claims.learn(batch, outcomes)
         self._log(batch, outcomes)
         if outcomes.calls:
@@ -299,8 +307,17 @@ class Worker:
 
     def _poll(self, descriptors: list[int], seconds: float) -> set[int]:
         """Wait until a file descriptor can be read; meanwhile async handlers go on."""
+        if self._in_hand is not None:
+            self._in_hand.rest()
         calls = self._dispatcher.calls
-        return calls.poll(descriptors, seconds) if calls else poll(descriptors, seconds)
+        readable = calls.poll(descriptors, seconds) if calls else poll(descriptors, seconds)
+        self._ask()
+        return readable
+
+    def _ask(self) -> None:
+        """From now on the database has to answer in time, or the supervisor ends this process."""
+        if self._in_hand is not None:
+            self._in_hand.put_down()
 
     def _put_back_unhandled(self) -> None:
         """Make events ready that had no handler: old workers may meet new groups first."""

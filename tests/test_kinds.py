@@ -685,8 +685,9 @@ def test_a_crash_of_a_detached_handler_is_counted():
 def test_detached_handlers_need_a_session_that_lasts(own_registry, settings):
     settings.SPARK_OUTBOX = {"LISTEN_DATABASE": None}
     handler("", name="mine", atomic=False)(note)
-    with pytest.raises(SettingsError, match="mine: handlers with atomic=False need a session"):
-        work()
+    for attempt in (work, Worker().drain):
+        with pytest.raises(SettingsError, match="mine: handlers with atomic=False need a session"):
+            attempt()
 
 
 @pytest.mark.parametrize(

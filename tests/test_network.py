@@ -264,6 +264,31 @@ def test_a_worker_that_nobody_answers_can_still_be_stopped(proxy, flags):
     assert_each_was_handled_once(1)
 
 
+def test_a_worker_whose_connection_only_seems_to_stand_is_started_anew(proxy):
+    with WorkerProcess("--poll-interval", "0.1", "--answer-timeout", "2", url=proxy.url) as worker:
+        worker.wait_until_ready()
+        wait_until_asleep()
+        proxy.lose()
+        emit("probe", "key")
+        worker.wait_until_ready()
+        eventually(lambda: status("key") == "done")
+        assert "has not answered" in worker.output
+    assert_each_was_handled_once(1)
+
+
+def test_what_handlers_wait_for_may_take_longer_than_the_worker_s_own_statements():
+    emit("probe", "in a statement", sql="select pg_sleep(3)")
+    emit("probe", "after the commit", later=3)
+    with WorkerProcess(*ONLY_WOKEN, "--answer-timeout", "2") as worker:
+        worker.wait_until_ready()
+        wait_until_done(2)
+        wait_until_asleep()
+        emit("probe", "after a sleep", delay=3)
+        wait_until_done(3)
+        assert "has not answered" not in worker.output
+    assert_each_was_handled_once(3)
+
+
 # A pooler
 
 DIRECT, POLLING, NEVER = {"LISTEN_DATABASE": "direct"}, {"LISTEN_DATABASE": None}, {"WAKE": "never"}

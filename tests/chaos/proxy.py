@@ -89,6 +89,10 @@ class Proxy:
 
         self._do(lose)
 
+    def lose(self) -> None:
+        """Lose all bytes of the connections that there are; new ones are served."""
+        self._do(lambda: self._lost.update(self._links))
+
     def slow(self, seconds: float) -> None:
         """Let each chunk of bytes take so much longer."""
         self._do(lambda: setattr(self, "_delay", seconds))

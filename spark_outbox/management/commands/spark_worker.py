@@ -85,6 +85,14 @@ class Command(BaseCommand):
             help="when stopped, wait this long for handlers to finish (default: %(default)s)",
         )
         parser.add_argument(
+            "--answer-timeout",
+            type=_seconds,
+            default=300.0,
+            metavar="SECONDS",
+            help="start a process anew that has waited this long for an answer of the database; "
+            "not for what handlers ask (default: %(default)s)",
+        )
+        parser.add_argument(
             "--max-events",
             type=_whole_number,
             metavar="N",
@@ -133,6 +141,7 @@ class Command(BaseCommand):
             lambda slot, ready: self._child(slot, ready, options),
             processes=options["processes"],
             shutdown_timeout=options["shutdown_timeout"],
+            answer_timeout=options["answer_timeout"],
             finite=finite,
             on_ready=lambda: systemd.notify("READY=1"),
             on_crash=lambda in_hand, cause: self._book_crash(in_hand, cause, using=options["database"]),
