@@ -1,0 +1,140 @@
+"""The wake protocol is model-checked: tests/model/wake.pml, by spin; and it is a model of this code."""
+
+import os
+import re
+import shutil
+import subprocess
+
+import pytest
+from django.db import connection
+from django.db.backends.signals import connection_created
+
+from spark_outbox import store
+from spark_outbox.claim import Claims
+from spark_outbox.wake import Wake
+from spark_outbox.worker import Worker
+from tests.postgres import ROOT
+from tests.tools import eventually, wait_until_asleep, worker_thread
+
+MODEL = ROOT / "tests" / "model" / "wake.pml"
+TEXT = MODEL.read_text()
+SWITCHES = set(re.findall(r"^#(?:ifn?def |(?:el)?if defined\()(\w+)", TEXT, re.MULTILINE))
+BROKEN = sorted(SWITCHES - {"WORKERS", "EMITTERS", "FAILURES"})
+
+needs_spin = pytest.mark.skipif(
+    not (shutil.which("spin") and shutil.which("gcc")) and "SPARK_OUTBOX_TEST_MODEL" not in os.environ,
+    reason="needs spin and gcc: apt-get install spin gcc",
+)
+
+
+def check(folder, *switches, breadth_first=False):
+    """Let spin visit every state of the model, or search until there is an error; return its report."""
+
+    def run(*command):
+        done = subprocess.run(
+            command, cwd=folder, capture_output=True, text=True, timeout=300, check=False
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    run("spin", "-a", *(f"-D{switch}" for switch in switches), MODEL)
+    order = ["-DBFS"] if breadth_first else []
+    run("gcc", "-O1", "-DSAFETY", "-DNOREDUCE", *order, "-o", "pan", "pan.c")
+    report = run("./pan", "-m4000000")
+    assert "max search depth too small" not in report
+    return report
+
+
+# No event is lost
+
+
+@needs_spin
+@pytest.mark.parametrize(
+    "switches",
+    [("WORKERS=2", "EMITTERS=2"), ("WORKERS=3", "EMITTERS=1"), ("EMITTERS=1", "FAILURES")],
+    ids=" ".join,
+)
+def test_no_event_is_lost_in_any_state_of_the_protocol(tmp_path, switches):
+    report = check(tmp_path, *switches)
+    assert "errors: 0" in report
+    assert "Search not completed" not in report
+    if "FAILURES" in switches:
+        assert unreached(report) == {
+            "Emitter": ["-end-"],
+            "Watch": ["assert((pending==locked))", "-end-"],
+        }
+
+
+def unreached(report):
+    """Return the steps of each process that never happened."""
+    found = {}
+    for name, steps in re.findall(r"unreached in proctype (\w+)\n((?:\t.*\n)+)", report):
+        if never := re.findall(r'state \d+, "(.*)"', steps):
+            found[name] = never
+    return found
+
+
+# The model bites
+
+
+@needs_spin
+@pytest.mark.parametrize("switch", BROKEN)
+def test_the_protocol_with_a_mistake_in_it_loses_an_event(tmp_path, switch):
+    report = check(tmp_path, switch, "EMITTERS=1", "FAILURES", breadth_first=True)
+    assert "errors: 1" in report
+    assert "assertion violated (pending==locked)" in report
+    assert (tmp_path / "wake.pml.trail").exists()
+
+
+def test_these_mistakes_are_among_them():
+    assert {"NO_SECOND_CLAIM", "K_AFTER_CHECK", "NO_PROBE", "K_TO_STATEMENT_END"} <= set(BROKEN)
+
+
+# It is a model of this code
+
+
+def marks(kind):
+    return re.findall(rf"\b{kind}: ([\w()]+)", TEXT.partition("*/")[2])
+
+
+def test_the_names_in_the_model_are_those_of_the_code():
+    names = re.findall(r"\b(Worker|Wake|Claims)\.(\w+)", TEXT)
+    assert len(names) >= 10
+    for owner, name in names:
+        assert hasattr({"Worker": Worker, "Wake": Wake, "Claims": Claims}[owner], name)
+
+
+@pytest.mark.django_db
+def test_the_trigger_takes_the_steps_of_the_model_in_their_order():
+    with connection.cursor() as cursor:
+        cursor.execute("select prosrc from pg_proc where proname = 'spark_outbox_wake'")
+        (source,) = cursor.fetchone()
+    source = re.sub("--.*", "", source).replace("7531001, this", "K").replace("7531002, this", "S")
+    assert re.findall(r"pg_\w*(?:advisory\w*\([KS]\)|notify)", source) == marks("trigger")
+
+
+@pytest.mark.django_db(transaction=True)
+def test_a_worker_takes_the_steps_of_the_model_in_their_order(own_registry):
+    listen, *loop = marks("sql")
+    beginnings = {name: getattr(store, name).partition("{")[0] for name in {listen, *loop}}
+    steps = []
+
+    def note(execute, sql, params, many, context):
+        found = [(sql.index(text), name) for name, text in beginnings.items() if text in sql]
+        steps.extend(name for _, name in sorted(found))
+        return execute(sql, params, many, context)
+
+    def watch(*, connection, **_):
+        connection.execute_wrappers.append(note)
+
+    connection_created.connect(watch)
+    try:
+        with worker_thread():
+            wait_until_asleep()
+            eventually(lambda: steps[-1] == loop[-1])
+            with connection.cursor() as cursor:
+                cursor.execute("notify spark_outbox")
+            eventually(lambda: len(steps) >= 2 * len(loop))
+    finally:
+        connection_created.disconnect(watch)
+    assert steps == [listen, *loop[1:], *loop]
