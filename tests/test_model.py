@@ -48,6 +48,7 @@ def check(folder, *switches, breadth_first=False):
 # No event is lost
 
 
+@pytest.mark.model
 @needs_spin
 @pytest.mark.parametrize(
     "switches",
@@ -77,6 +78,7 @@ def unreached(report):
 # The model bites
 
 
+@pytest.mark.model
 @needs_spin
 @pytest.mark.parametrize("switch", BROKEN)
 def test_the_protocol_with_a_mistake_in_it_loses_an_event(tmp_path, switch):
