@@ -4,6 +4,9 @@ import datetime as dt
 import random
 from collections.abc import Callable, Sequence
 
+MAX_DELAY = dt.timedelta(days=100 * 365)
+"""The longest that an event is put off, whoever says so: PostgreSQL's years end somewhere."""
+
 Seconds = float | dt.timedelta
 Backoff = Seconds | Sequence[Seconds] | Callable[[int], Seconds]
 """The first delay, which doubles with each attempt; or the delays one by one, the last of them again

@@ -12,6 +12,7 @@ class _Circuit:
     events: set[int] = field(default_factory=set)  # on which it failed, since it last succeeded
     pause: float = 0.0
     opened_until: float = 0.0
+    probing: bool = False
 
 
 class Breakers:
@@ -41,6 +42,7 @@ class Breakers:
         wait = max(0.0, circuit.opened_until - now)
         if not wait:
             circuit.opened_until = now + FIRST_PAUSE
+            circuit.probing = True
         return wait
 
     def succeeded(self, name: str) -> bool:
@@ -56,8 +58,11 @@ class Breakers:
         circuit = self._circuits.setdefault(name, _Circuit())
         self.any = True
         circuit.events.add(event_id)
+        if circuit.pause and not circuit.probing:  # it was called before the circuit opened
+            return 0.0
         if not circuit.pause and len(circuit.events) < self._threshold:
             return 0.0
+        circuit.probing = False
         circuit.pause = min(LONGEST_PAUSE, circuit.pause * 2 or FIRST_PAUSE)
         circuit.opened_until = self._clock() + circuit.pause
         circuit.events.clear()

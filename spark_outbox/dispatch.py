@@ -232,9 +232,17 @@ class Dispatcher:
         return self._judge(handler, event, error, seconds)
 
     def _judge(
-        self, handler: Handler, event: Event, error: BaseException | None, seconds: float
+        self,
+        handler: Handler,
+        event: Event,
+        error: BaseException | None,
+        seconds: float,
+        culprit: Event | None = None,
     ) -> Attempt | None:
-        """Tell the handler's circuit, and whoever wants to know, what came of a call; return it."""
+        """Tell the handler's circuit, and whoever wants to know, what came of a call; return it.
+
+        A list that fails as a whole is one failure to the circuit: that of its `culprit`.
+        """
         if isinstance(error, BatchFailed):
             error = error.errors.get(event)
         if error is None:
@@ -245,7 +253,7 @@ class Dispatcher:
         if self._on_error is not None:
             self._on_error(event, handler, error)
         if not isinstance(error, (Retry, Discard, *HOPELESS)):
-            pause = self._breakers.failed(handler.name, event.id)
+            pause = self._breakers.failed(handler.name, (culprit or event).id)
             if pause:
                 context = {"handler": handler.name, "seconds": round(pause)}
                 logger.warning(
@@ -359,9 +367,12 @@ class Dispatcher:
         if self._in_hand is not None:
             self._in_hand.take_in_hand(*[(event.id, handler.number) for event in events])
         error, seconds = self._call(handler, events, isolation)
+        if error is not None and len(events) > 1 and handler.policy.is_final(error):
+            error = of_a_list(error)
+        culprit = None if isinstance(error, BatchFailed) else events[0]
         lost: dict[int, Outcomes] = {}
         for opened, call in waiting:
-            attempt = self._judge(handler, call.event, error, seconds)
+            attempt = self._judge(handler, call.event, error, seconds, culprit)
             if attempt is not None:
                 opened.attempts[handler.name] = attempt
                 lost[call.event.id] = Open(
@@ -410,6 +421,13 @@ def explain(raised: BaseException, lost: str) -> BaseException:
         error.__cause__ = raised
         return error
     return raised
+
+
+def of_a_list(raised: BaseException) -> Retry:
+    """Return what stands for an error that is final, but of one event of a list: nobody knows which."""
+    retry = Retry("An event of this list has failed for good; each is tried again by itself.")
+    retry.__cause__ = raised
+    return retry
 
 
 def is_contention(error: BaseException) -> bool:

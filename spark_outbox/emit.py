@@ -11,6 +11,7 @@ from django.db import router, transaction
 from django.dispatch import Signal
 
 from spark_outbox import conf, store
+from spark_outbox.backoff import MAX_DELAY
 from spark_outbox.errors import DuplicateKey, InvalidEvent, NotInTransaction
 from spark_outbox.events import Event
 from spark_outbox.payload import dump
@@ -18,7 +19,6 @@ from spark_outbox.store import NewRow
 
 CHUNK_SIZE = 1000
 ON_DUPLICATE = ("ignore", "raise", "check")
-MAX_DELAY = dt.timedelta(days=100 * 365)
 
 AnyEvent = Event | Mapping[str, Any]
 

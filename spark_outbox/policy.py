@@ -5,8 +5,15 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from spark_outbox import backoff, conf
-from spark_outbox.backoff import Backoff, Seconds, seconds
-from spark_outbox.errors import Discard, InstanceGone, RegistrationError, Retry, UnreadablePayload
+from spark_outbox.backoff import MAX_DELAY, Backoff, Seconds, seconds
+from spark_outbox.errors import (
+    BatchFailed,
+    Discard,
+    InstanceGone,
+    RegistrationError,
+    Retry,
+    UnreadablePayload,
+)
 
 Exceptions = tuple[type[BaseException], ...]
 
@@ -65,6 +72,12 @@ class Policy:
         """Return the seconds that a call may take."""
         return conf.current().TIMEOUT if self.timeout is None else seconds(self.timeout)
 
+    def is_final(self, error: BaseException) -> bool:
+        """Return whether this error, which is no handler's own word, is not worth another attempt."""
+        if isinstance(error, (Retry, Discard, BatchFailed)):
+            return False
+        return isinstance(error, (*HOPELESS, *self.discard_for)) or not isinstance(error, self.retry_for)
+
     def judge(self, error: BaseException, attempt: int) -> Verdict:
         """Decide after the failed `attempt` (1-based)."""
         settings = conf.current()
@@ -75,7 +88,7 @@ class Policy:
         if isinstance(error, Retry) and isinstance(error.after, dt.datetime):
             return Verdict("pending", at=error.after)
         if isinstance(error, Retry) and isinstance(error.after, dt.timedelta):
-            return Verdict("pending", delay=error.after)
+            return Verdict("pending", delay=_bounded(error.after.total_seconds()))
         if isinstance(error, HOPELESS) or not isinstance(error, (Retry, *self.retry_for)):
             return Verdict("failed")
         wait = backoff.delay(
@@ -83,4 +96,8 @@ class Policy:
             settings.BACKOFF if self.backoff is None else self.backoff,
             longest=settings.MAX_BACKOFF,
         )
-        return Verdict("pending", delay=dt.timedelta(seconds=wait))
+        return Verdict("pending", delay=_bounded(wait))
+
+
+def _bounded(wait: float) -> dt.timedelta:
+    return dt.timedelta(seconds=min(max(0.0, wait), MAX_DELAY.total_seconds()))

@@ -568,10 +568,13 @@ def test_a_circuit_opens_after_failures_on_different_events_in_a_row_for_growing
     assert breakers.failed("h", 3) == 5
     assert breakers.remaining("h") == 5
     assert breakers.remaining("other") == 0
-    clock.now += 5
-    assert breakers.remaining("h") == 0
-    pauses = [breakers.failed("h", 4 + number) for number in range(7)]
-    assert pauses == [10, 20, 40, 80, 160, 300, 300]
+    assert [breakers.failed("h", event) for event in range(4, 20)] == [0] * 16  # were called before
+    for pause in (10, 20, 40, 80, 160, 300, 300):
+        clock.now += 300
+        assert breakers.remaining("h") == 0  # the probe
+        assert breakers.remaining("h") == 5  # and no other
+        assert breakers.failed("h", 20) == pause
+        assert breakers.remaining("h") == pause
     clock.now += 300
     assert breakers.succeeded("h")
     assert not breakers.any

@@ -353,6 +353,59 @@ def test_batch_failed_fails_some(own_registry):
     assert Handled.objects.filter(handler="note").count() == 4
 
 
+@pytest.mark.parametrize(
+    "options", [{}, {"retry_for": (OSError,)}, {"discard_for": (InstanceGone, ValueError)}]
+)
+@pytest.mark.parametrize("bad", ["gone", "ValueError"])
+def test_what_is_final_for_one_event_of_a_list_is_not_for_the_others(own_registry, options, bad):
+    """Nobody knows whose it was: so each is tried again alone, and then it is known."""
+    calls = []
+
+    @handler("", name="h", batch=10, backoff=0.01, max_attempts=2, **options)
+    def take(events):
+        calls.append([event.key for event in events])
+        for event in events:
+            if event.key == "bad" and bad == "ValueError":
+                raise ValueError
+            event.get("challenge")
+
+    challenge = make_challenge()
+    OutboxEvent.objects.all().delete()
+    for key in ("1", "bad", "2"):
+        emit("g", key, **({"challenge": challenge} if key == "bad" else {}))
+    Challenge.objects.all().delete()
+    Worker().handle_batch()
+    assert calls == [["1", "bad", "2"]]
+    assert set(statuses().values()) == {"pending"}
+    if options or bad == "gone":
+        assert "each is tried again by itself" in OutboxEvent.objects.get(key="1").last_error
+    make_ready()
+    Worker().drain()
+    assert calls[1:] == [["1"], ["bad"], ["2"]]
+    ended = "discarded" if "discard_for" in options else "failed"
+    assert statuses() == {"1": "done", "bad": ended, "2": "done"}
+
+
+def test_a_list_that_fails_is_one_failure_to_its_circuit(own_registry):
+    """Else one bad event in a list of ten or more would keep all the others waiting."""
+    calls = []
+
+    @handler("", name="h", batch=50)
+    def take(events):
+        calls.append(len(events))
+        if any(event.key == "bad" for event in events):
+            raise ValueError
+
+    emit_many({"group": "g", "key": key} for key in ["bad", *map(str, range(59))])
+    worker = Worker()
+    worker.drain()
+    assert sum(calls) == 60
+    assert sorted(set(statuses().values())) == ["done", "pending"]
+    make_ready()
+    worker.drain()
+    assert {key for key, status in statuses().items() if status == "pending"} == {"bad"}
+
+
 def test_batch_failed_must_name_events_of_its_list(own_registry):
     @handler("^list", name="list", batch=10, backoff=3600)
     def take(events):
