@@ -9,7 +9,7 @@ from spark_outbox.outcomes import Batch, Outcomes
 from spark_outbox.references import References
 
 SWEEP_INTERVAL = 1.0
-"""Seconds between two claims from id 0, at the most if they are cheap."""
+"""Seconds between two claims from the lowest id, at the most if they are cheap."""
 
 FIRST_SIZE = 16
 
@@ -19,7 +19,7 @@ class Claims:
 
     Entries of handled rows stay in the index, below the first ready one, for as long as any
     snapshot is open; the *floor* skips them. A lower id can be committed later, or be freed by a
-    worker that died: so now and then, and before it sleeps, the worker *sweeps* from id 0.
+    worker that died: so now and then, and before it sleeps, the worker *sweeps* from the lowest id.
     """
 
     def __init__(
@@ -35,7 +35,9 @@ class Claims:
         self.groups = groups
         self.batch_size = batch_size
         self.size = min(FIRST_SIZE, batch_size)  # what the last commit intervals managed
-        self.floor = 0  # the lowest id that can still be ready, as far as this worker knows
+        self.floor = (
+            store.LOWEST_ID
+        )  # the lowest id that can still be ready, as far as this worker knows
         self._commit_interval = commit_interval
         self._clock = clock
         self._one_by_one = 0
@@ -60,8 +62,8 @@ class Claims:
         """
         started = self._clock()
         limit = 1 if self.careful else self.size
-        from_zero = sweep or started >= self._sweep_at
-        ready = self._claim_ready(started, limit, first, from_zero=from_zero)
+        sweeping = sweep or started >= self._sweep_at
+        ready = self._claim_ready(started, limit, first, sweeping=sweeping)
         # Not twice in a row: a backlog of due events must leave slow handlers time for ready ones.
         everywhere = sweep or not ready
         self._looked_for_due = everywhere or (started >= self._due_at and not self._looked_for_due)
@@ -100,7 +102,7 @@ class Claims:
 
     def start_over(self) -> None:
         """Trust nothing but the table: after the connection was lost."""
-        self.floor = 0
+        self.floor = store.LOWEST_ID
         self._sweep_at = self._due_at = -math.inf
 
     def expect(self, due_in: float) -> None:
@@ -113,12 +115,10 @@ class Claims:
         self._due_at = max(self._due_at, soon)
         self._order_at = max(self._order_at, soon)
 
-    def _claim_ready(
-        self, started: float, limit: int, first: str, *, from_zero: bool
-    ) -> list[StoredRow]:
-        floor = 0 if from_zero else self.floor
+    def _claim_ready(self, started: float, limit: int, first: str, *, sweeping: bool) -> list[StoredRow]:
+        floor = store.LOWEST_ID if sweeping else self.floor
         rows = store.claim_ready(floor, limit, groups=self.groups, first=first, using=self.using)
-        if from_zero:
+        if sweeping:
             now = self._clock()
             self._sweep_at = now + max(SWEEP_INTERVAL, 10 * (now - started))
         return rows

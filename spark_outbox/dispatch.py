@@ -182,6 +182,7 @@ class Dispatcher:
         if not handlers:
             outcomes.unhandled.append(event.id)
             return False
+        unreadable = None if event.is_simple else self._read(event, Event.check, isolation)
         earlier = batch.earlier.get(event.id)
         owed: Sequence[Handler] = handlers if earlier is None else batch.owed(event, handlers)
         attempts: dict[str, Attempt] = {}
@@ -190,7 +191,9 @@ class Dispatcher:
         for handler in owed:
             if earlier is not None:
                 event.attempt = next_attempt(handler, earlier)
-            if self._breakers.any and (wait := self._breakers.remaining(handler.name)):
+            if unreadable is not None:
+                attempt = self._judge(handler, event, unreadable, 0.0)
+            elif self._breakers.any and (wait := self._breakers.remaining(handler.name)):
                 attempt = postponed_by_breaker(handler, event, wait)
             elif handler.is_plain or self._is_called_alone(handler, event):
                 attempt = self._deliver(handler, event, isolation)
@@ -211,6 +214,19 @@ class Dispatcher:
         else:
             opened.close(outcomes)
         return bool(deferred)
+
+    def _read(
+        self, event: Event, read: Callable[[Event], None], isolation: Isolation
+    ) -> Exception | None:
+        """Check an event's payload, or load it, before anybody is called; return what it raised."""
+        isolation.begin("")
+        try:
+            read(event)
+            isolation.end()
+        except Exception as error:  # noqa: BLE001, it is the fate of the event's deliveries
+            isolation.undo()
+            return error
+        return None
 
     def _is_called_alone(self, handler: Handler, event: Event) -> bool:
         """Return whether a handler of lists, or an async one, is called with this event at once.
@@ -383,14 +399,9 @@ class Dispatcher:
 
     def _call_concurrently(self, side: Calls, isolation: Isolation, outcomes: Outcomes) -> None:
         """Call async handlers, and wait for those that are about as fast as the others."""
-        for _, call in self._concurrent:
-            isolation.begin(call.handler.name)
-            try:
-                call.event.load()  # now: a running loop can't wait for the worker's connection
-                isolation.end()
-            except BaseException as raised:  # noqa: BLE001, it is the delivery's fate
-                isolation.undo()
-                call.error, call.ended = raised, True
+        for _, call in self._concurrent:  # now: a running loop can't wait for the worker's connection
+            call.error = self._read(call.event, Event.load, isolation)
+            call.ended = call.error is not None
         calls = [call for _, call in self._concurrent]
         side.start(call for call in calls if not call.ended)
         first: float | None = LONGEST_WAIT

@@ -13,7 +13,7 @@ from django.utils.timezone import make_naive
 
 from spark_outbox import conf
 from spark_outbox.errors import InvalidEvent
-from spark_outbox.payload import LazyPayload, is_plain_text
+from spark_outbox.payload import LazyPayload, Text, is_plain_text, is_simple
 from spark_outbox.references import References
 
 MAX_LENGTH = 255
@@ -31,13 +31,14 @@ class StoredRow(NamedTuple):
     id: int
     key: str
     group: str
-    payload: str
-    headers: str
+    payload: Text
+    headers: Text
     ordering_key: str | None
     attempts: int
     created: int
     """Microseconds since 1970."""
     available_at: dt.datetime | None
+    """Like `created` within the years that Python knows, whatever the row says."""
 
 
 class Event(Mapping[str, Any]):
@@ -92,7 +93,7 @@ class Event(Mapping[str, Any]):
             raise InvalidEvent(f"The headers are a mapping, not {type(headers).__name__}.")
         self.headers: Mapping[str, Any] = headers or {}
         self._payload: Mapping[str, Any] | None = payload
-        self._text = ""
+        self._text: Text = ""
         self._references: References | None = None
         self.id = 0
         self._created_at: dt.datetime | int | None = None
@@ -115,8 +116,8 @@ class Event(Mapping[str, Any]):
         ) = row
         event._payload = None
         event._references = references
-        event.headers = NO_HEADERS if headers == "{}" else LazyPayload(headers, references)
-        event.attempt = attempts + 1
+        event.headers = NO_HEADERS if headers == "{}" else LazyPayload(headers, references, "headers")
+        event.attempt = max(attempts, 0) + 1
         event.delay = None
         return event
 
@@ -168,6 +169,20 @@ class Event(Mapping[str, Any]):
         if isinstance(self._payload, LazyPayload):
             event._payload = self._payload.copy()
         return event
+
+    @property
+    def is_simple(self) -> bool:
+        """Whether there is nothing to `check` in what a stored event was given."""
+        return self.headers is NO_HEADERS and is_simple(self._text)
+
+    def check(self) -> None:
+        """Raise UnreadablePayload unless a stored event's payload and headers can be read.
+
+        Fetches nothing that they refer to; but themselves, if they are large.
+        """
+        for part in (self.payload, self.headers):
+            if isinstance(part, LazyPayload):
+                part.check()
 
     def load(self) -> None:
         """Decode a stored event's payload now, and fetch what it refers to."""

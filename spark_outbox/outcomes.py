@@ -134,12 +134,16 @@ class Outcomes:
         }
         statuses.update((name, attempt.status) for name, attempt in attempts.items())
         error = next((a.traceback for a in reversed(attempts.values()) if a.traceback), "")
-        never_called = bool(registered - statuses.keys())
+        owed = bool(registered - statuses.keys()) or any(
+            before.status == "pending" and before.due and name not in attempts
+            for name, before in earlier.items()
+            if name in registered
+        )
         if "running" in statuses.values():
             self.running.append(Begun(event.id, error))
             return
-        if never_called or "pending" in statuses.values():
-            self.postponed.append(Postponed(event.id, error, never_called))
+        if owed or "pending" in statuses.values():
+            self.postponed.append(Postponed(event.id, error, owed))
             return
         self.retried.append(event.id)
         if "failed" in statuses.values():
@@ -151,7 +155,7 @@ class Outcomes:
 
 
 def next_attempt(handler: Handler, earlier: dict[str, Earlier]) -> int:
-    return earlier[handler.name].attempts + 1 if handler.name in earlier else 1
+    return max(earlier[handler.name].attempts, 0) + 1 if handler.name in earlier else 1
 
 
 def succeeded(call: Call) -> Attempt:
@@ -186,7 +190,7 @@ def judge(handler: Handler, event: Event, error: BaseException, seconds: float) 
         handler.name,
         verdict.status,
         error=storable(f"{type(error).__module__}.{type(error).__qualname__}: {_message(error)}"),
-        traceback=storable("".join(traceback.format_exception(error))),
+        traceback=as_text(error),
         duration=dt.timedelta(seconds=seconds),
         delay=verdict.delay,
         at=verdict.at,
@@ -225,6 +229,10 @@ def _message(error: BaseException) -> str:
         return str(error)
     except Exception:  # noqa: BLE001, a handler's exceptions may be of any make
         return "(its message can't be read)"
+
+
+def as_text(error: BaseException) -> str:
+    return storable("".join(traceback.format_exception(error)))
 
 
 def storable(text: str) -> str:

@@ -12,6 +12,7 @@ negative zero, is tagged too, and so is text with a NUL or a lone surrogate, whi
 """
 
 import base64
+import contextlib
 import copy
 import datetime as dt
 import decimal
@@ -26,10 +27,15 @@ from django.db import models, router
 from django.utils.functional import Promise
 
 from spark_outbox.errors import InstanceGone, UnreadablePayload, UnstorableValue
-from spark_outbox.references import References
+from spark_outbox.references import References, locate
 
 TAG = "$"
 MAX_DEPTH = 100
+
+MAX_TEXT = 5 * 2**20
+"""Characters of JSON that a payload, or the headers, may have when they are emitted."""
+MAX_STORED = 32 * 2**20
+"""Bytes of jsonb that are read: it takes up to six times the room of its text."""
 
 # Where a value stands: its parent's place, its key or index there, and its depth. Only an error
 # turns it into text, so that the good case pays for no formatting.
@@ -47,7 +53,13 @@ def dump(values: Mapping[str, Any], *, root: str = "payload") -> str:
     """
     place: Place = (None, root, 0)
     document = {_plain_name(name, root): encode(values[name], (place, name, 1)) for name in values}
-    return json.dumps(document, separators=(",", ":"), allow_nan=False)
+    text = json.dumps(document, separators=(",", ":"), allow_nan=False)
+    if len(text) > MAX_TEXT:
+        raise UnstorableValue(
+            f"{len(text):,} characters of JSON are too many for the {root}: the most is {MAX_TEXT:,}. "
+            "Store what is large in a table or file of its own, and emit its key."
+        )
+    return text
 
 
 def encode(value: Any, place: Place) -> Any:
@@ -231,17 +243,26 @@ def _find_encoder(value: Any, place: Place) -> Encoder:
 # Decoding
 
 
+Text = str | Callable[[], str]
+"""JSON text as it was claimed; or what fetches it, if it is large."""
+
+Resolve = Callable[[Any, Any, Any], Any]
+"""Takes the label, the key and the alias of a model reference; returns what is to stand for it."""
+
+
 class LazyPayload(Mapping[str, Any]):
     """A stored payload: parsed at first access, each top-level value decoded when it is asked for.
 
-    Raises UnreadablePayload if the text is not an object that `dump` could have written.
+    Raises UnreadablePayload if the text is not an object that `dump` could have written. The headers
+    are one, too; `root` says so.
     """
 
-    __slots__ = ("_document", "_gone", "_references", "_text", "_values")
+    __slots__ = ("_document", "_gone", "_references", "_root", "_text", "_values")
 
-    def __init__(self, text: str, references: References) -> None:
+    def __init__(self, text: Text, references: References, root: str = "payload") -> None:
         self._text = text
         self._references = references
+        self._root = root
         self._document: dict[str, Any] | None = None
         self._values: dict[str, Any] = {}
         self._gone: dict[str, InstanceGone] = {}
@@ -250,7 +271,7 @@ class LazyPayload(Mapping[str, Any]):
         if name not in self._values:
             if name in self._gone:
                 raise self._gone[name]
-            self._values[name] = self._decode(self._parsed()[name])
+            self._values[name] = self._decode(self._parsed()[name], self._references.get)
         return self._values[name]
 
     def __iter__(self) -> Iterator[str]:
@@ -270,9 +291,15 @@ class LazyPayload(Mapping[str, Any]):
         """Decode everything now. A value whose instance is gone still says so when it is asked for."""
         for name in self._parsed():
             try:
-                self._values[name] = self._decode(self._parsed()[name])
+                self._values[name] = self._decode(self._parsed()[name], self._references.get)
             except InstanceGone as error:
                 self._gone[name] = error
+
+    def check(self) -> None:
+        """Raise UnreadablePayload if it can't be decoded; fetches none of the instances."""
+        if not is_simple(self._text):
+            for value in self._parsed().values():
+                self._decode(value, locate)
 
     def start_over(self) -> None:
         """Decode anew what is asked for from now on: no reader sees what another made of it."""
@@ -280,58 +307,99 @@ class LazyPayload(Mapping[str, Any]):
             self._values = {}
 
     def keys_of(self, label: str, alias: str) -> Iterator[Any]:
-        """Yield the primary keys of the model `label` that this payload refers to."""
+        """Yield the primary keys of the model `label` that this payload refers to.
+
+        What can't be read is passed over: its own event will say so. So is a large payload that has
+        not been fetched yet.
+        """
+        if self._document is None and not isinstance(self._text, str):
+            return
         try:
             found = list(_references_in(self._parsed()))
         except (UnreadablePayload, RecursionError):
-            return  # its own event will say so
+            return
         for name, pk, where in found:
             if (name, where) == (label, alias):
-                yield self._decode(pk)
+                with contextlib.suppress(UnreadablePayload):
+                    yield self._decode(pk, _refuse_reference)
 
     def _parsed(self) -> dict[str, Any]:
         if self._document is None:
+            text = self._text if isinstance(self._text, str) else self._text()
             try:
-                document = json.loads(self._text)
+                document = json.loads(text)
             except (ValueError, RecursionError) as error:
-                raise UnreadablePayload(f"The payload can't be parsed: {error}") from error
+                raise UnreadablePayload(f"The {self._root} can't be parsed: {error}") from error
             if not isinstance(document, dict):
-                raise UnreadablePayload(
-                    f"The payload is a JSON {type(document).__name__}; it must be an object."
-                )
+                kind = _KINDS[type(document)]
+                raise UnreadablePayload(f"The {self._root} must be an object in JSON, and not {kind}.")
             self._document = document
         return self._document
 
-    def _decode(self, value: Any) -> Any:
-        if isinstance(value, list):
-            return [self._decode(item) for item in value]
-        if not isinstance(value, dict):
-            return value
-        if len(value) != 1 or TAG not in value:
-            return {key: self._decode(item) for key, item in value.items()}
+    def _decode(self, value: Any, resolve: Resolve) -> Any:
         try:
-            tag, *content = value[TAG]
-            return self._decode_tag(tag, content)
-        except (UnreadablePayload, InstanceGone):
-            raise
-        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
-            raise UnreadablePayload(
-                f"The payload has a tag that can't be read: {value!r:.200} ({error})"
-            ) from error
+            return decode(value, resolve)
+        except RecursionError as error:
+            raise UnreadablePayload(f"The {self._root} is nested too deeply.") from error
 
-    def _decode_tag(self, tag: Any, content: list[Any]) -> Any:
-        if tag == "model":
-            label, pk, alias = content
-            return self._references.get(label, self._decode(pk), alias)
-        inner, *fold = content
-        if fold:
-            return _DECODERS[tag](inner).replace(fold=fold[0])
-        match tag:
-            case "dict":
-                return {self._decode(key): self._decode(item) for key, item in inner}
-            case "tuple" | "set" | "frozenset":
-                return _COLLECTIONS[tag](self._decode(item) for item in inner)
-        return _DECODERS[tag](inner)
+
+def is_simple(text: Text) -> bool:
+    """Return whether a stored payload is so simple that nothing in it can be wrong. Most are."""
+    return (
+        isinstance(text, str) and len(text) < 2 * MAX_DEPTH and TAG not in text and text.startswith("{")
+    )
+
+
+def decode(value: Any, resolve: Resolve) -> Any:
+    """Return what `encode` has made `value` of. Raises UnreadablePayload, and what `resolve` does."""
+    if isinstance(value, list):
+        return [decode(item, resolve) for item in value]
+    if not isinstance(value, dict):
+        return value
+    if len(value) != 1 or TAG not in value:
+        return {key: decode(item, resolve) for key, item in value.items()}
+    try:
+        tag, *content = value[TAG]
+        return _decode_tag(tag, content, resolve)
+    except (UnreadablePayload, InstanceGone):
+        raise
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise UnreadablePayload(f"A tag can't be read: {value!r:.200} ({error!s:.200})") from error
+
+
+def _decode_tag(tag: Any, content: list[Any], resolve: Resolve) -> Any:
+    if tag == "model":
+        label, pk, alias = content
+        return resolve(label, decode(pk, _refuse_reference), alias)
+    inner, *fold = content
+    if fold:
+        return _DECODERS[tag](inner).replace(fold=fold[0])
+    match tag:
+        case "dict":
+            return {decode(key, resolve): decode(item, resolve) for key, item in inner}
+        case "tuple" | "set" | "frozenset":
+            return _COLLECTIONS[tag](decode(item, resolve) for item in inner)
+    return _DECODERS[tag](inner)
+
+
+def _refuse_reference(label: Any, _pk: Any, _alias: Any) -> Any:
+    raise UnreadablePayload(f"The payload has a reference to {label!r:.100} as the key of another.")
+
+
+def _finite(text: str) -> float:
+    if not math.isfinite(value := float(text)):
+        raise ValueError("It is no finite number.")
+    return value
+
+
+_KINDS = {
+    list: "an array",
+    str: "text",
+    int: "a number",
+    float: "a number",
+    bool: "true or false",
+    type(None): "null",
+}
 
 
 _COLLECTIONS: dict[str, Callable[[Iterable[Any]], Any]] = {
@@ -342,7 +410,7 @@ _COLLECTIONS: dict[str, Callable[[Iterable[Any]], Any]] = {
 
 _DECODERS: dict[str, Callable[[Any], Any]] = {
     "text": lambda text: base64.b64decode(text, validate=True).decode("utf-8", "surrogatepass"),
-    "float": float,
+    "float": _finite,
     "datetime": dt.datetime.fromisoformat,
     "date": dt.date.fromisoformat,
     "time": dt.time.fromisoformat,

@@ -3,6 +3,8 @@
 import contextlib
 import copy
 from collections.abc import Iterable, Iterator
+from decimal import Decimal
+from itertools import islice
 from typing import Any, Protocol
 
 from django.apps import apps
@@ -10,6 +12,9 @@ from django.core.exceptions import ValidationError
 from django.db import connections, models
 
 from spark_outbox.errors import InstanceGone, UnreadablePayload
+
+MOST_KEYS = 10_000
+"""So many rows of a model are fetched for a batch in advance: PostgreSQL takes 65,535 parameters."""
 
 Source = tuple[type[models.Model], str]
 
@@ -19,7 +24,8 @@ class Carrier(Protocol):
 
     @property
     def payload(self) -> Any:
-        """It can `keys_of(label, alias)`: yield the primary keys of a model that it refers to."""
+        """It can `keys_of(label, alias)`: yield the primary keys of a model that it refers to, but for
+        those that can't be read."""
 
 
 class References:
@@ -44,13 +50,10 @@ class References:
 
     def get(self, label: str, pk: Any, alias: str) -> models.Model:
         """Return the row as it is now. Raises InstanceGone, or UnreadablePayload for no such model."""
-        source = _model(label), _alias(alias)
-        try:
-            pk = _key(source[0], pk)
-        except (TypeError, ValueError, ValidationError) as error:
-            raise UnreadablePayload(f"{pk!r} is no key of {label}: {error}") from error
+        source, pk = locate(label, pk, alias)
         if source not in self._fetched:
-            self._fetched[source] = _fetch(source, {pk, *self._keys_of(source)})
+            others = islice(self._keys_of(source), MOST_KEYS)
+            self._fetched[source] = _fetch(source, {pk, *others})
         found = self._fetched[source]
         if pk not in found:
             found |= _fetch(source, {pk})
@@ -73,8 +76,17 @@ class References:
         for event in self._events:
             for pk in event.payload.keys_of(model._meta.label_lower, alias):
                 # What is wrong with another event's key is for that event to say.
-                with contextlib.suppress(TypeError, ValueError, ValidationError):
+                with contextlib.suppress(UnreadablePayload):
                     yield _key(model, pk)
+
+
+def locate(label: Any, pk: Any, alias: Any) -> tuple[Source, Any]:
+    """Return where the instance is, and its key as the model's own rows have it; runs no query.
+
+    Raises UnreadablePayload if no row can be meant.
+    """
+    model = _model(label)
+    return (model, _alias(alias)), _key(model, pk)
 
 
 def _fetch(source: Source, keys: Iterable[Any]) -> dict[Any, models.Model]:
@@ -84,31 +96,39 @@ def _fetch(source: Source, keys: Iterable[Any]) -> dict[Any, models.Model]:
 
 def _model(label: Any) -> type[models.Model]:
     try:
-        return apps.get_model(label)
+        return apps.get_model(label)  # looks among the installed ones, and imports nothing
     except (LookupError, ValueError, AttributeError):
         raise UnreadablePayload(
-            f"The payload refers to the model {label!r}, which is not installed here."
+            f"The payload refers to the model {label!r:.100}, which is not installed here."
         ) from None
 
 
 def _alias(alias: Any) -> str:
     if alias not in connections:
-        raise UnreadablePayload(f"The payload refers to the database {alias!r}: no such alias.")
+        raise UnreadablePayload(f"The payload refers to the database {alias!r:.100}: no such alias.")
     return str(alias)
 
 
 def _key(model: type[models.Model], pk: Any) -> Any:
-    """Return `pk` as the model's own rows have it. Raises ValidationError or TypeError if none can."""
+    """Return `pk` as the model's own rows have it. Raises UnreadablePayload if none can."""
     fields = model._meta.pk_fields
-    cleaned = tuple(
-        _target(field).clean(value, None)
-        for field, value in zip(fields, pk if len(fields) > 1 else (pk,), strict=True)
-    )
+    try:
+        parts = zip(fields, pk if len(fields) > 1 else (pk,), strict=True)
+        cleaned = tuple(_clean(field, value) for field, value in parts)
+    except (ArithmeticError, AttributeError, TypeError, ValueError, ValidationError) as error:
+        raise UnreadablePayload(
+            f"{pk!r:.100} is no key of {model._meta.label}: {error!s:.200}"
+        ) from error
     return cleaned if len(fields) > 1 else cleaned[0]
 
 
-def _target(field: Any) -> Any:
-    """Follow a key that is a foreign key to the field that it holds the value of."""
-    while field.remote_field:
+def _clean(field: Any, value: Any) -> Any:
+    while field.remote_field:  # a key that is a foreign key: the field that it holds the value of
         field = field.target_field
-    return field
+    if isinstance(value, Decimal) and not isinstance(field, models.DecimalField):
+        raise TypeError("It is a Decimal.")  # int(Decimal("1e999999999")) would not return
+    cleaned = field.clean(value, None)
+    hash(cleaned)
+    if cleaned is None or (isinstance(cleaned, str) and b"\0" in cleaned.encode()):
+        raise ValueError("No row can have it.")
+    return cleaned

@@ -30,7 +30,7 @@ class Selection:
 
     def ids(self, *, using: str) -> Iterator[list[int]]:
         """Yield the ids of the selected events, a chunk of the table at a time, in order."""
-        last = 0
+        last = store.LOWEST_ID
         keys = list(self.keys) or None
         while page := store.done_events(
             last, since=self.since, keys=keys, limit=CHUNK_SIZE, using=using
@@ -106,6 +106,7 @@ def _try(handler: Handler, event: Event, isolation: Isolation, done: Rehearsal) 
     done.events += 1
     isolation.begin(handler.name)
     try:
+        event.check()
         handler.call(event if handler.batch is None else [event])
         isolation.end()
     except Exception:  # noqa: BLE001, it is what a rehearsal is to report

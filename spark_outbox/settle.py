@@ -11,10 +11,10 @@ from django.db import transaction
 from spark_outbox import store
 from spark_outbox.errors import WorkerDied
 from spark_outbox.events import Event
-from spark_outbox.outcomes import Call, Open, Outcomes, judge, next_attempt
+from spark_outbox.outcomes import Call, Open, Outcomes, as_text, judge, next_attempt
 from spark_outbox.references import References
 from spark_outbox.registry import Registry
-from spark_outbox.store import Running
+from spark_outbox.store import Ended, Running
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +49,13 @@ def write_alone(alone: dict[int, Outcomes], *, using: str) -> None:
                 write(outcomes, using=using)
 
 
+def write_unsettled(event_id: int, error: BaseException, *, using: str) -> None:
+    """Let an event fail of which nothing else can be written: else it would be handled for ever."""
+    logger.error("Event %(event_id)s failed for good: it can't be settled.", {"event_id": event_id})
+    failed = Outcomes(ended=[Ended(event_id, "failed", as_text(error))])
+    write_alone({event_id: failed}, using=using)
+
+
 def write_calls(calls: Sequence[Call], registry: Registry, *, using: str) -> None:
     """Write what became of detached calls: of those that still are ours."""
     with transaction.atomic(using=using):
@@ -71,9 +78,9 @@ def write_calls(calls: Sequence[Call], registry: Registry, *, using: str) -> Non
 
 
 def take_over(*, mine: int = 0, using: str) -> None:
-    """Put back what workers have begun that are gone. Our own session is `mine`."""
+    """Put back what workers have begun that are gone. Our own session is `mine`, 0 if there is none."""
     for session in store.running_sessions(using=using):
-        if session == mine:
+        if mine and session == mine:
             continue
         with transaction.atomic(using=using):
             if not store.is_session_gone(session, using=using):

@@ -9,6 +9,7 @@ import datetime as dt
 import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 from django.db import connections
@@ -16,7 +17,9 @@ from psycopg import ClientCursor
 from psycopg.errors import error_from_result
 from psycopg.pq import ExecStatus
 
+from spark_outbox.errors import UnreadablePayload
 from spark_outbox.events import StoredRow
+from spark_outbox.payload import MAX_STORED
 
 
 def _run(sql: str, params: Any = None, *, using: str) -> int:
@@ -117,10 +120,29 @@ def is_same(row: NewRow, *, using: str) -> bool:
 # row that another worker has settled meanwhile is not claimed a second time. FOR NO KEY UPDATE lets
 # a handler insert rows that refer to the event.
 
-# Microseconds, since a datetime costs more to load than all the other columns, and few ask for it.
+# Whatever SQL has put into a row, it can be claimed. Times are within the years that Python knows;
+# created_at in microseconds, since a datetime costs more to load than all the other columns, and few
+# ask for it. Large documents are NULL here, so that a batch of them does not fill the memory: the
+# stored size, compressed, costs nothing to know.
 _COLUMNS = """
-    id, key, event_group, payload::text, headers::text, ordering_key, attempts,
-    (extract(epoch from created_at) * 1000000)::bigint, available_at
+    id, key, event_group,
+    case when pg_column_size(payload) < 8192 then payload::text end,
+    case when pg_column_size(headers) < 8192 then headers::text end,
+    ordering_key, attempts,
+    (extract(epoch from least(greatest(created_at, '0001-01-02'), '9999-12-30')) * 1000000)::bigint,
+    case when available_at is not null then least(greatest(available_at, '0001-01-02'), '9999-12-30') end
+"""
+
+LOWEST_ID = -(2**63) + 1
+"""Of all but one: PostgreSQL takes the literal of the lowest bigint for no bigint."""
+
+# The array has it uncompressed. As text even that may be too large for PostgreSQL itself.
+LARGE_DOCUMENT = """
+select size, case when size <= %(limit)s then document::text end
+from (
+    select {column} as document, pg_column_size(array[{column}]) as size
+    from spark_outbox_event where id = %(id)s
+) as stored
 """
 
 CLAIM_READY = f"""
@@ -263,7 +285,7 @@ def claim_ordered(after: str, limit: int, *, failed: str, groups: str | None, us
 
 
 def _claim_ids(ids: list[int], using: str) -> list[StoredRow]:
-    return list(map(StoredRow._make, _rows(CLAIM_IDS, [ids], using=using)))
+    return list(map(StoredRow._make, _stored(_rows(CLAIM_IDS, [ids], using=using), using)))
 
 
 def is_unfinished(event_id: int, *, using: str) -> bool:
@@ -286,7 +308,36 @@ def _claim(sql: str, using: str, first: str = "", **params: Any) -> list[StoredR
         else:
             cursor.execute(first)
             cursor.execute(sql, params)
-        return list(cursor.fetchall())  # as they come: to make StoredRows of them takes time
+        return _stored(cursor.fetchall(), using)  # as they come: to make StoredRows takes time
+
+
+def _stored(rows: Iterable[Any], using: str) -> list[Any]:
+    """Put what fetches a large document in its place."""
+    return [
+        row if row[3] is not None and row[4] is not None else _with_large(row, using) for row in rows
+    ]
+
+
+def _with_large(row: Sequence[Any], using: str) -> tuple[Any, ...]:
+    event_id, key, group, payload, headers, *others = row
+    if payload is None:
+        payload = partial(_large_document, "payload", event_id, using)
+    if headers is None:
+        headers = partial(_large_document, "headers", event_id, using)
+    return (event_id, key, group, payload, headers, *others)
+
+
+def _large_document(column: str, event_id: int, using: str) -> str:
+    params = {"limit": MAX_STORED, "id": event_id}
+    found = _rows(LARGE_DOCUMENT.format(column=column), params, using=using)
+    if not found:
+        raise UnreadablePayload(f"The {column} can't be read any more: its event was deleted.")
+    size, text = found[0]
+    if text is None:
+        raise UnreadablePayload(
+            f"{size:,} bytes are too many for the {column}: no more than {MAX_STORED:,} are read."
+        )
+    return str(text)
 
 
 def _with_groups(sql: str, groups: str | None) -> str:
@@ -322,7 +373,8 @@ select
             and (available_at is null or available_at <= statement_timestamp()) {groups}
     ),
     (
-        select extract(epoch from min(available_at) - statement_timestamp())::float
+        select
+            extract(epoch from nullif(min(available_at), 'infinity') - statement_timestamp())::float
         from spark_outbox_event
         where status = 'pending' and available_at > statement_timestamp() {groups}
     ),
@@ -357,7 +409,7 @@ class Ended(NamedTuple):
 
 
 class Postponed(NamedTuple):
-    """An event that waits for its next delivery; `now` if a handler has not been called at all yet."""
+    """An event that waits for its next delivery; `now` if a handler is owed that was not called yet."""
 
     event_id: int
     error: str
@@ -396,37 +448,44 @@ class Earlier(NamedTuple):
     due: bool
 
 
-FINISH = """
+_ONE_MORE = "least(greatest(attempts, 0), 2147483646) + 1"  # of an integer, whatever SQL has put there
+
+FINISH = f"""
 update spark_outbox_event
-set status = %(status)s, attempts = attempts + 1, finished_at = statement_timestamp()
+set status = %(status)s, attempts = {_ONE_MORE}, finished_at = statement_timestamp()
 where id = any(%(ids)s::bigint[]) and status = 'pending'
 """
 
-END = """
+END = f"""
 update spark_outbox_event as event
 set status = ended.status, last_error = coalesce(nullif(ended.error, ''), event.last_error),
-    attempts = attempts + 1, finished_at = statement_timestamp()
+    attempts = {_ONE_MORE}, finished_at = statement_timestamp()
 from unnest(%s::bigint[], %s::text[], %s::text[]) as ended (event_id, status, error)
 where event.id = ended.event_id and event.status = 'pending'
 """
 
-RUN = """
+RUN = f"""
 update spark_outbox_event as event
-set status = 'running', available_at = null, attempts = attempts + 1,
+set status = 'running', available_at = null, attempts = {_ONE_MORE},
     last_error = coalesce(nullif(begun.error, ''), event.last_error)
 from unnest(%s::bigint[], %s::text[]) as begun (event_id, error)
 where event.id = begun.event_id and event.status = 'pending'
 """
 
-# After RECORD_ATTEMPTS: the event waits for the first of its deliveries.
-POSTPONE = """
+# After RECORD_ATTEMPTS: the event waits for the first of its deliveries. Not for those that have been
+# due before this pass and were not called in it: nobody has their handlers, and the event would be due
+# again at once, for ever.
+POSTPONE = f"""
 update spark_outbox_event as event
-set attempts = attempts + 1,
+set attempts = {_ONE_MORE},
     last_error = coalesce(nullif(postponed.error, ''), event.last_error),
     available_at = case when postponed.now then statement_timestamp() else (
-        select min(coalesce(delivery.available_at, statement_timestamp()))
+        select coalesce(min(delivery.available_at), statement_timestamp())
         from spark_outbox_delivery as delivery
-        where delivery.event_id = event.id and delivery.status = 'pending'
+        where delivery.event_id = event.id and delivery.status = 'pending' and (
+            delivery.available_at > statement_timestamp()
+            or delivery.attempted_at >= transaction_timestamp()
+        )
     ) end
 from unnest(%s::bigint[], %s::text[], %s::boolean[]) as postponed (event_id, error, now)
 where event.id = postponed.event_id and event.status = 'pending'
@@ -452,7 +511,7 @@ on conflict (event_id, handler) do update set
     available_at = excluded.available_at,
     worker = excluded.worker,
     session = excluded.session,
-    attempts = delivery.attempts + excluded.attempts,
+    attempts = least(greatest(delivery.attempts, 0), 2147483646) + excluded.attempts,
     attempted_at = excluded.attempted_at
 where delivery.status = 'pending'
 """
@@ -535,7 +594,7 @@ update spark_outbox_delivery as delivery
 set status = 'pending', session = null, available_at = null
 from unnest(%s::bigint[], %s::text[], %s::integer[]) as ended (event_id, handler, session)
 where delivery.event_id = ended.event_id and delivery.handler = ended.handler
-    and delivery.session = ended.session and delivery.status = 'running'
+    and delivery.session is not distinct from ended.session and delivery.status = 'running'
 returning delivery.event_id, delivery.handler
 """
 
@@ -546,7 +605,7 @@ where status = 'running' and session is not distinct from %s
 
 REOPEN_RUNNING = """
 update spark_outbox_event
-set status = 'pending', available_at = statement_timestamp(), attempts = attempts - %s
+set status = 'pending', available_at = statement_timestamp(), attempts = greatest(attempts, 1) - %s
 where id = any(%s) and status = 'running'
 """
 
@@ -693,7 +752,7 @@ def owe_again(ids: list[int], handler: str, others: Sequence[tuple[int, str]], *
 
 
 def events_by_id(ids: list[int], *, using: str) -> list[StoredRow]:
-    return list(map(StoredRow._make, _rows(EVENTS_BY_ID, [ids], using=using)))
+    return list(map(StoredRow._make, _stored(_rows(EVENTS_BY_ID, [ids], using=using), using)))
 
 
 def rows_written(*, using: str) -> dict[str, int]:
@@ -847,4 +906,4 @@ def last_id(*, using: str) -> int:
 
 def events_after(last: int, *, using: str) -> list[StoredRow]:
     """Return the events of any status with a higher id than `last`, in order."""
-    return list(map(StoredRow._make, _rows(EVENTS_AFTER, [last], using=using)))
+    return list(map(StoredRow._make, _stored(_rows(EVENTS_AFTER, [last], using=using), using)))

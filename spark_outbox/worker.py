@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 
-from django.db import DatabaseError, DataError, Error, connections, transaction
+from django.db import DatabaseError, DataError, Error, IntegrityError, connections, transaction
 
 from spark_outbox import conf, session, settle, store
 from spark_outbox.calls import Alarm, Calls, InHand
@@ -215,6 +215,9 @@ class Worker:
         except BaseException as error:
             self._dispatcher.abandon()
             if isinstance(error, DatabaseError) and self._is_connected():
+                if self._is_at_fault(batch, error):
+                    settle.write_unsettled(batch.events[0].id, error, using=self.using)
+                    return 1
                 self._claims.doubt(batch)  # it was an event's fault, and nobody can tell whose
             raise
         finally:
@@ -398,6 +401,11 @@ class Worker:
 
     def _is_stopping(self) -> bool:
         return self._stopping
+
+    def _is_at_fault(self, batch: Batch, error: Error) -> bool:
+        """Return whether it is plain that a batch could not be settled because of its only event."""
+        is_about_rows = isinstance(error, DataError | IntegrityError)
+        return self._claims.careful and len(batch.events) == 1 and is_about_rows
 
     def _is_connected(self) -> bool:
         raw = connections[self.using].connection

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from spark_outbox import emit, emit_many
 from spark_outbox.errors import InstanceGone, UnreadablePayload, UnstorableValue
 from spark_outbox.models import OutboxEvent
-from spark_outbox.payload import MAX_DEPTH, LazyPayload, dump
+from spark_outbox.payload import MAX_DEPTH, MAX_STORED, MAX_TEXT, LazyPayload, dump
 from spark_outbox.references import References
 from spark_outbox.testing import drain, emitted
 from tests.challenges.models import Challenge, Donation
@@ -156,6 +156,7 @@ def nested(depth):
         (Challenge(pk=5), r'payload\["a"\] is an unsaved challenges.Challenge', r"save\(\)"),
         ([10**5000], r'payload\["a"\]\[0\] is too large', "text or bytes"),
         (nested(MAX_DEPTH), "levels deep", "identifier"),
+        ("x" * MAX_TEXT, "too many for the payload: the most is 5,242,880", "emit its key"),
     ],
 )
 def test_a_value_that_cannot_be_stored_is_refused_with_its_path_and_the_cure(value, path, cure):
@@ -175,6 +176,15 @@ def test_a_payload_that_contains_itself_is_refused():
 def test_the_deepest_payload_that_can_be_written_can_be_read():
     value = nested(MAX_DEPTH - 2)
     assert through_jsonb({"a": value}) == {"a": value}
+
+
+def test_the_largest_payload_that_can_be_written_can_be_read():
+    """Small numbers in a list are what takes most room in jsonb, compared to its text."""
+    text = dump({"a": [0] * ((MAX_TEXT - len('{"a":[]}')) // 2)})
+    assert MAX_TEXT - 2 <= len(text) <= MAX_TEXT
+    with connection.cursor() as cursor:
+        cursor.execute("select pg_column_size(array[%s::jsonb])", [text])
+        assert cursor.fetchone()[0] <= MAX_STORED
 
 
 # References to model instances
