@@ -11,10 +11,13 @@ from django.db import connection, transaction
 
 from spark_outbox import emit, emit_many, store
 from spark_outbox.models import OutboxEvent
-from spark_outbox.wake import Wake
+from spark_outbox.wake import MAX_PAUSE, Wake, poll
+from tests.challenges.models import Handled
+from tests.test_worker import Statements
 from tests.tools import (
     HOUR,
     PATIENCE,
+    WorkerProcess,
     connect,
     eventually,
     notifications,
@@ -280,21 +283,68 @@ def test_a_prepared_transaction_that_has_emitted_does_not_stop_a_worker(handled,
     assert not OutboxEvent.objects.filter(key="prepared").exists()
 
 
+@pytest.mark.parametrize(("verdict", "found"), [("commit", True), ("rollback", False)])
+def test_a_worker_process_works_on_while_a_prepared_transaction_holds_an_emit(verdict, found):
+    with prepared_emit("probe") as end, WorkerProcess() as worker:
+        worker.wait_until_ready()
+        for number in range(5):
+            emit("probe", f"{number}")
+            eventually(lambda number=number: Handled.objects.filter(key=f"{number}").exists())
+            wait_until_asleep()
+        assert not OutboxEvent.objects.filter(key="prepared").exists()
+        end(verdict)
+        emit("probe", "last")
+        expected = {*"01234", "last", *(["prepared"] if found else [])}
+        eventually(lambda: set(Handled.objects.values_list("key", flat=True)) == expected)
+        wait_until_asleep()
+        assert OutboxEvent.objects.filter(key="prepared", status="done").exists() == found
+        assert Handled.objects.count() == len(expected)
+
+
+def test_a_worker_does_not_spin_while_a_prepared_transaction_holds_an_emit(handled, monkeypatch):
+    """It pauses for as long as it ever does then, and each pause costs a handful of statements."""
+    pauses = []
+
+    def record(descriptors, seconds):
+        pauses.append((seconds, len(statements.sql)))
+        return poll(descriptors, seconds)
+
+    monkeypatch.setattr("spark_outbox.worker.poll", record)
+    with prepared_emit(), Statements() as statements, worker_thread(poll_interval=HOUR):
+        emit("g", "other")
+        eventually(lambda: handled == ["other"])
+        begun = len(pauses)
+        eventually(lambda: len(pauses) > begun + 30)
+    lasting = [seconds for seconds, _ in pauses[begun + 10 :]]
+    assert min(lasting) == MAX_PAUSE
+    (_, first), (_, last) = pauses[begun], pauses[begun + 30]
+    assert last - first <= 30 * 12
+
+
 @contextmanager
-def prepared_emit():
-    """Prepare a transaction that has emitted, in silence since no worker sleeps; roll it back."""
+def prepared_emit(group="g"):
+    """Prepare a transaction that has emitted, in silence since no worker sleeps.
+
+    Yields what ends it by a verdict; without one it is rolled back in the end.
+    """
     with connection.cursor() as cursor:
         cursor.execute("show max_prepared_transactions")
         if cursor.fetchone() == ("0",):
             pytest.skip("this server has max_prepared_transactions = 0")
-    with connect() as emitter:
-        emitter.execute("begin")
-        emitter.execute(INSERT, ["prepared"])
-        emitter.execute("prepare transaction 'spark_outbox_test'")
+        ended = []
+
+        def end(verdict):
+            ended.append(verdict)
+            sql(f"{verdict} prepared 'spark_outbox_test'")
+
+        cursor.execute("begin")
+        emit(group, "prepared")
+        cursor.execute("prepare transaction 'spark_outbox_test'")
         try:
-            yield
+            yield end
         finally:
-            emitter.execute("rollback prepared 'spark_outbox_test'")
+            if not ended:
+                end("rollback")
 
 
 def test_a_worker_whose_neighbour_holds_events_looks_again_soon(handled):
