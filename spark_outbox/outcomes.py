@@ -5,7 +5,7 @@ import logging
 import random
 import traceback
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from spark_outbox.errors import HandlerTimeout
 from spark_outbox.events import Event
@@ -183,7 +183,16 @@ def postponed_by_breaker(handler: Handler, event: Event, wait: float) -> Attempt
 
 def judge(handler: Handler, event: Event, error: BaseException, seconds: float) -> Attempt:
     """Say what becomes of a delivery whose handler raised, and log it."""
-    verdict = handler.policy.judge(error, event.attempt)
+    try:
+        verdict = handler.policy.judge(error, event.attempt)
+    except Exception as broken:  # noqa: BLE001, a backoff function is the project's
+        context = {"handler": handler.name, "error": type(broken).__qualname__}
+        logger.error(
+            "The backoff of %(handler)s failed (%(error)s): its delay is the default.",
+            context,
+            extra=context,
+        )
+        verdict = replace(handler.policy, backoff=None).judge(error, event.attempt)
     log_verdict(handler, event, error, verdict)
     return Attempt(
         event.id,

@@ -389,6 +389,17 @@ def test_delays_double_with_jitter_or_are_what_they_are_told_to_be():
     assert delay(4, lambda attempt: -1) == 0
 
 
+@pytest.mark.parametrize("answer", [lambda: 1 / 0, lambda: "soon", lambda: None])
+def test_a_backoff_that_makes_no_sense_costs_no_more_than_a_delay(own_registry, caplog, answer):
+    handler("", name="h", backoff=lambda attempt: answer())(raising(OSError("x")))
+    emit("g", "key")
+    emit("g", "other")
+    Worker().drain()
+    assert statuses() == {"key": "pending", "other": "pending"}
+    assert deliveries() == {"h": ("pending", 1)}
+    assert "The backoff of h failed" in caplog.text
+
+
 @pytest.mark.parametrize(
     "policy",
     [

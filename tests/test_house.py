@@ -240,6 +240,19 @@ def test_the_status_view_counts_by_group():
     assert b == ("b", 0, 0, 1, 1, 0, 0, 0, None)
 
 
+@pytest.mark.django_db
+@pytest.mark.parametrize("column", ["available_at", "created_at"])
+@pytest.mark.parametrize("time", ["-infinity", "infinity"])
+def test_the_status_view_bears_whatever_times_there_are(column, time):
+    with connection.cursor() as cursor:
+        cursor.execute(
+            f"insert into spark_outbox_event (key, event_group, {column}) values ('key', 'g', %s)",
+            [time],
+        )
+        cursor.execute("select pending + delayed, oldest_pending_age from spark_outbox_status")
+        assert cursor.fetchall() == [(1, None)]
+
+
 # The demo
 
 
