@@ -252,6 +252,14 @@ def kill_pgbouncer(rig: Rig) -> None:
         rig.counts["kills"] += 1
 
 
+@fault
+def freeze_pgbouncer(rig: Rig) -> None:
+    """SIGSTOP of pgbouncer, and SIGCONT: its connections stand, and nobody answers."""
+    if rig.bouncer is not None:
+        with rig.bouncer.frozen():
+            time.sleep(rig.random.uniform(1, 4))
+
+
 # Limits, locks and maintenance
 
 

@@ -1,10 +1,13 @@
 """A real pgbouncer between clients and a server, pooling by transaction."""
 
+import contextlib
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Self
 
@@ -75,6 +78,15 @@ class PgBouncer:
         """kill -9: its connections to clients and to the server end at once."""
         self._process.kill()
         self._process.wait()
+
+    @contextlib.contextmanager
+    def frozen(self) -> Iterator[None]:
+        """Have it stand still: connections are open, and nobody answers."""
+        self._process.send_signal(signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            self._process.send_signal(signal.SIGCONT)
 
     def _user(self) -> int | str | None:
         """It refuses to be root; so it is whoever owns the folder of the server's socket."""

@@ -35,8 +35,8 @@ GROUPS = {
     "chaos_async": 5,
     "chaos_detached": 1,
     "chaos_new": 5,
-    "chaos_transfer_up": 2,
-    "chaos_transfer_down": 2,
+    "chaos_transfer_up": 3,
+    "chaos_transfer_down": 3,
     "chaos_doomed": 1,
     "chaos_rude": 0.4,
 }
