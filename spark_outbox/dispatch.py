@@ -127,6 +127,10 @@ class Dispatcher:
                 self._in_hand.put_down()
         return outcomes
 
+    def release(self) -> None:
+        """After the commit: what is under way goes on by itself."""
+        self._concurrent = []
+
     def abandon(self) -> None:
         """After a rollback: others will handle the batch's events, so drop what is under way."""
         if self.calls is not None and self._concurrent:

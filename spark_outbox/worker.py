@@ -223,6 +223,7 @@ class Worker:
         finally:
             references.close()
         self._ask()
+        self._dispatcher.release()
         self._claims.learn(batch, outcomes)
         self._log(batch, outcomes)
         if outcomes.calls:

@@ -209,6 +209,33 @@ def test_one_slow_call_does_not_hold_up_the_outcomes_of_others(own_registry):
     assert (delivery.status, delivery.session) == ("done", None)
 
 
+@pytest.mark.django_db(transaction=True, databases=["default", "other"])
+def test_a_slow_call_goes_on_when_the_worker_loses_its_connection_in_another_batch(
+    own_registry, settings
+):
+    settings.SPARK_OUTBOX = {"LISTEN_DATABASE": "other"}  # that one is not lost
+    calls, release = [], threading.Event()
+
+    @handler("", name="h")
+    async def call(event):
+        calls.append(event.attempt)
+        while not release.is_set():
+            await asyncio.sleep(0.005)
+
+    sessions = "select pid from pg_stat_activity where application_name = 'spark_worker'"
+    with worker_thread(), connect() as other:
+        emit("g", "key")
+        eventually(lambda: status() == "running")
+        ((pid,),) = other.execute(sessions).fetchall()
+        other.execute("select pg_terminate_backend(%s, 10000)", [pid])
+        other.execute("notify spark_outbox")
+        eventually(lambda: other.execute(sessions).fetchone() not in {None, (pid,)})
+        release.set()
+        eventually(lambda: status() == "done")
+    assert calls == [1]
+    assert deliveries() == {"h": ("done", 1)}
+
+
 def test_a_worker_that_is_stopped_lets_its_calls_finish(own_registry):
     started, release = threading.Event(), threading.Event()
 
