@@ -9,6 +9,7 @@ import psycopg
 
 from tests.chaos.rig import Member, Rig
 from tests.chaos.server import CONNECTIONS
+from tests.tools import eventually
 
 Fault = Callable[[Rig], None]
 FAULTS: list[Fault] = []
@@ -318,8 +319,10 @@ def full_disk(rig: Rig) -> None:
     if rig.server.disk is None:
         rig.say("not possible here: no disk could be mounted")
         return
-    with rig.server.full_disk():
-        time.sleep(3)
+    error = "No space left on device"
+    before = rig.server.errors()[error]
+    with rig.server.full_disk(), contextlib.suppress(AssertionError):
+        eventually(lambda: rig.server.errors()[error] > before + 10, patience=20)
 
 
 @fault

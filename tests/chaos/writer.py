@@ -35,8 +35,8 @@ GROUPS = {
     "chaos_async": 5,
     "chaos_detached": 1,
     "chaos_new": 5,
-    "chaos_transfer_up": 3,
-    "chaos_transfer_down": 3,
+    "chaos_transfer_up": 2,
+    "chaos_transfer_down": 2,
     "chaos_doomed": 1,
     "chaos_rude": 0.4,
 }
@@ -138,6 +138,8 @@ class Writer:
                 options["delay"] = timedelta(seconds=self.random.uniform(0, 3))
             case "chaos_flaky":
                 payload["fails"] = self.random.randrange(4)
+            case "chaos_quiet" if self.random.random() < 0.1:
+                payload["image"] = self.random.randbytes(10_000).hex()  # takes new pages of the disk
             case "chaos_rude":
                 payload["vice"] = self.random.choice(VICES)
         return Planned(f"{self.name}-{next(self.numbers)}", group, options, payload)
