@@ -87,7 +87,8 @@ class Writer:
                 for planned in plans:
                     kept += self.emit(planned)
                 time.sleep(self.random.choice((0, 0, 0, 0.002, 0.02)))
-                if doomed:
+                # Where a savepoint's rollback has failed, Django ends the whole in silence.
+                if doomed or transaction.get_rollback():
                     raise RolledBack
         except RolledBack:
             self.note(self.rolled_back, kept)
