@@ -200,11 +200,13 @@ def _environment(url: str | None, **more: str) -> dict[str, str]:
     }
 
 
-def manage(*arguments: str, url: str | None = None) -> subprocess.CompletedProcess[str]:
+def manage(
+    *arguments: str, url: str | None = None, **environment: str
+) -> subprocess.CompletedProcess[str]:
     """Run manage.py in a process of its own, on the test database."""
     return subprocess.run(
         [sys.executable, settings.BASE_DIR / "manage.py", *arguments],
-        env=_environment(url),
+        env=_environment(url, **environment),
         capture_output=True,
         text=True,
         timeout=300,

@@ -49,7 +49,6 @@ class Done(NamedTuple):
     key: str
     event_id: int
     transaction: int
-    pid: int
     at: float
 
 
@@ -81,7 +80,7 @@ class Books:
             "events": len(self._keys("select key from spark_outbox_event")),
             "effects in the database": len(self._keys("select key from chaos_effect")),
             "tried more than once": len(
-                self._keys("select distinct event_id from spark_outbox_delivery")
+                self._keys("select distinct event_id from spark_outbox_delivery where attempts > 1")
             ),
             "acknowledged": len(self._noted("acknowledged")),
             "rolled back": len(self._noted("rolled_back") - set(self._keys(LOST.partition("where")[0]))),
@@ -96,8 +95,8 @@ class Books:
         file = self._files / f"{handler}.effects"
         lines = file.read_text().splitlines() if file.exists() else []
         return [
-            Done(key, int(event_id), int(transaction), int(pid), float(at))
-            for key, event_id, transaction, pid, at in map(str.split, lines)
+            Done(key, int(event_id), int(transaction), float(at))
+            for key, event_id, transaction, at in map(str.split, lines)
         ]
 
     def longest_repeated_batch(self) -> float:
@@ -145,11 +144,14 @@ class Books:
                 highest[key] = max(highest[key], each.event_id)
 
     def _rolled_back(self, done: list[Done]) -> Iterator[Done]:
-        status = {
-            transaction: self._keys("select pg_xact_status(%(id)s::text::xid8)", id=transaction)[0]
-            for transaction in {each.transaction for each in done}
-        }
-        return (each for each in done if status[each.transaction] == "aborted")
+        """Yield those of which the ledger has nothing. A transaction's id by itself would tell little:
+        after a crash the server uses again what it had not yet written to its log."""
+        kept = set(
+            self._connection.execute(
+                "select key, transaction from chaos_effect where handler = 'outside'"
+            ).fetchall()
+        )
+        return (each for each in done if (each.key, each.transaction) not in kept)
 
     def _without_cause(self, done: list[Done]) -> list[str]:
         """Return effects outside that were repeated although their transaction was committed."""

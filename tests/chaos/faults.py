@@ -4,6 +4,7 @@ import contextlib
 import signal
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import psycopg
 
@@ -13,6 +14,7 @@ from tests.tools import eventually
 
 Fault = Callable[[Rig], None]
 FAULTS: list[Fault] = []
+NO_BOUNCER = "not possible here: there is no pgbouncer"
 
 
 def fault(function: Fault) -> Fault:
@@ -246,19 +248,23 @@ def no_route(rig: Rig) -> None:
 @fault
 def kill_pgbouncer(rig: Rig) -> None:
     """kill -9 of pgbouncer."""
-    if rig.bouncer is not None:
-        rig.bouncer.kill()
-        time.sleep(rig.random.uniform(0, 1))
-        rig.bouncer.start()
-        rig.counts["kills"] += 1
+    if rig.bouncer is None:
+        rig.say(NO_BOUNCER)
+        return
+    rig.bouncer.kill()
+    time.sleep(rig.random.uniform(0, 1))
+    rig.bouncer.start()
+    rig.counts["kills"] += 1
 
 
 @fault
 def freeze_pgbouncer(rig: Rig) -> None:
     """SIGSTOP of pgbouncer, and SIGCONT: its connections stand, and nobody answers."""
-    if rig.bouncer is not None:
-        with rig.bouncer.frozen():
-            time.sleep(rig.random.uniform(1, 4))
+    if rig.bouncer is None:
+        rig.say(NO_BOUNCER)
+        return
+    with rig.bouncer.frozen():
+        time.sleep(rig.random.uniform(1, 4))
 
 
 # Limits, locks and maintenance
@@ -341,9 +347,9 @@ def reindex(rig: Rig) -> None:
 @fault
 def migrate(rig: Rig) -> None:
     """The last migrations taken back and applied again."""
-    for target in (["0003"], []):
-        while not rig.manage("migrate", "--no-input", "spark_outbox", *target):
-            rig.counts["migrations tried again"] += 1
+    for target in (("0003",), ()):
+        command = partial(rig.manage, "migrate", "--no-input", "spark_outbox", *target)
+        eventually(command, patience=120)
 
 
 @fault
@@ -374,4 +380,4 @@ def prepared(rig: Rig) -> None:
 @fault
 def sweep(rig: Rig) -> None:
     """process_spark_sources, which yields every key once more."""
-    rig.manage("process_spark_sources")
+    eventually(lambda: rig.manage("process_spark_sources"), patience=120)

@@ -19,27 +19,21 @@ FILES = Path(os.environ.get("CHAOS_FILES", "."))
 stubborn = partial(handler, max_attempts=1000, backoff=0.1, timeout=20)
 
 
-def enter(name: str, event: Event) -> None:
-    """Write into the ledger, in the worker's transaction."""
-    Effect.objects.create(
+def enter(name: str, event: Event) -> int:
+    """Write into the ledger, in the worker's transaction; return the transaction's id."""
+    return Effect.objects.create(
         key=event.key, handler=name, event_id=event.id, ordering_key=event.ordering_key
-    )
+    ).transaction
 
 
 def do_outside(name: str, event: Event, transaction: int = 0) -> None:
     """Do what can't be rolled back: one line, in one write, that survives whatever comes."""
-    line = f"{event.key} {event.id} {transaction} {os.getpid()} {time.time():.6f}\n"
+    line = f"{event.key} {event.id} {transaction} {time.time():.6f}\n"
     descriptor = os.open(FILES / f"{name}.effects", os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
     try:
         os.write(descriptor, line.encode())
     finally:
         os.close(descriptor)
-
-
-def current_transaction() -> int:
-    with connection.cursor() as cursor:
-        cursor.execute("select pg_current_xact_id()::text::bigint")
-        return int(cursor.fetchone()[0])
 
 
 @stubborn(EXACTLY_ONCE["ledger"], name="ledger")
@@ -51,7 +45,7 @@ def ledger(event: Event) -> None:
 
 @stubborn(AT_LEAST_ONCE["outside"], name="outside")
 def outside(event: Event) -> None:
-    do_outside("outside", event, current_transaction())
+    do_outside("outside", event, enter("outside", event))
 
 
 @stubborn(AT_LEAST_ONCE["quiet"], name="quiet")

@@ -29,6 +29,7 @@ class Effect(models.Model):
     handler = models.TextField()
     event_id = models.BigIntegerField()
     ordering_key = models.TextField(null=True)  # noqa: DJ001, NULL is "no order"
+    transaction = models.BigIntegerField(db_default=RawSQL("pg_current_xact_id()::text::bigint", ()))
     at = models.DateTimeField(db_default=CLOCK)
 
     class Meta:

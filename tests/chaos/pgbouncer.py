@@ -4,7 +4,6 @@ import contextlib
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import tempfile
 from collections.abc import Iterator
@@ -14,6 +13,7 @@ from typing import Self
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 from psycopg.pq import PGconn, Ping
 
+from tests.chaos.server import free_port
 from tests.tools import eventually
 
 PROGRAM = shutil.which("pgbouncer") or shutil.which("pgbouncer", path="/usr/sbin")
@@ -40,15 +40,13 @@ class PgBouncer:
     Clients need no password. Skip the test where PROGRAM is None.
     """
 
-    def __init__(self, server: str, *, pool_size: int = 10) -> None:
+    def __init__(self, server: str, *, pool_size: int = 10, log: Path | None = None) -> None:
         self._server = {name: str(value) for name, value in conninfo_to_dict(server).items()}
         self._database = self._server.pop("dbname", "postgres")
         self._folder = tempfile.TemporaryDirectory(prefix="pgbouncer")
-        self.log = Path(self._folder.name, "log")
+        self.log = log or Path(self._folder.name, "log")
         self._config = Path(self._folder.name, "ini")
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
+        self.port = free_port()
         known = {"host", "port", "user", "password"} & self._server.keys()
         server = " ".join(f"{name}='{self._server[name]}'" for name in known)
         self._config.write_text(CONFIG.format(server=server, port=self.port, pool_size=pool_size))

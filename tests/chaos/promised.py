@@ -9,10 +9,11 @@ EXACTLY_ONCE = {
     "debit": "^chaos_transfer",
     "credit": "^chaos_transfer",
     "new": "^chaos_new$",
+    "outside": "^chaos_(plain|ordered)$",
 }
 # What is done outside of the database at least once.
 AT_LEAST_ONCE = {
-    "outside": "^chaos_(plain|ordered)$",
+    "outside": EXACTLY_ONCE["outside"],
     "quiet": "^chaos_quiet$",
     "detached": "^chaos_detached$",
     "async": "^chaos_async$",

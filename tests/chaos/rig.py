@@ -16,6 +16,7 @@ from typing import Any, Self
 
 from django.conf import settings
 
+from tests import tools
 from tests.chaos import pgbouncer
 from tests.chaos.pgbouncer import PgBouncer
 from tests.chaos.proxy import Proxy
@@ -38,13 +39,12 @@ class Member:
         self._command = command
         self._lock = threading.Lock()
         self._resting = False
-        self.process: subprocess.Popen[bytes] | None = None
-        self.start()
+        self.process = self.start()
 
-    def start(self) -> None:
+    def start(self) -> subprocess.Popen[bytes]:
         command = [sys.executable, "-X", "faulthandler", *map(str, self._command)]
         with self.log.open("a") as log:
-            self.process = subprocess.Popen(
+            return subprocess.Popen(
                 command,
                 env={**os.environ, **self.environment},
                 stdin=subprocess.DEVNULL,
@@ -56,13 +56,13 @@ class Member:
     def look_after(self) -> None:
         """Start it again if it has ended."""
         with self._lock:
-            if self.process is not None and not self._resting and self.process.poll() is not None:
+            if not self._resting and self.process.poll() is not None:
                 self.exits[self.process.returncode] += 1
-                self.start()
+                self.process = self.start()
 
     def pids(self) -> list[int]:
         """Return its own process and its children."""
-        own = self.process.pid if self.process else 0
+        own = self.process.pid
         children = ""
         with contextlib.suppress(OSError):
             children = Path(f"/proc/{own}/task/{own}/children").read_text()
@@ -81,7 +81,6 @@ class Member:
         """SIGTERM, and no start after that; kill -9 what does not end."""
         with self._lock:
             self._resting = True
-            assert self.process is not None
             self.process.terminate()
             try:
                 self.process.wait(patience)
@@ -96,7 +95,7 @@ class Member:
         with self._lock:
             self.environment |= environment
             self._resting = False
-            self.start()
+            self.process = self.start()
 
 
 class Rig:
@@ -116,13 +115,14 @@ class Rig:
 
     def __enter__(self) -> Self:
         with contextlib.ExitStack() as stack:
-            self.server = Server(self.folder)
+            self.server = Server(self.folder, small_disk=True)
             stack.callback(self.server.remove)
             self._prepare()
             self.proxy = stack.enter_context(Proxy(self.server.url()))
             self.bouncer: PgBouncer | None = None
             if pgbouncer.PROGRAM:
-                self.bouncer = stack.enter_context(PgBouncer(self.server.url()))
+                log = self.folder / "pgbouncer.log"
+                self.bouncer = stack.enter_context(PgBouncer(self.server.url(), log=log))
             stack.callback(self._kill_all)
             self._start()
             keeper = threading.Thread(target=self._keep)
@@ -141,13 +141,7 @@ class Rig:
 
     def manage(self, *arguments: str) -> bool:
         """Run manage.py by the direct road; return whether that went well."""
-        done = subprocess.run(
-            [sys.executable, settings.BASE_DIR / "manage.py", *arguments],
-            env={**os.environ, **self._environment(self.server.url())},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+        done = tools.manage(*arguments, **self._environment(self.server.url()))
         with (self.folder / "manage.log").open("a") as log:
             log.write(f"{arguments}\n{done.stdout}{done.stderr}\n")
         return done.returncode == 0
@@ -213,7 +207,6 @@ class Rig:
     def _kill_all(self) -> None:
         for member in self.members:
             member.kill()
-            assert member.process is not None
             member.process.wait()
 
     # The run

@@ -7,7 +7,6 @@ import shutil
 import signal
 import socket
 import subprocess
-import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -52,19 +51,22 @@ DISK = 400 * 1024 * 1024
 class Server:
     """Its data is in `folder`. PostgreSQL refuses to be root: it is `nobody` then.
 
-    It listens on `address`, for all of its /24, and on a Unix socket.
-    Where the test may mount one, new tables are on a small disk of their own, to be filled.
+    It listens on `address`, for all of its /24, and on a Unix socket. With `small_disk`, where the test
+    may mount one, new tables are on a disk of their own, to be filled.
     """
 
-    def __init__(self, folder: Path, address: str = "127.0.0.1") -> None:
+    def __init__(self, folder: Path, address: str = "127.0.0.1", *, small_disk: bool = False) -> None:
         self.folder = folder
         self.address = address
         self.data = folder / "data"
+        self.log = folder / "postgresql.log"
         self.port = free_port()
         self._bin = binaries()
         self._user = pwd.getpwnam("nobody").pw_uid if os.geteuid() == 0 else None
         self.data.mkdir(mode=0o700)
+        self.log.touch()
         self.own(self.data)
+        self.own(self.log)
         self._run(
             "initdb", "-D", self.data, "-U", "postgres", "--auth=trust", "-E", "utf8", "--locale=C"
         )
@@ -74,7 +76,7 @@ class Server:
         with (self.data / "pg_hba.conf").open("a") as file:
             file.write(f"host all all {address}/24 trust\n")
         self.start()
-        self.disk: Path | None = self._mount(folder / "disk")
+        self.disk = self._mount(folder / "disk") if small_disk else None
         if self.disk:
             self.query(f"create tablespace small location '{self.disk}'")
             self.query("alter database postgres set default_tablespace = 'small'")
@@ -106,16 +108,19 @@ class Server:
             return cursor.fetchall() if cursor.description else []
 
     def start(self) -> None:
-        self._run("pg_ctl", "-w", "-t", "120", "-D", self.data, "-l", self.data / "log", "start")
+        self._run("pg_ctl", "-w", "-t", "120", "-D", self.data, "-l", self.log, "start")
 
     def stop(self, mode: str = "fast") -> None:
         self._run("pg_ctl", "-w", "-t", "120", "-D", self.data, "-m", mode, "stop")
 
     def kill(self) -> None:
         """kill -9 a backend, as the kernel's out-of-memory killer does: all others restart."""
-        ((pid,),) = self.query("select min(pid) from pg_stat_activity where usename = 'chaos'")
-        os.kill(pid, signal.SIGKILL)
-        time.sleep(0.5)  # the server takes notice
+        sql = "select min(pid) from pg_stat_activity where usename = 'chaos'"
+        pid = eventually(lambda: self.query(sql)[0][0])
+        with contextlib.suppress(psycopg.OperationalError), self.superuser() as witness:
+            os.kill(pid, signal.SIGKILL)
+            witness.execute("select pg_sleep(60)")  # until it is ended as well
+            raise AssertionError("The server did not restart.")
         eventually(lambda: psycopg.pq.PGconn.ping(self._own_url.encode()) == psycopg.pq.Ping.OK)
 
     @contextlib.contextmanager
@@ -149,7 +154,7 @@ class Server:
             "remaining connection slots are reserved",
             "terminating connection due to administrator command",
         )
-        log = (self.data / "log").read_text(errors="replace")
+        log = self.log.read_text(errors="replace")
         return Counter({error: log.count(error) for error in told})
 
     def remove(self) -> None:
