@@ -121,6 +121,13 @@ class Calls:
         if self._in_hand is not None:
             running = self._running.values()
             self._in_hand.take_in_hand(*[(call.event.id, call.handler.number) for call in running])
+        try:
+            return self._run_until_complete(loop, task)
+        finally:
+            if self._in_hand is not None:
+                self._in_hand.put_down()
+
+    def _run_until_complete(self, loop: asyncio.AbstractEventLoop, task: asyncio.Task[T]) -> T:
         limits = [call.handler.policy.limit() for call in self._running.values()]
         longest = max((limit for limit in limits if limit is not None), default=None)
         if self._alarm is None or longest is None:

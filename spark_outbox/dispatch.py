@@ -5,12 +5,12 @@ Runs no SQL of its own; what becomes of the events is said in outcomes.py.
 
 import logging
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from spark_outbox import conf
 from spark_outbox.breaker import Breakers
 from spark_outbox.calls import Alarm, Calls, InHand
-from spark_outbox.errors import BatchFailed, BrokenTransaction, Discard, Retry
+from spark_outbox.errors import BatchFailed, BrokenTransaction, Discard, HandlerTimeout, Retry
 from spark_outbox.events import Event
 from spark_outbox.isolation import Isolation, apart
 from spark_outbox.outcomes import (
@@ -28,6 +28,9 @@ from spark_outbox.registry import Handler, Matching
 from spark_outbox.store import Attempt
 
 logger = logging.getLogger(__name__)
+
+READ_LIMIT = 30.0
+"""Seconds that it may take to check or decode a payload, which is nobody's handler yet."""
 
 LONGEST_WAIT = 1.0
 """Seconds for which a batch with nothing else to settle waits for the first of its async handlers."""
@@ -149,7 +152,7 @@ class Dispatcher:
                 return
             limit = handler.policy.limit()
             with apart(self._using, limit):
-                self._call_in_time(handler, event, limit)
+                self._call_in_time(handler.call, event, limit)
         except BaseException as raised:
             if type(raised) is KeyboardInterrupt and not self.daemon:
                 raise
@@ -186,9 +189,10 @@ class Dispatcher:
         if not handlers:
             outcomes.unhandled.append(event.id)
             return False
-        unreadable = None if event.is_simple else self._read(event, Event.check, isolation)
         earlier = batch.earlier.get(event.id)
         owed: Sequence[Handler] = handlers if earlier is None else batch.owed(event, handlers)
+        is_checked = event.is_simple or not owed
+        unreadable = None if is_checked else self._read(event, owed[0], Event.check, isolation)
         attempts: dict[str, Attempt] = {}
         deferred: list[Handler] = []
         attempt: Attempt | None
@@ -220,15 +224,19 @@ class Dispatcher:
         return bool(deferred)
 
     def _read(
-        self, event: Event, read: Callable[[Event], None], isolation: Isolation
-    ) -> Exception | None:
-        """Check an event's payload, or load it, before anybody is called; return what it raised."""
-        isolation.begin("")
+        self, event: Event, handler: Handler, read: Callable[[Event], None], isolation: Isolation
+    ) -> BaseException | None:
+        """Check an event's payload, or load it, before `handler` is called; return what it raised."""
+        if self._in_hand is not None:
+            self._in_hand.take_in_hand((event.id, handler.number))
+        isolation.begin("", READ_LIMIT)
         try:
-            read(event)
+            self._call_in_time(read, event, READ_LIMIT)
             isolation.end()
-        except Exception as error:  # noqa: BLE001, it is the fate of the event's deliveries
-            isolation.undo()
+        except BaseException as raised:  # noqa: BLE001, it is the fate of the event's deliveries
+            error = self._undo(handler, event, raised, isolation)
+            if isinstance(error, HandlerTimeout):
+                return HandlerTimeout(f"The payload takes more than {READ_LIMIT:g} s to decode.")
             return error
         return None
 
@@ -257,11 +265,12 @@ class Dispatcher:
         event: Event,
         error: BaseException | None,
         seconds: float,
-        culprit: Event | None = None,
+        whole: Sequence[Event] = (),
     ) -> Attempt | None:
         """Tell the handler's circuit, and whoever wants to know, what came of a call; return it.
 
-        A list that fails as a whole is one failure to the circuit: that of its `culprit`.
+        A list that has failed as a `whole` is one failure to the circuit. An error that is final is so
+        for one of its events, and nobody knows which: so each is tried again, by itself.
         """
         if isinstance(error, BatchFailed):
             error = error.errors.get(event)
@@ -273,7 +282,7 @@ class Dispatcher:
         if self._on_error is not None:
             self._on_error(event, handler, error)
         if not isinstance(error, (Retry, Discard, *HOPELESS)):
-            pause = self._breakers.failed(handler.name, (culprit or event).id)
+            pause = self._breakers.failed(handler.name, (whole[0] if whole else event).id)
             if pause:
                 context = {"handler": handler.name, "seconds": round(pause)}
                 logger.warning(
@@ -281,6 +290,8 @@ class Dispatcher:
                     context,
                     extra=context,
                 )
+        if len(whole) > 1 and handler.policy.is_final(error):
+            error = of_a_list(error)
         return judge(handler, event, error, seconds)
 
     def _call(
@@ -296,7 +307,7 @@ class Dispatcher:
             if limit is None:
                 handler.call(argument)
             else:
-                self._call_in_time(handler, argument, limit)
+                self._call_in_time(handler.call, argument, limit)
             isolation.end()
         except BaseException as raised:  # noqa: BLE001, whatever it raises is its delivery's fate
             error = self._undo(handler, argument, raised, isolation)
@@ -329,15 +340,15 @@ class Dispatcher:
         return explain(raised, "" if isolation.unparsed else isolation.lost)
 
     def _call_in_time(
-        self, handler: Handler, argument: Event | list[Event], limit: float | None
+        self, function: Callable[[Any], object], argument: Event | list[Event], limit: float | None
     ) -> None:
-        """Call a handler, and interrupt it when its time is up."""
+        """Call a function, and interrupt it when its time is up."""
         if self._alarm is None or limit is None:
-            handler.call(argument)
+            function(argument)
             return
         try:
             self._alarm.start(limit)
-            handler.call(argument)
+            function(argument)
         finally:
             self._alarm.stop()
 
@@ -387,12 +398,10 @@ class Dispatcher:
         if self._in_hand is not None:
             self._in_hand.take_in_hand(*[(event.id, handler.number) for event in events])
         error, seconds = self._call(handler, events, isolation)
-        if error is not None and len(events) > 1 and handler.policy.is_final(error):
-            error = of_a_list(error)
-        culprit = None if isinstance(error, BatchFailed) else events[0]
+        whole = () if isinstance(error, BatchFailed) else events
         lost: dict[int, Outcomes] = {}
         for opened, call in waiting:
-            attempt = self._judge(handler, call.event, error, seconds, culprit)
+            attempt = self._judge(handler, call.event, error, seconds, whole)
             if attempt is not None:
                 opened.attempts[handler.name] = attempt
                 lost[call.event.id] = Open(
@@ -404,7 +413,7 @@ class Dispatcher:
     def _call_concurrently(self, side: Calls, isolation: Isolation, outcomes: Outcomes) -> None:
         """Call async handlers, and wait for those that are about as fast as the others."""
         for _, call in self._concurrent:  # now: a running loop can't wait for the worker's connection
-            call.error = self._read(call.event, Event.load, isolation)
+            call.error = self._read(call.event, call.handler, Event.load, isolation)
             call.ended = call.error is not None
         calls = [call for _, call in self._concurrent]
         side.start(call for call in calls if not call.ended)

@@ -173,7 +173,10 @@ class Event(Mapping[str, Any]):
     @property
     def is_simple(self) -> bool:
         """Whether there is nothing to `check` in what a stored event was given."""
-        return self.headers is NO_HEADERS and is_simple(self._text)
+        headers = self.headers
+        return is_simple(self._text) and (
+            headers is NO_HEADERS or (isinstance(headers, LazyPayload) and headers.is_simple)
+        )
 
     def check(self) -> None:
         """Raise UnreadablePayload unless a stored event's payload and headers can be read.

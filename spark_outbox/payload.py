@@ -31,6 +31,8 @@ from spark_outbox.references import References, locate
 
 TAG = "$"
 MAX_DEPTH = 100
+MAX_DIGITS = 4300
+"""Of an integer: Python reads no more, see sys.set_int_max_str_digits()."""
 
 MAX_TEXT = 5 * 2**20
 """Characters of JSON that a payload, or the headers, may have when they are emitted."""
@@ -297,9 +299,13 @@ class LazyPayload(Mapping[str, Any]):
 
     def check(self) -> None:
         """Raise UnreadablePayload if it can't be decoded; fetches none of the instances."""
-        if not is_simple(self._text):
-            for value in self._parsed().values():
-                self._decode(value, locate)
+        for value in self._parsed().values():
+            self._decode(value, locate)
+
+    @property
+    def is_simple(self) -> bool:
+        """Whether there is nothing to `check`."""
+        return is_simple(self._text)
 
     def start_over(self) -> None:
         """Decode anew what is asked for from now on: no reader sees what another made of it."""
@@ -344,9 +350,16 @@ class LazyPayload(Mapping[str, Any]):
 
 
 def is_simple(text: Text) -> bool:
-    """Return whether a stored payload is so simple that nothing in it can be wrong. Most are."""
+    """Return whether a stored payload is so simple that nothing in it can be wrong. Most are.
+
+    It is an object, has no tag, no number that is too long for Python, and is not nested too deeply.
+    """
     return (
-        isinstance(text, str) and len(text) < 2 * MAX_DEPTH and TAG not in text and text.startswith("{")
+        isinstance(text, str)
+        and len(text) < MAX_DIGITS
+        and text.startswith("{")
+        and (TAG not in text or f'"{TAG}"' not in text)  # first what takes less time
+        and (len(text) < 2 * MAX_DEPTH or text.count("{") + text.count("[") <= MAX_DEPTH)
     )
 
 

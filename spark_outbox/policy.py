@@ -7,7 +7,6 @@ from typing import NamedTuple
 from spark_outbox import backoff, conf
 from spark_outbox.backoff import MAX_DELAY, Backoff, Seconds, seconds
 from spark_outbox.errors import (
-    BatchFailed,
     Discard,
     InstanceGone,
     RegistrationError,
@@ -74,9 +73,9 @@ class Policy:
 
     def is_final(self, error: BaseException) -> bool:
         """Return whether this error, which is no handler's own word, is not worth another attempt."""
-        if isinstance(error, (Retry, Discard, BatchFailed)):
+        if isinstance(error, (Retry, Discard)):
             return False
-        return isinstance(error, (*HOPELESS, *self.discard_for)) or not isinstance(error, self.retry_for)
+        return isinstance(error, self.discard_for) or self._is_hopeless(error)
 
     def judge(self, error: BaseException, attempt: int) -> Verdict:
         """Decide after the failed `attempt` (1-based)."""
@@ -89,7 +88,7 @@ class Policy:
             return Verdict("pending", at=error.after)
         if isinstance(error, Retry) and isinstance(error.after, dt.timedelta):
             return Verdict("pending", delay=_bounded(error.after.total_seconds()))
-        if isinstance(error, HOPELESS) or not isinstance(error, (Retry, *self.retry_for)):
+        if self._is_hopeless(error):
             return Verdict("failed")
         wait = backoff.delay(
             attempt,
@@ -97,6 +96,9 @@ class Policy:
             longest=settings.MAX_BACKOFF,
         )
         return Verdict("pending", delay=_bounded(wait))
+
+    def _is_hopeless(self, error: BaseException) -> bool:
+        return isinstance(error, HOPELESS) or not isinstance(error, (Retry, *self.retry_for))
 
 
 def _bounded(wait: float) -> dt.timedelta:

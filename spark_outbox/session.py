@@ -3,8 +3,8 @@
 The socket of a process that dies is closed, and the other side sees that at once. A host that dies, or
 a line that is cut, says nothing: then TCP ends the connection, on each side by itself, once the other
 has been silent for `tcp_user_timeout`; keepalives ask where nothing else is under way. A new connection
-is given up after `connect_timeout`. So other workers have the rows of one that is cut off within
-NOTICED seconds, and by then it knows that it has lost them.
+is given up after `connect_timeout`. So other workers have the rows of one that is cut off within 20
+seconds, and by then it knows that it has lost them.
 
 The figures are libpq's parameters, and go for both sides. Those that the project has given in OPTIONS
 of its DATABASES come first. Processes that only emit keep their own.
@@ -14,8 +14,6 @@ from django.db import connections
 from psycopg.pq import Conninfo
 
 from spark_outbox import store
-
-NOTICED = 20.0
 
 BOUNDS = {
     "connect_timeout": "10",
@@ -51,8 +49,10 @@ def set_up(using: str, *, direct: str | None, idle_in_transaction: float | None)
     if direct is not None:
         connection = connections[direct]
         connection.ensure_connection()
-        given = connection.connection.pgconn.info
-        values = {option.keyword.decode(): option.val.decode() for option in given if option.val}
-        store.bound_session({**BOUNDS, **values}, using=direct)
+        options = connection.connection.pgconn.info  # all of them: the password as well
+        given = {option.keyword.decode(): option.val.decode() for option in options if option.val}
+        bounds = {name: given.get(name, value) for name, value in BOUNDS.items()}
+        store.bound_session(bounds, using=direct)
         store.limit_silence(idle_in_transaction, using=direct)
-    return store.server_version(using=using)
+    version: str = connections[using].connection.info.parameter_status("server_version")
+    return version.split(maxsplit=1)[0]

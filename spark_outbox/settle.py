@@ -4,6 +4,7 @@ import logging
 import os
 import random
 import socket
+import time
 from collections.abc import Container, Sequence
 
 from django.db import transaction
@@ -17,6 +18,9 @@ from spark_outbox.registry import Registry
 from spark_outbox.store import Ended, Running
 
 logger = logging.getLogger(__name__)
+
+CRASH_PATIENCE = 5.0
+"""Seconds to wait until the rows of a process that died are free."""
 
 
 def write(outcomes: Outcomes, *, session: int = 0, using: str) -> None:
@@ -97,6 +101,32 @@ def take_over(*, session: int = 0, mine: Container[tuple[int, str]] = (), using:
             logger.warning(
                 "Took over %(deliveries)s deliveries of a worker that is gone.", context, extra=context
             )
+
+
+def book_crash(
+    in_hand: Sequence[tuple[int, int]], cause: str, registry: Registry, *, using: str
+) -> None:
+    """Count the attempts that ended with a process; wait for the server to see that it is gone.
+
+    `in_hand` has pairs of an event's id and its handler's number.
+    """
+    left = list(in_hand)
+    deadline = time.monotonic() + CRASH_PATIENCE
+    while left and time.monotonic() < deadline:
+        left = [
+            (event_id, number)
+            for event_id, number in left
+            if not write_crash(event_id, number, cause, registry, using=using)
+        ]
+        if left:
+            time.sleep(0.02)
+    if left:
+        events = {"event_ids": [event_id for event_id, _ in left]}
+        logger.warning(
+            "Attempts that ended with their process could not be counted: events %(event_ids)s.",
+            events,
+            extra=events,
+        )
 
 
 def write_crash(event_id: int, number: int, cause: str, registry: Registry, *, using: str) -> bool:

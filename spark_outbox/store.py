@@ -285,7 +285,7 @@ def claim_ordered(after: str, limit: int, *, failed: str, groups: str | None, us
 
 
 def _claim_ids(ids: list[int], using: str) -> list[StoredRow]:
-    return list(map(StoredRow._make, _stored(_rows(CLAIM_IDS, [ids], using=using), using)))
+    return _events(CLAIM_IDS, ids, using)
 
 
 def is_unfinished(event_id: int, *, using: str) -> bool:
@@ -316,6 +316,10 @@ def _stored(rows: Iterable[Any], using: str) -> list[Any]:
     return [
         row if row[3] is not None and row[4] is not None else _with_large(row, using) for row in rows
     ]
+
+
+def _events(sql: str, param: Any, using: str) -> list[StoredRow]:
+    return list(map(StoredRow._make, _stored(_rows(sql, [param], using=using), using)))
 
 
 def _with_large(row: Sequence[Any], using: str) -> tuple[Any, ...]:
@@ -472,8 +476,8 @@ from unnest(%s::bigint[], %s::text[]) as begun (event_id, error)
 where event.id = begun.event_id and event.status = 'pending'
 """
 
-# After RECORD_ATTEMPTS: the event waits for the first of its deliveries. Not for those that have been
-# due before this pass and were not called in it: nobody has their handlers, and the event would be due
+# After RECORD_ATTEMPTS: the event waits for the first of its deliveries. Not for those that were due
+# when this pass began and were not called in it: nobody has their handlers, and the event would be due
 # again at once, for ever.
 POSTPONE = f"""
 update spark_outbox_event as event
@@ -483,7 +487,7 @@ set attempts = {_ONE_MORE},
         select coalesce(min(delivery.available_at), statement_timestamp())
         from spark_outbox_delivery as delivery
         where delivery.event_id = event.id and delivery.status = 'pending' and (
-            delivery.available_at > statement_timestamp()
+            delivery.available_at > transaction_timestamp()
             or delivery.attempted_at >= transaction_timestamp()
         )
     ) end
@@ -752,7 +756,7 @@ def owe_again(ids: list[int], handler: str, others: Sequence[tuple[int, str]], *
 
 
 def events_by_id(ids: list[int], *, using: str) -> list[StoredRow]:
-    return list(map(StoredRow._make, _stored(_rows(EVENTS_BY_ID, [ids], using=using), using)))
+    return _events(EVENTS_BY_ID, ids, using)
 
 
 def rows_written(*, using: str) -> dict[str, int]:
@@ -808,8 +812,6 @@ def listen(*, using: str) -> None:
 
 # A worker's session, or where that is a pooler's, its transactions; see session.py
 
-SERVER_VERSION = "select current_setting('server_version')"
-
 NAME_SESSION = "set application_name = 'spark_worker'"
 
 BOUND_SESSION = """
@@ -826,11 +828,6 @@ select
     set_config('client_connection_check_interval', '1s', {local}),
     set_config('idle_in_transaction_session_timeout', '{milliseconds}', {local})
 """
-
-
-def server_version(*, using: str) -> str:
-    version: str = value(SERVER_VERSION, using=using)
-    return version.split(maxsplit=1)[0]
 
 
 def name_session(*, using: str) -> None:
@@ -906,4 +903,4 @@ def last_id(*, using: str) -> int:
 
 def events_after(last: int, *, using: str) -> list[StoredRow]:
     """Return the events of any status with a higher id than `last`, in order."""
-    return list(map(StoredRow._make, _stored(_rows(EVENTS_AFTER, [last], using=using), using)))
+    return _events(EVENTS_AFTER, last, using)

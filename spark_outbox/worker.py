@@ -7,9 +7,9 @@ import resource
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
-from django.db import DatabaseError, DataError, Error, IntegrityError, connections, transaction
+from django.db import DatabaseError, DataError, Error, connections, transaction
 
 from spark_outbox import conf, session, settle, store
 from spark_outbox.calls import Alarm, Calls, InHand
@@ -34,8 +34,8 @@ PUT_BACK_CHUNK = 10_000
 SILENCE = 30.0
 """Seconds that a transaction may be idle beyond the timeouts of its handlers."""
 
-CRASH_PATIENCE = 5.0
-"""Seconds to wait until the rows of a process that died are free."""
+ABOUT_ROWS = ("22", "23", "44", "P0")
+"""Classes of SQLSTATE: of data, constraints and views, and of PL/pgSQL, so of triggers that refuse."""
 
 RECONNECT_PAUSES = (0.1, 10.0)
 """The first and the longest pause, in seconds, while the database is away."""
@@ -330,6 +330,7 @@ class Worker:
         total = 0
         while matched and (count := store.put_back(matched, limit=PUT_BACK_CHUNK, using=self.using)):
             total += count
+            self._ask()
         if total:
             context = {"events": total, "groups": matched}
             logger.info("Put back %(events)s unhandled events.", context, extra=context)
@@ -363,27 +364,6 @@ class Worker:
             if connection.connection is not self._session and connection.alias != self._direct:
                 connection.close_if_unusable_or_obsolete()
 
-    def book_crash(self, in_hand: Sequence[tuple[int, int]], cause: str) -> None:
-        """Count the attempts that ended with a process; wait for the server to see that it is gone."""
-        session.set_bounds(self.using)
-        left = list(in_hand)
-        deadline = time.monotonic() + CRASH_PATIENCE
-        while left and time.monotonic() < deadline:
-            left = [
-                (event_id, number)
-                for event_id, number in left
-                if not settle.write_crash(event_id, number, cause, self._registry, using=self.using)
-            ]
-            if left:
-                self._wake.pause(0.02)
-        if left:
-            events = {"event_ids": [event_id for event_id, _ in left]}
-            logger.warning(
-                "Attempts that ended with their process could not be counted: events %(event_ids)s.",
-                events,
-                extra=events,
-            )
-
     def _is_bloated(self) -> bool:
         if self._max_rss is None:
             return False
@@ -405,8 +385,8 @@ class Worker:
 
     def _is_at_fault(self, batch: Batch, error: Error) -> bool:
         """Return whether it is plain that a batch could not be settled because of its only event."""
-        is_about_rows = isinstance(error, DataError | IntegrityError)
-        return self._claims.careful and len(batch.events) == 1 and is_about_rows
+        state = getattr(error.__cause__, "sqlstate", None) or ""
+        return self._claims.careful and len(batch.events) == 1 and state.startswith(ABOUT_ROWS)
 
     def _is_connected(self) -> bool:
         raw = connections[self.using].connection

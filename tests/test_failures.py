@@ -319,6 +319,28 @@ def test_a_delivery_that_is_not_due_yet_is_left_alone_when_another_of_its_event_
     assert event.available_at > timezone.now() + timedelta(minutes=50)
 
 
+def test_a_delivery_that_falls_due_while_another_of_its_event_fails_is_not_put_off(own_registry):
+    calls = []
+
+    @handler("", name="slow", backoff=[0.01, 3600])
+    def slow(event):
+        calls.append("slow")
+        if event.attempt == 2:
+            time.sleep(0.3)  # meanwhile the other's time comes
+        raise RuntimeError
+
+    @handler("", name="quick", backoff=[0.2])
+    def quick(event):
+        calls.append("quick")
+        if event.attempt == 1:
+            raise RuntimeError
+
+    emit("g", "key")
+    with worker_thread():
+        eventually(lambda: deliveries().get("quick") == ("done", 2))
+    assert calls == ["slow", "quick", "slow", "quick"]
+
+
 @pytest.mark.parametrize(
     ("error", "status"),
     [

@@ -11,8 +11,9 @@ import pytest
 from django.core.management import CommandError, call_command
 from psycopg import errors, sql
 
-from spark_outbox import Retry, emit, emit_many, handler
+from spark_outbox import Retry, dispatch, emit, emit_many, handler
 from spark_outbox.errors import DuplicateKey
+from spark_outbox.management.alarm import Alarm
 from spark_outbox.models import Delivery, OutboxEvent
 from spark_outbox.worker import Worker
 from tests.challenges.models import Handled
@@ -389,21 +390,76 @@ def test_what_is_owed_to_a_handler_that_does_not_exist_does_not_make_an_event_du
     assert statuses() == {"bad": "done"}
 
 
-def test_an_event_that_cannot_be_settled_fails_instead_of_coming_back_for_ever(own_registry, caplog):
+REFUSALS = {
+    'violates check constraint "no"': (
+        "alter table spark_outbox_event add constraint no check (key <> 'bad' or status <> 'done')",
+        "alter table spark_outbox_event drop constraint no",
+    ),
+    "RaiseException: not this one": (
+        """
+        create function no() returns trigger language plpgsql as $$ begin
+            raise exception 'not this one';
+        end $$;
+        create trigger no before update on spark_outbox_event for each row
+        when (new.key = 'bad' and new.status = 'done') execute function no()
+        """,
+        "drop function no cascade",
+    ),
+}
+
+
+@pytest.mark.parametrize("reason", REFUSALS)
+def test_an_event_that_cannot_be_settled_fails_instead_of_coming_back_for_ever(
+    own_registry, caplog, reason
+):
     """The last resort: whatever it may be that PostgreSQL does not take."""
     own_registry.add_handler(note, group="")
     emit_many({"group": "g", "key": key} for key in ("1", "bad", "2"))
-    update("alter table spark_outbox_event add constraint no check (key <> 'bad' or status <> 'done')")
+    refuse, allow = REFUSALS[reason]
+    update(refuse)
     try:
         with worker_thread():
             eventually(lambda: statuses() == {"1": "done", "bad": "failed", "2": "done"})
             emit("g", "3")
             eventually(lambda: statuses()["3"] == "done")
     finally:
-        update("alter table spark_outbox_event drop constraint no")
-    assert 'violates check constraint "no"' in OutboxEvent.objects.get(key="bad").last_error
+        update(allow)
+    assert reason in OutboxEvent.objects.get(key="bad").last_error
     assert sorted(Handled.objects.values_list("key", flat=True)) == ["1", "2", "3"]
     assert "can't be settled" in caplog.text
+
+
+class Note:
+    """What is in hand when an alarm rings."""
+
+    def __init__(self):
+        self.in_hand = []
+
+    def take_in_hand(self, *called):
+        self.in_hand.append(called)
+
+    def put_down(self):
+        pass
+
+    rest = put_down
+
+
+def test_a_payload_that_takes_too_long_to_decode_is_given_up_in_the_name_of_its_event(
+    own_registry, monkeypatch
+):
+    """Keys whose hashes are all the same: each is compared with all before it."""
+    monkeypatch.setattr(dispatch, "READ_LIMIT", 0.1)
+    own_registry.add_handler(note, group="", name="h")
+    emit("g", "before")
+    pairs = [[number * (2**61 - 1), 0] for number in range(30_000)]
+    insert(payload=json.dumps({"a": {"$": ["dict", pairs]}}))
+    event_id = OutboxEvent.objects.get(key="bad").id
+    noted = Note()
+    Worker(alarm=Alarm(), in_hand=noted).handle_batch()
+    assert statuses() == {"before": "done", "bad": "pending"}
+    delivery = Delivery.objects.get()
+    assert "takes more than 0.1 s to decode" in delivery.error
+    assert noted.in_hand[-1] == ((event_id, 0),)
 
 
 def test_a_payload_that_says_when_to_try_again_is_not_believed_everything(own_registry):

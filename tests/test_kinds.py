@@ -13,6 +13,7 @@ from spark_outbox import BatchFailed, Discard, Retry, aemit, emit, emit_many, ha
 from spark_outbox.errors import InstanceGone, RegistrationError, SettingsError
 from spark_outbox.management.alarm import Alarm
 from spark_outbox.models import Delivery, OutboxEvent
+from spark_outbox.supervisor import Slot
 from spark_outbox.testing import drain
 from spark_outbox.worker import Worker
 from tests.challenges.models import Challenge, Handled
@@ -245,13 +246,15 @@ def test_a_worker_that_is_stopped_lets_its_calls_finish(own_registry):
         while not release.is_set():
             await asyncio.sleep(0.005)
 
-    with worker_thread() as worker:
+    slot = Slot(0)
+    with worker_thread(in_hand=slot) as worker:
         emit("g", "key")
         assert started.wait(PATIENCE)
         eventually(lambda: status() == "running")
         worker.stop()
         release.set()
     assert status() == "done"
+    assert slot.in_hand() == []
 
 
 def test_without_a_lasting_session_a_batch_waits_for_all_of_its_calls(own_registry, settings):

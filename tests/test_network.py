@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import signal
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -18,6 +19,7 @@ from tests.chaos.pgbouncer import PgBouncer
 from tests.chaos.proxy import Proxy
 from tests.tools import (
     WorkerProcess,
+    connect,
     conninfo,
     eventually,
     make_challenge,
@@ -125,6 +127,20 @@ def test_what_the_environment_says_comes_first(monkeypatch):
     expected = {**session.BOUNDS, "keepalives": 0}
     del expected["connect_timeout"]
     assert connection.settings_dict["OPTIONS"] == expected
+
+
+def test_the_password_is_no_parameter_of_a_statement():
+    """Those end up in logs and traces."""
+    given = []
+
+    def watch(execute, sql, params, many, context):
+        given.append(params)
+        return execute(sql, params, many, context)
+
+    with connection.execute_wrapper(watch):
+        session.set_up("default", direct="default", idle_in_transaction=None)
+    connection.close()
+    assert [set(params) for params in given if params] == [set(session.BOUNDS)]
 
 
 # A network that fails
@@ -273,6 +289,20 @@ def test_a_worker_whose_connection_only_seems_to_stand_is_started_anew(proxy):
         worker.wait_until_ready()
         eventually(lambda: status("key") == "done")
         assert "has not answered" in worker.output
+    assert_each_was_handled_once(1)
+
+
+def test_a_crash_that_cannot_be_counted_does_not_keep_the_supervisor_from_its_work(flags):
+    with WorkerProcess(*ONLY_WOKEN, "--answer-timeout", "2") as worker:
+        worker.wait_until_ready()
+        pid = start_a_handler(flags)
+        with connect(autocommit=False) as other:
+            other.execute("lock table spark_outbox_delivery")
+            os.kill(pid, signal.SIGKILL)
+            eventually(lambda: "could not be counted: The database does not" in worker.output)
+            eventually(lambda: Path(flags["started"]).read_text() not in {"", str(pid)})
+        Path(flags["go"]).touch()
+        eventually(lambda: status() == "done")
     assert_each_was_handled_once(1)
 
 

@@ -4,7 +4,7 @@ import pytest
 from django.db import transaction
 from django.test import TestCase
 
-from spark_outbox import Discard, Event, Retry, emit
+from spark_outbox import Discard, Event, Retry, emit, emit_many, handler
 from spark_outbox.models import OutboxEvent
 from spark_outbox.testing import capture_events, drain, emitted
 from tests.challenges.models import Donation, Handled
@@ -40,6 +40,17 @@ def test_drain_raises_what_a_handler_raised_after_the_others_were_handled(own_re
     assert OutboxEvent.objects.filter(status="done").count() == 2
     emit("g", "three")
     assert drain() == 1  # the failed one waits for its time
+
+
+@pytest.mark.django_db
+def test_drain_raises_what_a_list_of_events_failed_for(own_registry):
+    @handler("", batch=10, retry_for=(ConnectionError,))
+    def take(events):
+        raise ValueError("a bug")
+
+    emit_many([Event("g"), Event("g")])
+    with pytest.raises(ValueError, match="a bug"):
+        drain()
 
 
 @pytest.mark.django_db

@@ -15,13 +15,16 @@ from django.db import DEFAULT_DB_ALIAS, Error, connections
 from django.utils import autoreload
 
 import spark_outbox
-from spark_outbox import conf
-from spark_outbox.errors import SparkOutboxError, describe
+from spark_outbox import conf, session, settle
+from spark_outbox.errors import HandlerTimeout, SparkOutboxError, describe
 from spark_outbox.management import systemd
 from spark_outbox.management.alarm import Alarm
 from spark_outbox.registry import registry
 from spark_outbox.supervisor import SIGNALS, Slot, Supervisor
 from spark_outbox.worker import Worker
+
+BOOKING_PATIENCE = 30.0
+"""Seconds that the supervisor spends on counting a crash, at the most."""
 
 
 class Command(BaseCommand):
@@ -144,7 +147,7 @@ class Command(BaseCommand):
             answer_timeout=options["answer_timeout"],
             finite=finite,
             on_ready=lambda: systemd.notify("READY=1"),
-            on_crash=lambda in_hand, cause: self._book_crash(in_hand, cause, using=options["database"]),
+            on_crash=lambda in_hand, cause: self._book_crash(in_hand, cause, options),
         )
         stops = (signal.SIGTERM, signal.SIGINT)
 
@@ -214,15 +217,22 @@ class Command(BaseCommand):
             **more,
         )
 
-    def _book_crash(self, in_hand: list[tuple[int, int]], cause: str, *, using: str) -> None:
+    def _book_crash(self, in_hand: list[tuple[int, int]], cause: str, options: dict[str, Any]) -> None:
+        """Count a crash, if the database is there and answers: nobody is looked after meanwhile."""
+        using = options["database"]
+        alarm = Alarm()
+        alarm.start(min(BOOKING_PATIENCE, options["answer_timeout"]))
         try:
-            Worker(using=using).book_crash(in_hand, cause)
-        except Error as error:  # the database is away: then nothing can be counted
-            self.stderr.write(
-                f"A crash on event {in_hand[0][0]} could not be counted: {describe(error)}"
-            )
+            session.set_bounds(using)
+            settle.book_crash(in_hand, cause, registry, using=using)
+        except (Error, HandlerTimeout) as error:
+            late = isinstance(error, HandlerTimeout)
+            why = "The database does not answer." if late else describe(error)
+            self.stderr.write(f"A crash on event {in_hand[0][0]} could not be counted: {why}")
         finally:
+            alarm.stop()
             connections.close_all()
+            del connections[using]  # it may have been interrupted anywhere
 
     def _introduce(self, version: str, options: dict[str, Any]) -> None:
         name = connections[options["database"]].settings_dict["NAME"]
