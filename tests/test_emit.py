@@ -1,6 +1,7 @@
 """emit() and its siblings: what is written, when, and what is refused."""
 
 import asyncio
+import contextlib
 import threading
 from datetime import datetime, timedelta
 
@@ -93,6 +94,22 @@ def test_rollback_to_a_savepoint_emits_nothing():
             emit_many([{"group": "group", "key": "bulk"}])
             raise ZeroDivisionError
     assert [event.key for event in OutboxEvent.objects.all()] == ["outer"]
+
+
+@committed
+def test_on_commit_knows_what_the_end_of_atomic_does_not_tell():
+    """That Django has rolled back, and raised nothing, since a savepoint's rollback had failed."""
+    callbacks = []
+    with transaction.atomic():
+        emit("group", "outer")
+        transaction.on_commit(lambda: callbacks.append("committed"))
+        with contextlib.suppress(ZeroDivisionError), transaction.atomic(), connect() as other:
+            emit("group", "inner")
+            pid = connection.connection.info.backend_pid
+            other.execute("select pg_terminate_backend(%s, 10000)", [pid])
+            raise ZeroDivisionError
+    assert not OutboxEvent.objects.exists()
+    assert callbacks == []
 
 
 @committed
