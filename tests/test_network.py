@@ -167,6 +167,7 @@ def test_a_stalled_network_is_waited_for(proxy, flags):
         proxy.stall()
         Path(flags["go"]).touch()
         emit("probe", "next")
+        eventually(lambda: proxy.held)  # the handler has returned, and its outcome is on its way
         assert status() == "pending"
         proxy.resume()
         wait_until_done(2)

@@ -18,8 +18,8 @@ AT_ONCE = struct.pack("ii", 1, 0)
 class Proxy:
     """Listens on 127.0.0.1, and connects each client to the server that `server`, a conninfo, names.
 
-    Its methods return once they are in force, and may be called from any thread. Each of them
-    holds until `heal`, but for `reset`, and for `stall` with a time.
+    Its methods return once they are in force, and may be called from any thread. Each failure
+    holds until `heal`, but for `reset`, which is over at once, and `stall`, which `resume` ends, too.
     """
 
     def __init__(self, server: str) -> None:
@@ -27,13 +27,14 @@ class Proxy:
         self.port = 0
         self.accepted = 0
         """How many connections there have been."""
+        self.held = 0
+        """How many chunks of bytes were held back."""
         self.swallowed = 0
         """How many chunks of bytes were lost."""
         self._links: dict[Task[object], list[StreamWriter]] = {}
         self._lost: set[Task[object]] = set()  # what they send goes nowhere, until they are reset
         self._flowing = asyncio.Event()
         self._flowing.set()
-        self._resumption: asyncio.TimerHandle | None = None
         self._is_black_hole = False
         self._refuses = False
         self._delay = 0.0
@@ -55,30 +56,18 @@ class Proxy:
         """The conninfo of the same database through the proxy."""
         return make_conninfo(**{**self._server, "host": "127.0.0.1", "port": str(self.port)})
 
-    @property
-    def open(self) -> int:
-        """How many connections there are."""
-        return len(self._links)
-
     # Failures
 
     def reset(self) -> None:
         """Send a RST to both ends of all connections. New ones are served."""
         self._do(lambda: self._reset(list(self._links)))
 
-    def stall(self, seconds: float | None = None) -> None:
-        """Hold back all bytes, in both directions, for so long or until `resume`; lose none."""
-
-        def stall() -> None:
-            self._resume()
-            self._flowing.clear()
-            if seconds is not None:
-                self._resumption = self._loop.call_later(seconds, self._resume)
-
-        self._do(stall)
+    def stall(self) -> None:
+        """Hold back all bytes, in both directions, until `resume`; lose none."""
+        self._do(self._flowing.clear)
 
     def resume(self) -> None:
-        self._do(self._resume)
+        self._do(self._flowing.set)
 
     def black_hole(self) -> None:
         """Lose all bytes in silence, those of new connections, too, and whatever ends a connection."""
@@ -108,7 +97,7 @@ class Proxy:
             self._is_black_hole = self._refuses = False
             self._delay = 0.0
             self._reset(list(self._lost))
-            self._resume()
+            self._flowing.set()
 
         self._do(heal)
 
@@ -171,7 +160,9 @@ class Proxy:
         while data := await reader.read(65536):
             if self._delay:
                 await asyncio.sleep(self._delay)
-            await self._flowing.wait()
+            if not self._flowing.is_set():
+                self.held += 1
+                await self._flowing.wait()
             if link in self._lost:
                 self.swallowed += 1
                 continue
@@ -186,12 +177,6 @@ class Proxy:
             for writer in self._links[link]:
                 _abort(writer)
             link.cancel()
-
-    def _resume(self) -> None:
-        if self._resumption is not None:
-            self._resumption.cancel()
-            self._resumption = None
-        self._flowing.set()
 
     def _do(self, act: Callable[[], None]) -> None:
         """Run `act` in the loop, and wait until that is done."""
