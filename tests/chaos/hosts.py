@@ -10,16 +10,12 @@ from tests.tools import WorkerProcess
 
 
 def why_not() -> str:
-    """Say why there can be no hosts here; empty if there can."""
+    """Say what is missing for hosts; empty if nothing is. The kernel may still refuse a Network."""
     if os.geteuid() != 0:
         return "network namespaces need root"
     if shutil.which("ip") is None:
         return "network namespaces need iproute2"
-    try:
-        with Network():
-            return ""
-    except subprocess.CalledProcessError as error:
-        return f"no network namespaces here: {error.stderr.strip()}"
+    return ""
 
 
 def _ip(*arguments: str) -> None:
