@@ -56,7 +56,7 @@ def tag(*content):
     return {"payload": json.dumps({"note": SECRET, "a": {"$": content}})}
 
 
-def model(label, pk, alias="default", **extra):
+def model(label, pk, alias="default"):
     return tag("model", label, pk, alias)
 
 
