@@ -21,14 +21,21 @@ from spark_outbox.models import Delivery, OutboxEvent
 from spark_outbox.policy import Policy
 from spark_outbox.worker import Worker
 from tests.challenges.models import Donation, Handled
-from tests.test_worker import Clock, make_ready, note, statuses
-from tests.tools import PATIENCE, connect, eventually, make_challenge, wait_until_asleep, worker_thread
+from tests.tools import (
+    PATIENCE,
+    Clock,
+    connect,
+    deliveries,
+    eventually,
+    make_challenge,
+    make_ready,
+    note,
+    statuses,
+    wait_until_asleep,
+    worker_thread,
+)
 
 pytestmark = pytest.mark.django_db(transaction=True)
-
-
-def deliveries():
-    return {d.handler: (d.status, d.attempts) for d in Delivery.objects.all()}
 
 
 def raising(error):

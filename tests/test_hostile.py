@@ -19,13 +19,16 @@ from spark_outbox.worker import Worker
 from tests.challenges.models import Handled
 from tests.probe.models import Named
 from tests.test_readme import blocks
-from tests.test_worker import make_ready, note, statuses
 from tests.tools import (
     WorkerProcess,
     connect,
     eventually,
     make_challenge,
+    make_ready,
+    note,
+    statuses,
     wait_until_asleep,
+    wait_until_ended,
     worker_thread,
 )
 
@@ -229,7 +232,7 @@ def test_each_bad_row_fails_alone_and_says_why(reading, caplog):
         )
         insert(**{"key": name, **columns})
     with worker_thread():
-        eventually(lambda: not OutboxEvent.objects.filter(status__in=["pending", "running"]).exists())
+        wait_until_ended()
         wait_until_asleep()
     ended = statuses()
     assert {key for key, status in ended.items() if status != "done"} == set(bad)

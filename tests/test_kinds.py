@@ -17,27 +17,24 @@ from spark_outbox.supervisor import Slot
 from spark_outbox.testing import drain
 from spark_outbox.worker import Worker
 from tests.challenges.models import Challenge, Handled
-from tests.test_failures import deliveries
-from tests.test_worker import make_ready, note, statuses
 from tests.tools import (
     PATIENCE,
     WorkerProcess,
     connect,
+    deliveries,
     eventually,
+    handled,
     make_challenge,
+    make_ready,
+    note,
+    status,
+    statuses,
     wait_until_asleep,
+    wait_until_done,
     worker_thread,
 )
 
 pytestmark = pytest.mark.django_db(transaction=True)
-
-
-def status(key="key"):
-    return OutboxEvent.objects.get(key=key).status
-
-
-def handled():
-    return list(Handled.objects.order_by("id").values_list("key", flat=True))
 
 
 def work(**options):
@@ -197,7 +194,7 @@ def test_one_slow_call_does_not_hold_up_the_outcomes_of_others(own_registry):
     with worker_thread():
         wait_until_asleep()
         emit_many({"group": "g", "key": key} for key in ["slow", *map(str, range(30))])
-        eventually(lambda: OutboxEvent.objects.filter(status="done").count() == 30)
+        wait_until_done(30)
         assert status("slow") == "running"
         emit("g", "later")  # and the worker goes on with what comes
         eventually(lambda: status("later") == "done")

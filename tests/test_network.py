@@ -24,7 +24,9 @@ from tests.tools import (
     eventually,
     make_challenge,
     manage,
+    status,
     wait_until_asleep,
+    wait_until_done,
 )
 
 pytestmark = pytest.mark.django_db(transaction=True)
@@ -46,21 +48,13 @@ def flags(tmp_path):
 
 
 def start_a_handler(flags, group="probe"):
-    emit(group, "in hand", **flags)
+    emit(group, "key", **flags)
     started = Path(flags["started"])
     return int(eventually(lambda: started.exists() and started.read_text()))
 
 
-def status(key="in hand"):
-    return OutboxEvent.objects.get(key=key).status
-
-
 def emit_some(count):
     emit_many({"group": "probe", "key": f"{number}"} for number in range(count))
-
-
-def wait_until_done(count):
-    eventually(lambda: OutboxEvent.objects.filter(status="done").count() == count)
 
 
 def assert_each_was_handled_once(count):

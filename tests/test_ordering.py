@@ -8,15 +8,22 @@ import pytest
 from spark_outbox import Retry, emit, emit_many, handler, store
 from spark_outbox.models import OutboxEvent
 from spark_outbox.worker import Worker
-from tests.challenges.models import Handled
-from tests.test_worker import Clock, make_ready, note, statuses
-from tests.tools import HOUR, WorkerProcess, connect, eventually, wait_until_asleep, worker_thread
+from tests.tools import (
+    HOUR,
+    Clock,
+    WorkerProcess,
+    connect,
+    eventually,
+    handled,
+    make_ready,
+    note,
+    statuses,
+    wait_until_asleep,
+    wait_until_done,
+    worker_thread,
+)
 
 pytestmark = pytest.mark.django_db(transaction=True)
-
-
-def handled():
-    return list(Handled.objects.order_by("id").values_list("key", flat=True))
 
 
 def emit_in_order(count, *, key="o", group="g", start=0):
@@ -53,7 +60,7 @@ def test_several_workers_keep_the_order_of_each_key_also_through_retries(own_reg
         wait_until_asleep(3)
         for n in range(total):
             emit("g", f"{n:03}", ordering_key=f"key {n % 6}", n=n)
-        eventually(lambda: OutboxEvent.objects.filter(status="done").count() == total)
+        wait_until_done(total)
     for keys in calls.values():
         first_calls = list(dict.fromkeys(keys))
         assert first_calls == sorted(first_calls)

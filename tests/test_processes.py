@@ -14,13 +14,17 @@ from spark_outbox import emit, emit_many
 from spark_outbox.models import Delivery, OutboxEvent
 from tests import postgres
 from tests.challenges.models import Handled
-from tests.tools import WorkerProcess, conninfo, eventually, manage, wait_until_asleep
+from tests.tools import (
+    WorkerProcess,
+    conninfo,
+    eventually,
+    manage,
+    status,
+    wait_until_asleep,
+    wait_until_done,
+)
 
 pytestmark = pytest.mark.django_db(transaction=True)
-
-
-def status(key="key"):
-    return OutboxEvent.objects.get(key=key).status
 
 
 # Starting
@@ -224,7 +228,7 @@ def test_two_worker_processes_handle_each_of_2000_events_once():
         two.wait_until_ready()
         wait_until_asleep(2)
         emit_many(({"group": "probe", "key": f"{n}"} for n in range(2000)), chunk_size=50)
-        eventually(lambda: OutboxEvent.objects.filter(status="done").count() == 2000)
+        wait_until_done(2000)
         for worker in (one, two):
             worker.signal(signal.SIGTERM)
             assert worker.wait() == 0
@@ -242,7 +246,7 @@ def test_several_processes_work_side_by_side():
         wait_until_asleep(3)
         assert "3 processes" in worker.output
         emit_many(({"group": "probe", "key": f"{n}"} for n in range(1500)), chunk_size=50)
-        eventually(lambda: OutboxEvent.objects.filter(status="done").count() == 1500)
+        wait_until_done(1500)
         worker.signal(signal.SIGTERM)
         assert worker.wait() == 0
     assert Handled.objects.count() == 1500
@@ -254,7 +258,7 @@ def test_a_segfault_takes_down_one_child_and_its_event_is_retried_and_then_faile
     emit_many({"group": "probe", "key": f"{n}"} for n in range(20))
     with WorkerProcess("--processes", "2") as worker:
         worker.wait_until_ready()
-        eventually(lambda: OutboxEvent.objects.filter(status="done").count() == 20)
+        wait_until_done(20)
         eventually(lambda: status("bad") == "failed")
         # Twice, or more often if both had it in hand before the first could be counted.
         assert worker.output.count("A worker process died of signal SIGSEGV.") >= 2

@@ -13,8 +13,15 @@ from spark_outbox import emit
 from spark_outbox.models import Delivery, OutboxEvent
 from spark_outbox.worker import Worker
 from tests.challenges.models import Handled
-from tests.test_worker import note, statuses
-from tests.tools import HOUR, eventually, make_challenge, wait_until_asleep, worker_thread
+from tests.tools import (
+    HOUR,
+    eventually,
+    make_challenge,
+    note,
+    statuses,
+    wait_until_asleep,
+    worker_thread,
+)
 
 pytestmark = pytest.mark.django_db(transaction=True)
 

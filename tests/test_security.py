@@ -37,7 +37,9 @@ from tests.tools import (
     make_challenge,
     manage,
     notifications,
+    status,
     wait_until_asleep,
+    wait_until_ended,
 )
 
 pytestmark = pytest.mark.django_db(transaction=True)
@@ -116,10 +118,6 @@ def logins(django_db_setup):
                     admin.execute(f"grant {name} to current_user")
                     admin.execute(f"drop owned by {name}")
                     admin.execute(f"drop role {name}")
-
-
-def status(key="key"):
-    return OutboxEvent.objects.get(key=key).status
 
 
 def test_the_emitter_emits_in_every_way(logins):
@@ -314,7 +312,7 @@ def test_the_worker_takes_over_what_another_had_detached_and_puts_back_what_nobo
         holder, other = (first, second) if first.owns(pid) else (second, first)
         holder.kill()
         Path(flags["go"]).touch()
-        eventually(lambda: not OutboxEvent.objects.filter(status__in=["pending", "running"]).exists())
+        wait_until_ended()
         other.signal(signal.SIGTERM)
         assert other.wait() == 0
         assert "denied" not in first.output + second.output
@@ -554,7 +552,7 @@ def test_whatever_happens_to_an_event_its_data_and_tracebacks_stay_out_of_the_lo
         )
     with WorkerProcess("-v", verbosity, "--no-reload", url=logins.url("worker"), DEBUG=debug) as worker:
         worker.wait_until_ready()
-        eventually(lambda: not OutboxEvent.objects.filter(status__in=["pending", "running"]).exists())
+        wait_until_ended()
         worker.signal(signal.SIGTERM)
         assert worker.wait() == 0
         output = worker.output

@@ -13,7 +13,7 @@ from spark_outbox import emit, emit_many, store
 from spark_outbox.models import OutboxEvent
 from spark_outbox.wake import MAX_PAUSE, Wake, poll
 from tests.challenges.models import Handled
-from tests.test_worker import Statements
+from tests.statements import Statements
 from tests.tools import (
     HOUR,
     PATIENCE,

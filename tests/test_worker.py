@@ -5,7 +5,6 @@ import itertools
 import re
 import threading
 
-import psycopg
 import pytest
 from django.db import IntegrityError, connection, connections, transaction
 
@@ -15,51 +14,22 @@ from spark_outbox.models import Delivery, OutboxEvent
 from spark_outbox.policy import Policy
 from spark_outbox.worker import Worker
 from tests.challenges.models import Challenge, Donation, Handled
-from tests.tools import HOUR, connect, eventually, make_challenge, wait_until_asleep, worker_thread
+from tests.statements import Statements
+from tests.tools import (
+    HOUR,
+    Clock,
+    connect,
+    eventually,
+    make_challenge,
+    make_ready,
+    note,
+    statuses,
+    wait_until_asleep,
+    wait_until_done,
+    worker_thread,
+)
 
 pytestmark = pytest.mark.django_db(transaction=True)
-
-
-def note(event):
-    Handled.objects.create(key=event.key, handler="note")
-
-
-def statuses():
-    return dict(OutboxEvent.objects.order_by("id").values_list("key", "status"))
-
-
-def make_ready():
-    """Make every postponed event ready, as a person does."""
-    OutboxEvent.objects.filter(status="pending").update(available_at=None)
-
-
-class Statements:
-    """Every query that goes over the wire, ours included, but for BEGIN and COMMIT."""
-
-    def __init__(self):
-        self.sql = []
-
-    def __enter__(self):
-        self._patch = pytest.MonkeyPatch()
-        execute, savepoint = psycopg.Cursor.execute, store.savepoint
-
-        def record(cursor, sql, *args, **kwargs):
-            self.sql.append(sql)
-            return execute(cursor, sql, *args, **kwargs)
-
-        def record_savepoint(sql, *, using):
-            self.sql.append(sql)
-            savepoint(sql, using=using)
-
-        self._patch.setattr(psycopg.Cursor, "execute", record)
-        self._patch.setattr(store, "savepoint", record_savepoint)
-        return self
-
-    def __exit__(self, *error):
-        self._patch.undo()
-
-    def count(self, pattern):
-        return sum(bool(re.search(pattern, sql, re.IGNORECASE)) for sql in self.sql)
 
 
 # The happy path
@@ -136,7 +106,7 @@ def test_two_workers_handle_each_of_2000_events_once(own_registry):
     with worker_thread(batch_size=20), worker_thread(batch_size=20):
         wait_until_asleep(2)
         emit_many(({"group": "g", "key": f"{n}"} for n in range(2000)), chunk_size=100)
-        eventually(lambda: OutboxEvent.objects.filter(status="done").count() == 2000)
+        wait_until_done(2000)
     keys = list(Handled.objects.values_list("key", flat=True))
     assert sorted(keys, key=int) == [f"{n}" for n in range(2000)]
     assert len(handled) == 2000
@@ -502,14 +472,6 @@ def test_handlers_that_only_read_do_not_end_a_batch(own_registry):
 
 
 # Commit interval
-
-
-class Clock:
-    def __init__(self):
-        self.now = 0.0
-
-    def __call__(self):
-        return self.now
 
 
 def test_a_batch_is_committed_once_the_commit_interval_is_over(own_registry):

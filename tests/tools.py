@@ -1,4 +1,5 @@
-"""What tests share: waiting for something to become true, connections and workers of their own."""
+"""What tests share: waiting for something to become true, connections and workers of their own, and
+what the outbox and the ledger say."""
 
 import contextlib
 import os
@@ -21,8 +22,10 @@ from django.conf import settings
 from django.db import connection, connections
 from psycopg.conninfo import make_conninfo
 
+from spark_outbox import Event
+from spark_outbox.models import Delivery, OutboxEvent
 from spark_outbox.worker import Worker
-from tests.challenges.models import Challenge
+from tests.challenges.models import Challenge, Handled
 
 T = TypeVar("T")
 
@@ -117,6 +120,54 @@ def make_challenge(title: str = "One", *, using: str = "default", **fields: Any)
     """Save a challenge that goes on for long; its source emits one event."""
     dates = {"start_date": date(2026, 1, 1), "end_date": date(2999, 1, 1)}
     return Challenge.objects.using(using).create(title=title, **{**dates, **fields})
+
+
+def note(event: Event) -> None:
+    """Be a handler that writes to the ledger."""
+    Handled.objects.create(key=event.key, handler="note")
+
+
+def handled() -> list[str]:
+    """Return the keys in the ledger, in order."""
+    return list(Handled.objects.order_by("id").values_list("key", flat=True))
+
+
+def status(key: str = "key") -> str:
+    return OutboxEvent.objects.get(key=key).status
+
+
+def statuses() -> dict[str, str]:
+    return dict(OutboxEvent.objects.order_by("id").values_list("key", "status"))
+
+
+def deliveries() -> dict[str, tuple[str, int]]:
+    """Return the status and the attempts of each handler's delivery, where there is one event."""
+    return {d.handler: (d.status, d.attempts) for d in Delivery.objects.all()}
+
+
+def make_ready() -> None:
+    """Make every postponed event ready, as a person does."""
+    OutboxEvent.objects.filter(status="pending").update(available_at=None)
+
+
+def wait_until_done(count: int) -> None:
+    """Wait until `count` events are done."""
+    eventually(lambda: OutboxEvent.objects.filter(status="done").count() == count)
+
+
+def wait_until_ended() -> None:
+    """Wait until no event is pending or running."""
+    eventually(lambda: not OutboxEvent.objects.filter(status__in=["pending", "running"]).exists())
+
+
+class Clock:
+    """A worker's clock that stands still unless it is told otherwise."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
 
 
 class WorkerProcess:
