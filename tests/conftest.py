@@ -1,12 +1,14 @@
 import contextlib
 import random
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from django.conf import settings
 
 from spark_outbox.registry import Registry, registry
 from tests import postgres
+from tests.tools import Flags
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -52,3 +54,8 @@ def own_registry() -> Iterator[Registry]:
     """Empty the project's registry for one test: it registers what it needs."""
     with empty(registry) as emptied:
         yield emptied
+
+
+@pytest.fixture
+def flags(tmp_path: Path) -> Flags:
+    return Flags(tmp_path)

@@ -15,7 +15,7 @@ from spark_outbox import session
 from tests.chaos import hosts
 from tests.chaos.hosts import Network
 from tests.chaos.server import Server
-from tests.tools import PATIENCE, eventually, manage
+from tests.tools import eventually, manage
 
 pytestmark = pytest.mark.netns
 
@@ -66,29 +66,9 @@ def server(server_on_the_network, network):
     server_on_the_network.query("truncate spark_outbox_event, spark_outbox_delivery, challenges_handled")
 
 
-class Flags:
-    """The files by which a handler tells that it started, and is told to go on."""
-
-    def __init__(self, folder):
-        self.started, self.go = folder / "started", folder / "go"
-
-    def wait(self, *, patience=PATIENCE):
-        """Wait until a handler has started; return its process."""
-        pid = int(
-            eventually(lambda: self.started.exists() and self.started.read_text(), patience=patience)
-        )
-        self.started.unlink()
-        return pid
-
-
-@pytest.fixture
-def flags(tmp_path):
-    return Flags(tmp_path)
-
-
 def emit(server, group, flags=None, **payload):
     if flags is not None:
-        payload |= {"started": str(flags.started), "go": str(flags.go)}
+        payload |= flags.payload
     server.query("select spark_emit(%s, 'key', %s)", [group, json.dumps(payload)])
 
 

@@ -27,6 +27,7 @@ from tests.tools import (
     make_challenge,
     make_ready,
     note,
+    start_a_handler,
     status,
     statuses,
     wait_until_asleep,
@@ -742,17 +743,16 @@ def test_a_running_event_that_a_person_gave_up_stays_so(own_registry):
 
 
 @pytest.mark.parametrize("group", ["probe_detached", "probe_async"])
-def test_kill_9_frees_a_running_delivery_to_another_worker(tmp_path, group):
+def test_kill_9_frees_a_running_delivery_to_another_worker(flags, group):
     """Within about a second; what its siblings have done is not done again."""
-    started, go = tmp_path / "started", tmp_path / "go"
     with WorkerProcess() as first:
         first.wait_until_ready()
-        emit(group, "key", started=str(started), go=str(go))
-        eventually(lambda: started.exists() and started.read_text() and status() == "running")
+        assert first.owns(start_a_handler(flags, group))
+        eventually(lambda: status() == "running")
         with WorkerProcess() as second:
             second.wait_until_ready()
             first.kill()
-            go.touch()
+            flags.go.touch()
             eventually(lambda: status() == "done")
             (pid,) = {int(handled.note) for handled in Handled.objects.filter(handler="after")}
             assert second.owns(pid)
@@ -761,22 +761,21 @@ def test_kill_9_frees_a_running_delivery_to_another_worker(tmp_path, group):
 
 
 def test_a_stopped_worker_lets_a_detached_handler_finish_and_burns_no_attempt_if_it_takes_too_long(
-    tmp_path,
+    flags,
 ):
-    started, go = tmp_path / "started", tmp_path / "go"
-    emit("probe_detached", "key", started=str(started), go=str(go))
     with WorkerProcess("--shutdown-timeout", "0.2") as worker:
         worker.wait_until_ready()
-        eventually(lambda: started.exists() and status() == "running")
+        start_a_handler(flags, "probe_detached")
+        assert status() == "running"
         worker.signal(signal.SIGTERM)
         assert worker.wait() == 0
     assert deliveries() == {"detached": ("running", 0), "sibling": ("done", 1)}
-    started.unlink()
     with WorkerProcess() as worker:
         worker.wait_until_ready()
-        eventually(lambda: started.exists() and status() == "running")
+        flags.wait()
+        assert status() == "running"
         worker.signal(signal.SIGTERM)
-        go.touch()
+        flags.go.touch()
         assert worker.wait() == 0
     assert (status(), deliveries()) == ("done", {"detached": ("done", 1), "sibling": ("done", 1)})
 

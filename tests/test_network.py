@@ -5,7 +5,6 @@ import json
 import os
 import signal
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import psycopg
 import pytest
@@ -24,6 +23,7 @@ from tests.tools import (
     eventually,
     make_challenge,
     manage,
+    start_a_handler,
     status,
     wait_until_asleep,
     wait_until_done,
@@ -39,18 +39,6 @@ def proxy():
     """The network between the workers and the test database."""
     with Proxy(conninfo()) as proxy:
         yield proxy
-
-
-@pytest.fixture
-def flags(tmp_path):
-    """The files by which a handler tells that it started, and is told to go on."""
-    return {"started": str(tmp_path / "started"), "go": str(tmp_path / "go")}
-
-
-def start_a_handler(flags, group="probe"):
-    emit(group, "key", **flags)
-    started = Path(flags["started"])
-    return int(eventually(lambda: started.exists() and started.read_text()))
 
 
 def emit_some(count):
@@ -145,7 +133,7 @@ def test_a_connection_that_is_reset_in_the_middle_of_a_handler_costs_nothing(pro
         worker.wait_until_ready()
         pid = start_a_handler(flags)
         proxy.reset()
-        Path(flags["go"]).touch()
+        flags.go.touch()
         worker.wait_until_ready()
         eventually(lambda: status() == "done")
         assert_it_is_woken(worker)
@@ -159,7 +147,7 @@ def test_a_stalled_network_is_waited_for(proxy, flags):
         worker.wait_until_ready()
         start_a_handler(flags)
         proxy.stall()
-        Path(flags["go"]).touch()
+        flags.go.touch()
         emit("probe", "next")
         eventually(lambda: proxy.held)  # the handler has returned, and its outcome is on its way
         assert status() == "pending"
@@ -176,7 +164,7 @@ def test_a_worker_outlives_a_network_that_swallows_all(proxy, flags):
         worker.wait_until_ready()
         pid = start_a_handler(flags)
         proxy.black_hole()
-        Path(flags["go"]).touch()
+        flags.go.touch()
         eventually(lambda: proxy.swallowed)  # the handler has returned, and its outcome is on its way
         assert status() == "pending"
         proxy.heal()
@@ -264,7 +252,7 @@ def test_a_worker_that_nobody_answers_can_still_be_stopped(proxy, flags):
         worker.wait_until_ready()
         start_a_handler(flags)
         proxy.black_hole()
-        Path(flags["go"]).touch()
+        flags.go.touch()
         eventually(lambda: proxy.swallowed)
         worker.signal(signal.SIGTERM)
         assert worker.wait() == 0
@@ -295,8 +283,8 @@ def test_a_crash_that_cannot_be_counted_does_not_keep_the_supervisor_from_its_wo
             other.execute("lock table spark_outbox_delivery")
             os.kill(pid, signal.SIGKILL)
             eventually(lambda: "could not be counted: The database does not" in worker.output)
-            eventually(lambda: Path(flags["started"]).read_text() not in {"", str(pid)})
-        Path(flags["go"]).touch()
+            assert flags.wait() != pid
+        flags.go.touch()
         eventually(lambda: status() == "done")
     assert_each_was_handled_once(1)
 
@@ -422,7 +410,7 @@ def test_workers_outlive_their_pooler(pooler, flags):
         worker.wait_until_ready()
         start_a_handler(flags)
         pooler.kill()
-        Path(flags["go"]).touch()
+        flags.go.touch()
         eventually(lambda: worker.output.count("trying again") >= 2)
         pooler.start()
         worker.wait_until_ready()
@@ -447,10 +435,10 @@ def test_behind_a_pooler_a_detached_handler_leaves_nothing_behind_and_is_taken_o
         pid = start_a_handler(flags, "probe_detached")
         eventually(lambda: status() == "running")
         assert left_behind(pooler) == []
-        Path(flags["started"]).unlink()
-        (one if one.owns(pid) else two).kill()
-        eventually(Path(flags["started"]).exists)
-        Path(flags["go"]).touch()
+        holder, other = (one, two) if one.owns(pid) else (two, one)
+        holder.kill()
+        assert other.owns(flags.wait())
+        flags.go.touch()
         eventually(lambda: status() == "done")
     assert left_behind(pooler) == []
     assert Handled.objects.filter(handler="after").count() == 1

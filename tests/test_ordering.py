@@ -1,7 +1,6 @@
 """Events that share an ordering key: one at a time, in the order of their ids, whatever happens."""
 
 from collections import defaultdict
-from pathlib import Path
 
 import pytest
 
@@ -115,19 +114,18 @@ def test_a_delayed_event_holds_up_those_behind_it(own_registry):
         eventually(lambda: handled() == ["first", "second"])
 
 
-def test_a_worker_passes_a_key_by_that_another_holds_and_takes_over_if_that_dies(tmp_path):
-    go, started = tmp_path / "go", tmp_path / "started"
-    emit("probe", "o 0", ordering_key="o", go=str(go), started=str(started))
+def test_a_worker_passes_a_key_by_that_another_holds_and_takes_over_if_that_dies(flags):
+    emit("probe", "o 0", ordering_key="o", **flags.payload)
     emit("probe", "o 1", ordering_key="o")
     with WorkerProcess() as first:
-        eventually(started.exists)
+        assert first.owns(flags.wait())
         with WorkerProcess("--poll-interval", "3600") as second:
             second.wait_until_ready()
             emit("probe", "p", ordering_key="p")
             eventually(lambda: statuses()["p"] == "done")
             assert statuses()["o 1"] == "pending"
             first.kill()
-            Path(go).touch()
+            flags.go.touch()
             eventually(lambda: statuses()["o 1"] == "done")
             assert second.process.poll() is None
     assert handled() == ["p", "o 0", "o 1"]

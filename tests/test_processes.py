@@ -19,6 +19,7 @@ from tests.tools import (
     conninfo,
     eventually,
     manage,
+    start_a_handler,
     status,
     wait_until_asleep,
     wait_until_done,
@@ -114,19 +115,6 @@ def test_verbosity_2_logs_the_life_of_the_worker():
 # Stopping
 
 
-@pytest.fixture
-def flags(tmp_path):
-    """The files by which a handler tells that it started, and is told to go on."""
-    return {"started": str(tmp_path / "started"), "go": str(tmp_path / "go")}
-
-
-def start_a_handler(flags):
-    """Return the process that handles the event now."""
-    emit("probe", "key", **flags)
-    started = Path(flags["started"])
-    return int(eventually(lambda: started.exists() and started.read_text()))
-
-
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_lets_the_handler_in_hand_finish_commits_and_exits_0(flags, number):
     with WorkerProcess() as worker:
@@ -135,7 +123,7 @@ def test_a_signal_lets_the_handler_in_hand_finish_commits_and_exits_0(flags, num
         emit("probe", "next")
         worker.signal(number)
         assert worker.message() == "STOPPING=1"
-        Path(flags["go"]).touch()
+        flags.go.touch()
         assert worker.wait() == 0
     assert (status("key"), status("next")) == ("done", "pending")
     assert Handled.objects.count() == 1
@@ -163,7 +151,7 @@ def test_a_sleeping_worker_stops_at_once():
 
 
 def test_a_handler_past_its_timeout_is_interrupted_in_the_worker_process(flags):
-    emit("probe_in_time", "key", **flags)
+    emit("probe_in_time", "key", **flags.payload)
     with WorkerProcess() as worker:
         worker.wait_until_ready()
         eventually(lambda: OutboxEvent.objects.get().attempts == 1)  # nobody says `go`
@@ -183,7 +171,7 @@ def test_kill_9_between_handler_and_commit_leaves_neither_writes_nor_done_mark(f
         worker.kill()
     assert status() == "pending"
     assert not Handled.objects.exists()
-    Path(flags["go"]).touch()
+    flags.go.touch()
     with WorkerProcess("--drain") as worker:  # its rows are free, and nothing is lost
         assert worker.wait() == 0
     assert status() == "done"
@@ -198,7 +186,7 @@ def test_another_worker_takes_over_what_a_killed_one_held(flags):
         pid = start_a_handler(flags)
         holder, other = (first, second) if first.owns(pid) else (second, first)
         holder.kill()
-        Path(flags["go"]).touch()
+        flags.go.touch()
         eventually(lambda: status() == "done")  # though nobody notifies, and nobody polls
         (handled,) = Handled.objects.all()
         assert other.owns(int(handled.note))
@@ -281,7 +269,7 @@ def test_a_child_that_is_killed_is_replaced_and_its_attempt_counted(flags):
         os.kill(pid, signal.SIGKILL)
         eventually(lambda: OutboxEvent.objects.get().attempts == 1)
         assert status() == "pending"
-        Path(flags["go"]).touch()
+        flags.go.touch()
         eventually(lambda: status() == "done")
         assert worker.process.poll() is None
     assert [handled.note == str(pid) for handled in Handled.objects.all()] == [False]
@@ -304,7 +292,7 @@ def test_children_stop_when_their_supervisor_is_gone(flags):
         pid = start_a_handler(flags)
         worker.signal(signal.SIGKILL)  # it alone
         worker.wait()
-        Path(flags["go"]).touch()
+        flags.go.touch()
         eventually(lambda: status() == "done")  # the handler in hand is finished
         eventually(lambda: not Path(f"/proc/{pid}").exists())
 
@@ -332,7 +320,7 @@ def test_ctrl_c_in_a_terminal_stops_all_and_lets_them_finish(flags):
         start_a_handler(flags)
         os.killpg(worker.process.pid, signal.SIGINT)  # as a terminal does
         assert worker.message() == "STOPPING=1"
-        Path(flags["go"]).touch()
+        flags.go.touch()
         assert worker.wait() == 0
     assert status() == "done"
 

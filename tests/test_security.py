@@ -10,7 +10,6 @@ import os
 import secrets
 import signal
 from functools import partial
-from pathlib import Path
 
 import psycopg
 import pytest
@@ -294,24 +293,22 @@ def test_replays_and_rehearsals_need_the_worker_s_rights(logins):
 
 
 def test_the_worker_takes_over_what_another_had_detached_and_puts_back_what_nobody_handled(
-    logins, tmp_path
+    logins, flags
 ):
-    flags = {name: str(tmp_path / name) for name in ("started", "go")}
     worker = logins.url("worker")
     emit("probe", "unhandled")
     OutboxEvent.objects.update(status="unhandled")
-    emit("probe_detached", "key", **flags)
+    emit("probe_detached", "key", **flags.payload)
     emit("probe", "1", ordering_key="o")
     emit("probe", "2", ordering_key="o", delay=0.1)
     emit("nothing", "unknown")
     with WorkerProcess(url=worker) as first, WorkerProcess(url=worker) as second:
         first.wait_until_ready()
         second.wait_until_ready()
-        started = Path(flags["started"])
-        pid = int(eventually(lambda: started.exists() and started.read_text()))
+        pid = flags.wait()
         holder, other = (first, second) if first.owns(pid) else (second, first)
         holder.kill()
-        Path(flags["go"]).touch()
+        flags.go.touch()
         wait_until_ended()
         other.signal(signal.SIGTERM)
         assert other.wait() == 0

@@ -22,7 +22,7 @@ from django.conf import settings
 from django.db import connection, connections
 from psycopg.conninfo import make_conninfo
 
-from spark_outbox import Event
+from spark_outbox import Event, emit
 from spark_outbox.models import Delivery, OutboxEvent
 from spark_outbox.worker import Worker
 from tests.challenges.models import Challenge, Handled
@@ -168,6 +168,29 @@ class Clock:
 
     def __call__(self) -> float:
         return self.now
+
+
+class Flags:
+    """The files by which a handler of tests.probe tells that it started, and is told to go on."""
+
+    def __init__(self, folder: Path) -> None:
+        self.started, self.go = folder / "started", folder / "go"
+
+    @property
+    def payload(self) -> dict[str, Any]:
+        return {"started": str(self.started), "go": str(self.go)}
+
+    def wait(self) -> int:
+        """Wait until a handler has started; return its process. Call it once for each start."""
+        pid = eventually(lambda: self.started.exists() and self.started.read_text())
+        self.started.unlink()
+        return int(pid)
+
+
+def start_a_handler(flags: Flags, group: str = "probe") -> int:
+    """Emit an event, and return the process that handles it now."""
+    emit(group, "key", **flags.payload)
+    return flags.wait()
 
 
 class WorkerProcess:
