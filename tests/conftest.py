@@ -1,11 +1,13 @@
 import contextlib
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from django.conf import settings
 
+from spark_outbox import store
 from spark_outbox.registry import Registry, registry
 from tests import postgres
 from tests.tools import Flags
@@ -59,3 +61,15 @@ def own_registry() -> Iterator[Registry]:
 @pytest.fixture
 def flags(tmp_path: Path) -> Flags:
     return Flags(tmp_path)
+
+
+@pytest.fixture
+def wake_mode(settings: Any) -> Iterator[Callable[[str], None]]:
+    """What sets WAKE, and makes the trigger do so; the trigger is as it was after the test."""
+
+    def set_mode(mode: str) -> None:
+        settings.SPARK_OUTBOX = {"WAKE": mode}
+        store.set_wake_mode(mode, using="default")
+
+    yield set_mode
+    store.set_wake_mode("gated", using="default")

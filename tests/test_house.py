@@ -164,13 +164,11 @@ def test_the_migrations_are_reversible():
 
 @pytest.mark.django_db(transaction=True)
 @pytest.mark.parametrize("mode", ["always", "never", "gated"])
+@pytest.mark.usefixtures("wake_mode")  # which puts it back
 def test_migrate_makes_the_trigger_do_what_the_settings_say(settings, mode):
     settings.SPARK_OUTBOX = {"WAKE": mode}
-    try:
-        call_command("migrate", verbosity=0)
-        assert store.wake_mode(using="default") == mode
-    finally:
-        store.set_wake_mode("gated", using="default")
+    call_command("migrate", verbosity=0)
+    assert store.wake_mode(using="default") == mode
 
 
 @pytest.mark.django_db

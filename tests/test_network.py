@@ -367,13 +367,6 @@ def left_behind(pooler):
         return [what for what, *rest in found if not rest]
 
 
-@pytest.fixture
-def wake_never():
-    store.set_wake_mode("never", using="default")
-    yield
-    store.set_wake_mode("gated", using="default")
-
-
 @pytest.mark.parametrize("options", [DIRECT, POLLING], ids=["listening", "polling"])
 def test_emitters_and_workers_share_a_pooler(pooler, options):
     often = () if options == DIRECT else ("--poll-interval", "0.05")
@@ -397,7 +390,8 @@ def test_behind_a_pooler_a_worker_is_woken_by_its_direct_connection(pooler):
         assert_it_is_woken(worker)
 
 
-def test_behind_a_pooler_a_worker_needs_no_trigger(pooler, wake_never):
+def test_behind_a_pooler_a_worker_needs_no_trigger(pooler, wake_mode):
+    wake_mode("never")
     with pooled(pooler, POLLING | NEVER, "--poll-interval", "0.05") as worker:
         worker.wait_until_ready()
         emitted = donate(pooler, processes=1)

@@ -439,30 +439,29 @@ def traps(logins):
 
 @pytest.mark.parametrize("mode", ["gated", "always"])
 @pytest.mark.parametrize("sleeping", [False, True])
-def test_no_search_path_makes_the_outbox_run_what_is_not_its_own(logins, traps, mode, sleeping):
-    store.set_wake_mode(mode, using="default")
+def test_no_search_path_makes_the_outbox_run_what_is_not_its_own(
+    logins, traps, wake_mode, mode, sleeping
+):
+    wake_mode(mode)
     emit("g", "key", secret=1)
-    try:
-        with (
-            connect() as listener,
-            logins.connect("emitter", options="-csearch_path=traps,pg_catalog,public") as victim,
-        ):
-            for trap in ("select pg_notify('a', 'b')", "select 'a'::pg_catalog.text = 'b'::text"):
-                with pytest.raises(psycopg.Error, match="trapped"):
-                    victim.execute(trap)
-            listener.execute("listen spark_outbox")
-            if sleeping:
-                oid = listener.execute("select 'spark_outbox_event'::regclass::oid::integer").fetchone()
-                listener.execute(store.TAKE_S, oid)
-            victim.execute("insert into public.spark_outbox_event (key, event_group) values ('1', 'g')")
-            for key in ("2", None):
-                assert victim.execute("select public.spark_emit('g', %s)", [key]).fetchone()[0]
-            same = "select public.spark_outbox_is_same('key', 'g', '{\"secret\": 1}')"
-            assert victim.execute(same).fetchone() == (True,)
-            assert notifications(listener) == (3 if sleeping or mode == "always" else 0)
-        assert OutboxEvent.objects.count() == 4
-    finally:
-        store.set_wake_mode("gated", using="default")
+    with (
+        connect() as listener,
+        logins.connect("emitter", options="-csearch_path=traps,pg_catalog,public") as victim,
+    ):
+        for trap in ("select pg_notify('a', 'b')", "select 'a'::pg_catalog.text = 'b'::text"):
+            with pytest.raises(psycopg.Error, match="trapped"):
+                victim.execute(trap)
+        listener.execute("listen spark_outbox")
+        if sleeping:
+            oid = listener.execute("select 'spark_outbox_event'::regclass::oid::integer").fetchone()
+            listener.execute(store.TAKE_S, oid)
+        victim.execute("insert into public.spark_outbox_event (key, event_group) values ('1', 'g')")
+        for key in ("2", None):
+            assert victim.execute("select public.spark_emit('g', %s)", [key]).fetchone()[0]
+        same = "select public.spark_outbox_is_same('key', 'g', '{\"secret\": 1}')"
+        assert victim.execute(same).fetchone() == (True,)
+        assert notifications(listener) == (3 if sleeping or mode == "always" else 0)
+    assert OutboxEvent.objects.count() == 4
 
 
 def test_nor_does_what_somebody_has_put_into_its_own_schema(logins):

@@ -363,16 +363,6 @@ def test_a_worker_whose_neighbour_holds_events_looks_again_soon(handled):
 # Settings
 
 
-@pytest.fixture
-def wake_mode(settings):
-    def set_mode(mode):
-        settings.SPARK_OUTBOX = {"WAKE": mode}
-        store.set_wake_mode(mode, using="default")
-
-    yield set_mode
-    store.set_wake_mode("gated", using="default")
-
-
 def test_wake_always_notifies_with_each_commit(wake_mode, listener, handled):
     wake_mode("always")
     emit("g", "one")
