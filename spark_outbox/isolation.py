@@ -187,6 +187,7 @@ class Isolation:
 
     def _take_savepoint(self) -> list[str]:
         """Return the statements that a handler's first is to follow."""
+        self._number += 1  # first: an alarm may ring anywhere, and then `undo` goes back to this one
         self._touched = True
         statements = []
         if self._established:
@@ -197,7 +198,6 @@ class Isolation:
         elif self._limited:
             statements.append(store.UNLIMIT_STATEMENTS)
         self._limited = self._limit is not None
-        self._number += 1
         statements.append(store.SAVEPOINT.format(number=self._number))
         return statements
 

@@ -17,6 +17,10 @@ logger = logging.getLogger(__name__)
 
 MAX_ERROR_LENGTH = 20_000
 
+DEPLOYMENT = 3600.0
+"""Seconds for which a delivery is kept for other workers by one that does not have its handler: in a
+rolling deployment the next release may have it."""
+
 
 @dataclass(slots=True)
 class Batch:
@@ -139,12 +143,25 @@ class Outcomes:
             for name, before in earlier.items()
             if name in registered
         )
+        unknown = {
+            name: before.due_for
+            for name, before in earlier.items()
+            if name not in registered and before.status == "pending"
+        }
+        waits = [due_for for due_for in unknown.values() if due_for is None or due_for < DEPLOYMENT]
         if "running" in statuses.values():
             self.running.append(Begun(event.id, error))
             return
-        if owed or "pending" in statuses.values():
-            self.postponed.append(Postponed(event.id, error, owed))
+        if owed or waits or "pending" in statuses.values():
+            self.postponed.append(Postponed(event.id, error, owed, look_again(waits)))
             return
+        for name in unknown:
+            context = {"handler": name, "event_id": event.id}
+            logger.warning(
+                "No worker has handler %(handler)s: what event %(event_id)s owes to it is discarded.",
+                context,
+                extra=context,
+            )
         self.retried.append(event.id)
         if "failed" in statuses.values():
             self.ended.append(Ended(event.id, "failed", error))
@@ -152,6 +169,13 @@ class Outcomes:
             self.done.append(event.id)
         else:
             self.ended.append(Ended(event.id, "discarded", error))
+
+
+def look_again(waits: Iterable[float | None]) -> dt.timedelta | None:
+    """Return when to look again at deliveries that have been due for so many seconds, and whose handlers
+    another worker may have: often at first. None if none of them is due."""
+    due = [due_for for due_for in waits if due_for is not None]
+    return dt.timedelta(seconds=max(1.0, min(due) / 10)) if due else None
 
 
 def next_attempt(handler: Handler, earlier: dict[str, Earlier]) -> int:

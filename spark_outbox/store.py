@@ -413,11 +413,15 @@ class Ended(NamedTuple):
 
 
 class Postponed(NamedTuple):
-    """An event that waits for its next delivery; `now` if a handler is owed that was not called yet."""
+    """An event that waits for its next delivery; `now` if a handler is owed that was not called yet.
+
+    It is looked at again after `pause`, if there is one, since another worker may have a handler.
+    """
 
     event_id: int
     error: str
     now: bool
+    pause: dt.timedelta | None = None
 
 
 class Begun(NamedTuple):
@@ -449,7 +453,12 @@ class Earlier(NamedTuple):
 
     status: str
     attempts: int
-    due: bool
+    due_for: float | None
+    """Seconds, a day at the most, for which it has been due; None if it is not."""
+
+    @property
+    def due(self) -> bool:
+        return self.due_for is not None
 
 
 _ONE_MORE = "least(greatest(attempts, 0), 2147483646) + 1"  # of an integer, whatever SQL has put there
@@ -477,21 +486,25 @@ where event.id = begun.event_id and event.status = 'pending'
 """
 
 # After RECORD_ATTEMPTS: the event waits for the first of its deliveries. Not for those that were due
-# when this pass began and were not called in it: nobody has their handlers, and the event would be due
-# again at once, for ever.
+# when this pass began and were not called in it: this worker does not have their handlers, and the event
+# would be due again at once, for ever.
 POSTPONE = f"""
 update spark_outbox_event as event
 set attempts = {_ONE_MORE},
     last_error = coalesce(nullif(postponed.error, ''), event.last_error),
-    available_at = case when postponed.now then statement_timestamp() else (
-        select coalesce(min(delivery.available_at), statement_timestamp())
-        from spark_outbox_delivery as delivery
-        where delivery.event_id = event.id and delivery.status = 'pending' and (
-            delivery.available_at > transaction_timestamp()
-            or delivery.attempted_at >= transaction_timestamp()
-        )
+    available_at = case when postponed.now then statement_timestamp() else coalesce(
+        least(statement_timestamp() + postponed.pause, (
+            select min(delivery.available_at)
+            from spark_outbox_delivery as delivery
+            where delivery.event_id = event.id and delivery.status = 'pending' and (
+                delivery.available_at > transaction_timestamp()
+                or delivery.attempted_at >= transaction_timestamp()
+            )
+        )),
+        statement_timestamp()
     ) end
-from unnest(%s::bigint[], %s::text[], %s::boolean[]) as postponed (event_id, error, now)
+from unnest(%s::bigint[], %s::text[], %s::boolean[], %s::interval[])
+    as postponed (event_id, error, now, pause)
 where event.id = postponed.event_id and event.status = 'pending'
 """
 
@@ -529,7 +542,12 @@ where event_id = any(%s) and status = 'pending'
 DELIVERIES = """
 select
     event_id, handler, status, attempts,
-    available_at is null or available_at <= statement_timestamp()
+    case when available_at is null or available_at <= statement_timestamp() then
+        extract(
+            epoch from
+            statement_timestamp() - greatest(available_at, statement_timestamp() - interval '1 day')
+        )::float
+    end
 from spark_outbox_delivery
 where event_id = any(%s)
 """
@@ -565,7 +583,7 @@ def record_attempts(attempts: Sequence[Attempt], *, worker: str, session: int, u
 
 
 def discard_deliveries(event_ids: list[int], *, using: str) -> None:
-    """Give up what finished events still owe: to handlers that are not registered any more."""
+    """Give up what finished events still owe: to handlers that no worker has any more."""
     _run(DISCARD_DELIVERIES, [event_ids], using=using)
 
 
@@ -595,7 +613,7 @@ for no key update
 
 TAKE_BACK = """
 update spark_outbox_delivery as delivery
-set status = 'pending', session = null, available_at = null
+set status = 'pending', session = null, available_at = statement_timestamp()
 from unnest(%s::bigint[], %s::text[], %s::integer[]) as ended (event_id, handler, session)
 where delivery.event_id = ended.event_id and delivery.handler = ended.handler
     and delivery.session is not distinct from ended.session and delivery.status = 'running'
@@ -708,9 +726,10 @@ on conflict do nothing
 """
 
 OWE = """
-insert into spark_outbox_delivery (event_id, handler)
-select event_id, %s from unnest(%s::bigint[]) as owed (event_id)
-on conflict (event_id, handler) do update set status = 'pending', attempts = 0, available_at = null
+insert into spark_outbox_delivery (event_id, handler, available_at)
+select event_id, %s, statement_timestamp() from unnest(%s::bigint[]) as owed (event_id)
+on conflict (event_id, handler) do update
+set status = 'pending', attempts = 0, available_at = excluded.available_at
 """
 
 REOPEN = """

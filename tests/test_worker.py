@@ -2,16 +2,23 @@
 
 import gc
 import itertools
+import math
 import re
 import threading
+import time
+from datetime import timedelta
+from types import SimpleNamespace
 
 import pytest
 from django.db import IntegrityError, connection, connections, transaction
+from django.utils import timezone
 
-from spark_outbox import emit, emit_many, store
+from spark_outbox import Retry, emit, emit_many, isolation, store
 from spark_outbox.isolation import MAX_SUBTRANSACTIONS
 from spark_outbox.models import Delivery, OutboxEvent
+from spark_outbox.outcomes import timed_out
 from spark_outbox.policy import Policy
+from spark_outbox.registry import Registry
 from spark_outbox.worker import Worker
 from tests.challenges.models import Challenge, Donation, Handled
 from tests.statements import Statements
@@ -19,6 +26,7 @@ from tests.tools import (
     HOUR,
     Clock,
     connect,
+    deliveries,
     eventually,
     make_challenge,
     make_ready,
@@ -30,6 +38,8 @@ from tests.tools import (
 )
 
 pytestmark = pytest.mark.django_db(transaction=True)
+
+MINUTE = timedelta(minutes=1)
 
 
 # The happy path
@@ -167,7 +177,7 @@ def test_a_retry_runs_only_the_handlers_that_still_owe(own_registry):
     }
 
 
-def test_a_delivery_owed_to_a_handler_that_is_gone_is_discarded_when_the_event_is_done(own_registry):
+def test_what_an_event_owes_to_a_handler_that_is_gone_is_discarded_after_an_hour(own_registry, caplog):
     def fail(event):
         raise RuntimeError
 
@@ -176,13 +186,47 @@ def test_a_delivery_owed_to_a_handler_that_is_gone_is_discarded_when_the_event_i
     Worker().drain()
     own_registry.clear()
     own_registry.add_handler(lambda event: None, group="", name="new")
+    for minutes, status, old in ((-1, "pending", "pending"), (59, "pending", "pending")):
+        Delivery.objects.filter(handler="old").update(available_at=timezone.now() - minutes * MINUTE)
+        make_ready()
+        assert Worker().drain() == 1  # and it is not due again at once
+        assert statuses() == {"key": status}
+        assert dict(Delivery.objects.values_list("handler", "status")) == {"old": old, "new": "done"}
+        due_in = OutboxEvent.objects.get().available_at - timezone.now()
+        assert timedelta(0) < due_in < 6 * MINUTE
+    Delivery.objects.filter(handler="old").update(available_at=timezone.now() - 61 * MINUTE)
     make_ready()
-    Worker().drain()
+    assert Worker().drain() == 1
     assert statuses() == {"key": "done"}
-    assert set(Delivery.objects.values_list("handler", "status")) == {
-        ("old", "discarded"),
-        ("new", "done"),
+    assert dict(Delivery.objects.values_list("handler", "status")) == {"old": "discarded", "new": "done"}
+    assert "No worker has handler old" in caplog.text
+
+
+def test_in_a_rolling_deployment_an_old_worker_leaves_to_new_ones_what_only_they_can_do(own_registry):
+    calls = []
+
+    def new_in_this_release(event):
+        calls.append(event.attempt)
+        if event.attempt < 3:
+            raise Retry(after=0.01)
+
+    releases = {"old": Registry(), "new": Registry()}
+    for registry in releases.values():
+        registry.add_handler(note, group="", name="both have it")
+    releases["new"].add_handler(new_in_this_release, group="", name="new")
+    emit("g", "key")
+    Worker(registry=releases["new"]).drain()
+    for release in ("old", "new", "old", "old", "new", "old"):
+        time.sleep(0.02)
+        make_ready()
+        Worker(registry=releases[release]).drain()
+    assert calls == [1, 2, 3]
+    assert statuses() == {"key": "done"}
+    assert dict(Delivery.objects.values_list("handler", "status")) == {
+        "both have it": "done",
+        "new": "done",
     }
+    assert Handled.objects.count() == 1
 
 
 def test_on_commit_callbacks_of_a_failing_handler_are_dropped_and_others_run_once(own_registry):
@@ -389,6 +433,30 @@ def test_a_first_statement_that_cannot_be_run_costs_others_nothing_but_a_second_
     assert {"SyntaxError", "ProgrammingError"} & set(
         re.findall(r"\w+Error", Delivery.objects.all()[0].error)
     )
+
+
+def test_an_alarm_that_rings_as_a_savepoint_is_taken_takes_nothing_back_of_others(
+    own_registry, monkeypatch
+):
+    """The one before is still there by then; it is another handler's."""
+    limits = []
+
+    def ceil(number):
+        limits.append(number)
+        if len(limits) == 3:  # once: it is the second handler's time that is up
+            raise timed_out()
+        return math.ceil(number)
+
+    monkeypatch.setattr(isolation, "math", SimpleNamespace(ceil=ceil))
+    policy = Policy(timeout=60, backoff=0.01)
+    own_registry.add_handler(note, group="", name="first", policy=policy)
+    own_registry.add_handler(note, group="^late", name="second", policy=policy)
+    emit("g", "before")
+    emit("late", "late")
+    with worker_thread(commit_interval=HOUR):
+        wait_until_done(2)
+    assert sorted(Handled.objects.values_list("key", flat=True)) == ["before", "late", "late"]
+    assert deliveries() == {"first": ("done", 1), "second": ("done", 2)}
 
 
 @pytest.mark.parametrize("then_fails", [False, True])

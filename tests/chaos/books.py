@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import psycopg
 
-from tests.chaos.promised import AT_LEAST_ONCE, DOOMED, EXACTLY_ONCE
+from tests.chaos.promised import AT_LEAST_ONCE, DOOMED, EXACTLY_ONCE, LATE
 
 LOST = """
 select key from chaos_order where not exists (
@@ -29,7 +29,15 @@ select key from chaos_order where "group" ~ %(groups)s and not exists (
 )
 """
 DONE_TWICE = "select key from chaos_effect group by key, handler having count(*) > 1"
-NOT_OWED = f"select key from chaos_effect where handler <> all(array{list(EXACTLY_ONCE)})"
+NOT_OWED = f"select key from chaos_effect where handler <> all(array{[*EXACTLY_ONCE, *LATE]})"
+GIVEN_UP = f"""
+select event.key || ' by ' || delivery.handler
+from spark_outbox_delivery as delivery join spark_outbox_event as event on event.id = delivery.event_id
+where delivery.handler = any(array{list(LATE)}) and not exists (
+    select from chaos_effect as effect
+    where effect.key = event.key and effect.handler = delivery.handler
+)
+"""
 OUT_OF_ORDER = """
 select key from (
     select key, event_id, max(event_id) over (partition by ordering_key order by id) as highest
@@ -63,7 +71,12 @@ class Books:
         """Return the keys of what must not be."""
         outside = self.outside("outside")
         return {
-            "lost": [*self._keys(LOST), *self._unknown_to_the_database(), *self._not_done()],
+            "lost": [
+                *self._keys(LOST),
+                *self._unknown_to_the_database(),
+                *self._not_done(),
+                *self._keys(GIVEN_UP),
+            ],
             "of rolled back transactions": self._keys(ROLLED_BACK),
             "stuck": self._keys(STUCK),
             "done twice in the database": self._keys(DONE_TWICE),

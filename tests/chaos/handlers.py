@@ -12,7 +12,7 @@ from django.db.models import F
 
 from spark_outbox import Event, Retry, handler
 from tests.chaos.models import Account, Effect
-from tests.chaos.promised import AT_LEAST_ONCE, DOOMED, EXACTLY_ONCE
+from tests.chaos.promised import AT_LEAST_ONCE, DOOMED, EXACTLY_ONCE, LATE
 
 FILES = Path(os.environ.get("CHAOS_FILES", "."))
 
@@ -138,3 +138,9 @@ if os.environ.get("CHAOS_RELEASE") == "new":  # the old one has never heard of t
     @stubborn(EXACTLY_ONCE["new"], name="new")
     def new(event: Event) -> None:
         enter("new", event)
+
+    @stubborn(LATE["late"], name="late")  # nor of this handler, of a group that it knows
+    def late(event: Event) -> None:
+        enter("late", event)
+        if event.attempt < 3:
+            raise OSError("not yet")

@@ -11,6 +11,8 @@ EXACTLY_ONCE = {
     "new": "^chaos_new$",
     "outside": "^chaos_(plain|ordered)$",
 }
+# What is done exactly once in the database by a release that has the handler, once that has tried.
+LATE = {"late": "^chaos_flaky$"}
 # What is done outside of the database at least once.
 AT_LEAST_ONCE = {
     "outside": EXACTLY_ONCE["outside"],

@@ -104,6 +104,7 @@ FALSIFIED = {
     "lost": [
         "delete from spark_outbox_event where id = (select max(id) from spark_outbox_event)",
         "delete from chaos_effect where id = (select max(id) from chaos_effect)",
+        "delete from chaos_effect where handler = 'late'",
     ],
     "of rolled back transactions": [
         "insert into spark_outbox_event (key, event_group) values ('of nobody', 'chaos_plain')"
