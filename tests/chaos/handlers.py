@@ -143,4 +143,4 @@ if os.environ.get("CHAOS_RELEASE") == "new":  # the old one has never heard of t
     def late(event: Event) -> None:
         enter("late", event)
         if event.attempt < 3:
-            raise OSError("not yet")
+            raise Retry("not yet", after=0.05)
