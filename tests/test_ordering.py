@@ -73,7 +73,7 @@ def test_others_pass_a_key_by_that_waits(own_registry):
             raise Retry(after=HOUR)
         note(event)
 
-    own_registry.add_handler(fail, group="")
+    own_registry.add_handler(fail, group="", name="h")
     emit_in_order(5)
     emit_in_order(5, key="p")
     emit("g", "free")
@@ -81,7 +81,7 @@ def test_others_pass_a_key_by_that_waits(own_registry):
     assert sorted(handled()) == ["free", *(f"p {n:03}" for n in range(5))]
     make_ready()
     own_registry.clear()
-    own_registry.add_handler(note, group="")
+    own_registry.add_handler(note, group="", name="h")
     Worker().drain()
     assert handled()[-5:] == [f"o {n:03}" for n in range(5)]
 

@@ -148,8 +148,10 @@ def test_the_cookbook_has_ten_recipes_and_the_repairs_repair():
     OutboxEvent.objects.update(status="unhandled")
     run(put_back)
     assert event().status == "pending"
+    event().deliveries.create(handler="shop.handlers.removed")
     run(discard)
     assert event().status == "discarded"
+    assert event().deliveries.get(handler="shop.handlers.removed").status == "discarded"
 
 
 def test_every_setting_and_every_command_is_documented():
