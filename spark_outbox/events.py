@@ -63,6 +63,7 @@ class Event(Mapping[str, Any]):
         "group",
         "headers",
         "id",
+        "is_simple",
         "key",
         "ordering_key",
     )
@@ -98,6 +99,8 @@ class Event(Mapping[str, Any]):
         self.id = 0
         self._created_at: dt.datetime | int | None = None
         self.attempt = 1
+        self.is_simple = True
+        """There is nothing to `check` in what a stored event was given."""
 
     @classmethod
     def from_row(cls, row: StoredRow, references: References) -> "Event":
@@ -117,7 +120,8 @@ class Event(Mapping[str, Any]):
         event._payload = None
         event._references = references
         event.headers = NO_HEADERS if headers == "{}" else LazyPayload(headers, references, "headers")
-        event.attempt = max(attempts, 0) + 1
+        event.is_simple = is_simple(event._text) and (headers == "{}" or is_simple(headers))
+        event.attempt = attempts + 1 if attempts > 0 else 1
         event.delay = None
         return event
 
@@ -169,14 +173,6 @@ class Event(Mapping[str, Any]):
         if isinstance(self._payload, LazyPayload):
             event._payload = self._payload.copy()
         return event
-
-    @property
-    def is_simple(self) -> bool:
-        """Whether there is nothing to `check` in what a stored event was given."""
-        headers = self.headers
-        return is_simple(self._text) and (
-            headers is NO_HEADERS or (isinstance(headers, LazyPayload) and headers.is_simple)
-        )
 
     def check(self) -> None:
         """Raise UnreadablePayload unless a stored event's payload and headers can be read.

@@ -302,11 +302,6 @@ class LazyPayload(Mapping[str, Any]):
         for value in self._parsed().values():
             self._decode(value, locate)
 
-    @property
-    def is_simple(self) -> bool:
-        """Whether there is nothing to `check`."""
-        return is_simple(self._text)
-
     def start_over(self) -> None:
         """Decode anew what is asked for from now on: no reader sees what another made of it."""
         if self._values:
@@ -354,13 +349,11 @@ def is_simple(text: Text) -> bool:
 
     It is an object, has no tag, no number that is too long for Python, and is not nested too deeply.
     """
-    return (
-        isinstance(text, str)
-        and len(text) < MAX_DIGITS
-        and text.startswith("{")
-        and (TAG not in text or f'"{TAG}"' not in text)  # first what takes less time
-        and (len(text) < 2 * MAX_DEPTH or text.count("{") + text.count("[") <= MAX_DEPTH)
-    )
+    if not isinstance(text, str) or len(text) >= MAX_DIGITS or text[:1] != "{":
+        return False
+    if TAG in text and f'"{TAG}"' in text:  # first what takes less time
+        return False
+    return len(text) < 2 * MAX_DEPTH or text.count("{") + text.count("[") <= MAX_DEPTH
 
 
 def decode(value: Any, resolve: Resolve) -> Any:

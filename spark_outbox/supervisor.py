@@ -16,7 +16,6 @@ import mmap
 import os
 import select
 import signal
-import struct
 import threading
 import time
 from collections.abc import Callable
@@ -33,12 +32,8 @@ HEALTHY = 60.0
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGCHLD)
 """Blocked around the fork: a child must not run the handlers of its parent."""
 
-_COUNT = struct.Struct("q")
-_PAIR = struct.Struct("qq")
-_ONE = struct.Struct("qqq")
-_TIME = struct.Struct("d")
 _SIZE = 16 * mmap.PAGESIZE
-_ROOM = (_SIZE - _COUNT.size - _TIME.size) // _PAIR.size
+_ROOM = (_SIZE // 8 - 2) // 2  # pairs of words, beside their count and a time
 
 
 @dataclass(slots=True)
@@ -50,38 +45,44 @@ class Slot:
     started: float = 0.0
     crashes: int = 0
     start_at: float = 0.0
-    memory: mmap.mmap = field(default_factory=lambda: mmap.mmap(-1, _SIZE))
+    _words: "memoryview[int]" = field(init=False)
+    """Shared: how many calls are in hand, and their events and handlers."""
+    _times: "memoryview[float]" = field(init=False)
+    """The same memory. The last one is when the child began to wait for the database."""
+
+    def __post_init__(self) -> None:
+        memory = mmap.mmap(-1, _SIZE)
+        self._words, self._times = memoryview(memory).cast("q"), memoryview(memory).cast("d")
 
     def take_in_hand(self, *called: tuple[int, int]) -> None:
         """Note, in the child, what is about to be called: ids of events, and the places of their
         handlers in the registry."""
+        words = self._words
         if len(called) == 1:
-            _ONE.pack_into(self.memory, 0, 1, *called[0])
+            words[1], words[2] = called[0]
+            words[0] = 1
             return
         self.put_down()
         for number, pair in enumerate(called[:_ROOM]):
-            _PAIR.pack_into(self.memory, _COUNT.size + number * _PAIR.size, *pair)
-        _COUNT.pack_into(self.memory, 0, len(called[:_ROOM]))
+            words[2 * number + 1], words[2 * number + 2] = pair
+        words[0] = len(called[:_ROOM])
 
     def put_down(self) -> None:
         """Note, in the child, that it has nothing in hand, and that the database has to answer now."""
-        _TIME.pack_into(self.memory, _SIZE - _TIME.size, time.monotonic())
-        _COUNT.pack_into(self.memory, 0, 0)
+        self._times[-1] = time.monotonic()
+        self._words[0] = 0
 
     def rest(self) -> None:
         """Note, in the child, that nobody has to answer; until `put_down`."""
-        _TIME.pack_into(self.memory, _SIZE - _TIME.size, float("inf"))
+        self._times[-1] = float("inf")
 
     def in_hand(self) -> list[tuple[int, int]]:
-        (count,) = _COUNT.unpack_from(self.memory, 0)
-        end = _COUNT.size + count * _PAIR.size
-        return list(_PAIR.iter_unpack(self.memory[_COUNT.size : end]))
+        words = self._words[1 : 2 * self._words[0] + 1].tolist()
+        return list(zip(words[::2], words[1::2], strict=True))
 
     def waits_since(self) -> float:
         """Return when the child asked the database for what it waits for; infinity if it does not."""
-        (count,) = _COUNT.unpack_from(self.memory, 0)
-        (since,) = _TIME.unpack_from(self.memory, _SIZE - _TIME.size)
-        return float("inf") if count else float(since)
+        return float("inf") if self._words[0] else float(self._times[-1])
 
 
 class Supervisor:

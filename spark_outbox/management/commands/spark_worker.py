@@ -220,17 +220,19 @@ class Command(BaseCommand):
     def _book_crash(self, in_hand: list[tuple[int, int]], cause: str, options: dict[str, Any]) -> None:
         """Count a crash, if the database is there and answers: nobody is looked after meanwhile."""
         using = options["database"]
+        session.set_bounds(using)
         alarm = Alarm()
-        alarm.start(min(BOOKING_PATIENCE, options["answer_timeout"]))
         try:
-            session.set_bounds(using)
-            settle.book_crash(in_hand, cause, registry, using=using)
+            try:
+                alarm.start(min(BOOKING_PATIENCE, options["answer_timeout"]))
+                settle.book_crash(in_hand, cause, registry, using=using)
+            finally:
+                alarm.stop()
         except (Error, HandlerTimeout) as error:
             late = isinstance(error, HandlerTimeout)
             why = "The database does not answer." if late else describe(error)
             self.stderr.write(f"A crash on event {in_hand[0][0]} could not be counted: {why}")
         finally:
-            alarm.stop()
             connections.close_all()
             del connections[using]  # it may have been interrupted anywhere
 
