@@ -123,7 +123,11 @@ class Books:
         return [key for (key,) in self._connection.execute(sql, params or None)]
 
     def _noted(self, what: str) -> set[str]:
-        return {key for file in self._files.glob(f"*.{what}") for key in file.read_text().split()}
+        files = self._files.glob(f"*.{what}")
+        whole = (
+            file.read_text().rpartition("\n")[0] for file in files
+        )  # kill -9 may tear the last line
+        return {key for lines in whole for key in lines.split()}
 
     def _unknown_to_the_database(self) -> set[str]:
         """Return what the server said it had committed, and does not have."""

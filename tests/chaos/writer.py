@@ -1,7 +1,7 @@
 """python -m tests.chaos.writer NAME SEED: commit orders with events, until SIGTERM.
 
 Whatever happens to the connection, go on with a new one. Keys of transactions that the server said
-were committed go to NAME.acknowledged; those that were rolled back on purpose to NAME.rolled_back.
+were committed go to NAME-PID.acknowledged; those that were rolled back on purpose to NAME-PID.rolled_back.
 """
 
 import os
@@ -62,8 +62,8 @@ class Writer:
         self.numbers = count()
         self.life = 0  # one for each connection: a lost one may still commit, later than what follows
         self.earlier: list[Planned] = []
-        self.acknowledged = (folder / f"{name}.acknowledged").open("a", buffering=1)
-        self.rolled_back = (folder / f"{name}.rolled_back").open("a", buffering=1)
+        self.acknowledged = (folder / f"{self.name}.acknowledged").open("a", buffering=1)
+        self.rolled_back = (folder / f"{self.name}.rolled_back").open("a", buffering=1)
         self.stopping = False
 
     def run(self) -> None:
