@@ -1,7 +1,8 @@
 """python -m tests.chaos.writer NAME SEED: commit orders with events, until SIGTERM.
 
 Whatever happens to the connection, go on with a new one. Keys of transactions that the server said
-were committed go to NAME-PID.acknowledged; those that were rolled back on purpose to NAME-PID.rolled_back.
+were committed go to NAME-PID.acknowledged; those that were rolled back on purpose go to
+NAME-PID.rolled_back.
 """
 
 import os
