@@ -6,8 +6,11 @@ attempt would be forgotten with it: so the supervisor tells `on_crash`, which bo
 
 A child that has no handler in hand, and is not at rest, waits for the database. If that goes on for too
 long, behind a pooler that hangs, say, where TCP has nothing to complain of, the child is killed: it may
-be deaf to anything less. It installs no signal handlers: `stop`, `kill` and `child_ended` are for those
-of its caller.
+be deaf to anything less.
+
+It installs no signal handlers: `stop` and `kill` are for those of its caller, who has one for SIGCHLD,
+too, if only to be woken. Python calls handlers between two steps of its own, so a signal that comes just
+before a system call would be heeded after it: hence the wakeup file descriptor, written to at once.
 """
 
 import contextlib
@@ -31,6 +34,9 @@ HEALTHY = 60.0
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGCHLD)
 """Blocked around the fork: a child must not run the handlers of its parent."""
+
+READY = b"r"
+"""What a child that is ready writes to the supervisor's pipe: the number of no signal."""
 
 _SIZE = 16 * mmap.PAGESIZE
 _ROOM = (_SIZE // 8 - 2) // 2  # pairs of words, beside their count and a time
@@ -119,9 +125,10 @@ class Supervisor:
         self._deadline = float("inf")
         self._exit_code = 0
         self._ready = 0
-        self._wake_read, self._wake_write = os.pipe()  # a byte per thing to look at
+        self._wake_read, self._wake_write = os.pipe()  # a byte per signal, and one per child's `ready`
         self._life_read, self._life_write = os.pipe()  # at its end, the children know we are gone
-        os.set_blocking(self._wake_read, False)
+        for end in (self._wake_read, self._wake_write):
+            os.set_blocking(end, False)
 
     # For signal handlers
 
@@ -130,20 +137,17 @@ class Supervisor:
         self._stopping = True
         self._deadline = time.monotonic() + self._shutdown_timeout
         self._signal_all(signal.SIGTERM)
-        self._tell(b"s")
 
     def kill(self) -> None:
         """End the children at once. What they had not committed is handled again."""
         self._stopping = True
         self._signal_all(signal.SIGKILL)
 
-    def child_ended(self) -> None:
-        self._tell(b"c")
-
     # The loop
 
     def run(self) -> int:
-        """Run until stopped, or all are done; return the exit code."""
+        """Run until stopped, or all are done; return the exit code. In the main thread only."""
+        signal.set_wakeup_fd(self._wake_write, warn_on_full_buffer=False)
         while True:
             now = time.monotonic()
             for slot in self._slots:
@@ -166,24 +170,25 @@ class Supervisor:
         seconds = max(0.0, min(self._deadline, *starts, now + self._answer_timeout / 4) - now)
         if select.select([self._wake_read], [], [], seconds)[0]:
             told = os.read(self._wake_read, 4096)
-            self._ready += told.count(b"r")
-            if b"r" in told and self._ready >= len(self._slots):
+            self._ready += told.count(READY)
+            if READY in told and self._ready >= len(self._slots):
                 self._on_ready()
 
     def _start(self, slot: Slot) -> None:
         slot.put_down()
         slot.started = time.monotonic()
         signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
-        pid = os.fork()
-        if pid:
-            slot.pid = pid
+        pid = None if self._stopping else os.fork()  # a signal may have come a moment ago
+        if pid != 0:
+            slot.pid = pid or 0
             signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
             return
         code = 1
         try:
+            signal.set_wakeup_fd(-1)
             os.close(self._life_write)
             threading.Thread(target=_follow, args=(self._life_read,), daemon=True).start()
-            code = self._work(slot, lambda: self._tell(b"r"))
+            code = self._work(slot, self._tell_ready)
         finally:
             os._exit(code)  # not the parent's atexit handlers
 
@@ -229,8 +234,8 @@ class Supervisor:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(slot.pid, number)
 
-    def _tell(self, what: bytes) -> None:
-        os.write(self._wake_write, what)
+    def _tell_ready(self) -> None:
+        os.write(self._wake_write, READY)
 
 
 def _follow(life: int) -> None:

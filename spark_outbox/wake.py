@@ -55,12 +55,13 @@ class Wake:
         self._pause = MIN_PAUSE
         self._pipe: tuple[int, int] | None = None
 
-    def open(self) -> None:
-        """Prepare for being interrupted."""
+    def open(self) -> int:
+        """Prepare for being interrupted; return the file descriptor that does it when written to."""
         if self._pipe is None:
             self._pipe = os.pipe()
             for descriptor in self._pipe:
                 os.set_blocking(descriptor, False)
+        return self._pipe[1]
 
     def __del__(self) -> None:
         # Not earlier: whoever may still interrupt us, from another thread, holds a reference.

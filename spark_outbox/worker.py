@@ -187,6 +187,13 @@ class Worker:
             self._detached.resign()
         return total
 
+    def open(self) -> int:
+        """Return a file descriptor for `signal.set_wakeup_fd`: a signal ends the wait that it meets.
+
+        Python may call a signal's handler only after a wait that the signal came just before.
+        """
+        return self._wake.open()
+
     def stop(self) -> None:
         """Finish the handler in hand, commit, and return from `run`. Signal handlers may call it."""
         self._stopping = True

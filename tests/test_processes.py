@@ -142,6 +142,19 @@ def test_a_second_signal_stops_at_once_and_loses_nothing(flags, second):
     assert not Handled.objects.exists()
 
 
+@pytest.mark.parametrize(
+    ("where", "told"), [("supervisor", ["READY=1", "STOPPING=1"]), ("child", ["READY=1", "READY=1"])]
+)
+def test_a_signal_that_comes_just_before_a_wait_ends_it(where, told):
+    """Of the child alone, SIGTERM ends it, and another is started."""
+    with WorkerProcess(
+        "--poll-interval", "3600", DJANGO_SETTINGS_MODULE="tests.late", LATE=where
+    ) as worker:
+        assert [worker.message() for _ in told] == told
+        if where == "supervisor":
+            assert worker.wait() == 0
+
+
 def test_a_sleeping_worker_stops_at_once():
     with WorkerProcess("--poll-interval", "3600") as worker:
         worker.wait_until_ready()

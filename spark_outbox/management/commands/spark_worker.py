@@ -162,7 +162,7 @@ class Command(BaseCommand):
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
 
-        signal.signal(signal.SIGCHLD, lambda *_: supervisor.child_ended())
+        signal.signal(signal.SIGCHLD, lambda *_: None)  # it wakes the supervisor, who looks
         for each in stops:
             signal.signal(each, stop)
         return supervisor.run()
@@ -179,6 +179,7 @@ class Command(BaseCommand):
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C reaches all; the supervisor tells us
         signal.signal(signal.SIGTERM, lambda *_: worker.stop())
+        signal.set_wakeup_fd(worker.open(), warn_on_full_buffer=False)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
         try:
             worker.run(drain=options["drain"], once=options["once"])
