@@ -104,6 +104,8 @@ class Outcomes:
     """Of the running events: to begin or to go on with after the commit."""
     reached: int = 0
     """How many events of the batch were looked at."""
+    left: bool = False
+    """Deliveries that are due were left to a worker that has their handlers."""
     cut: bool = False
     """The batch ended before its last event, or might as well have."""
 
@@ -153,7 +155,9 @@ class Outcomes:
             self.running.append(Begun(event.id, error))
             return
         if owed or waits or "pending" in statuses.values():
-            self.postponed.append(Postponed(event.id, error, owed, look_again(waits)))
+            pause = look_again(waits)
+            self.left = self.left or pause is not None
+            self.postponed.append(Postponed(event.id, error, owed, pause))
             return
         for name in unknown:
             context = {"handler": name, "event_id": event.id}

@@ -359,6 +359,8 @@ class Outlook(NamedTuple):
     """Seconds until the next delayed event; infinity if there is none."""
     running: bool
     """There are events that detached handlers are at work on, here or elsewhere."""
+    unhandled: bool
+    """There are events that some worker had no handler for."""
 
 
 OUTLOOK = """
@@ -382,15 +384,16 @@ select
         from spark_outbox_event
         where status = 'pending' and available_at > statement_timestamp() {groups}
     ),
-    exists (select from spark_outbox_delivery where status = 'running')
+    exists (select from spark_outbox_delivery where status = 'running'),
+    (select min(event_group) from spark_outbox_event where status = 'unhandled') is not null
 """
 
 
 def outlook(*, groups: str | None, using: str) -> Outlook:
-    ((ready, ordered, due_in, running),) = _rows(
+    ((ready, ordered, due_in, running, unhandled),) = _rows(
         _with_groups(OUTLOOK, groups), {"groups": groups}, using=using
     )
-    return Outlook(ready, ordered, math.inf if due_in is None else due_in, running)
+    return Outlook(ready, ordered, math.inf if due_in is None else due_in, running, unhandled)
 
 
 CHECK_GROUPS = "select '' ~ %s"
@@ -675,15 +678,30 @@ def take_back(running: Sequence[Running], *, to_settle: bool, using: str) -> set
     return taken
 
 
-# Unhandled events: a worker that starts puts back those that its registry matches
+# Unhandled events: a worker puts back those that its registry matches
 
+# From one group to the next, so not through all of their events.
 UNHANDLED_GROUPS = """
-select distinct event_group from spark_outbox_event where status = 'unhandled' {groups}
+with recursive unhandled (event_group) as (
+    select min(event_group) from spark_outbox_event where status = 'unhandled'
+    union all
+    select (
+        select min(event.event_group) from spark_outbox_event as event
+        where event.status = 'unhandled' and event.event_group > unhandled.event_group
+    )
+    from unhandled
+    where unhandled.event_group is not null
+)
+select event_group from unhandled where event_group is not null {groups}
 """
 
 PUT_BACK = """
-update spark_outbox_event
-set status = 'pending', available_at = null, finished_at = null
+update spark_outbox_event as event
+set status = 'pending', finished_at = null, available_at = (
+    select min(delivery.available_at)
+    from spark_outbox_delivery as delivery
+    where delivery.event_id = event.id and delivery.status = 'pending'
+)
 where id in (
     select id from spark_outbox_event
     where status = 'unhandled' and event_group = any(%(matched)s)
@@ -699,7 +717,10 @@ def unhandled_groups(*, groups: str | None, using: str) -> list[str]:
 
 
 def put_back(matched: list[str], *, limit: int, using: str) -> int:
-    """Make up to `limit` unhandled events of these groups ready again; return how many."""
+    """Make up to `limit` unhandled events of these groups pending again; return how many.
+
+    They are ready, or due when what they owe is: another release may have tried them.
+    """
     return _run(PUT_BACK, {"matched": matched, "limit": limit}, using=using)
 
 

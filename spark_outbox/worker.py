@@ -29,6 +29,13 @@ logger = logging.getLogger(__name__)
 HELD_POLL = 0.25
 """Seconds between two looks at events that another transaction holds: its worker may have died."""
 
+DEFERENCE = 0.5
+"""Seconds by which a worker that has left deliveries to others lets them look at due events first: or
+else the nearest to the database would have every next look, too."""
+
+PUT_BACK_INTERVAL = 60.0
+"""Seconds between two looks, of a worker with nothing to do, at what another had no handler for."""
+
 PUT_BACK_CHUNK = 10_000
 
 SILENCE = 30.0
@@ -110,9 +117,12 @@ class Worker:
             registry=registry,
             clock=clock,
         )
+        self._clock = clock
         self._stopping = False
         self._session: object = None  # the psycopg connection that is prepared
+        self._put_back_at = -math.inf  # when to look at unhandled events again
         self._first = ""  # the query that a batch begins with
+        self._defers = False  # to workers of another release, as it left to them the last due events
         self._failures = 0  # of the database, in a row
 
     # The loop
@@ -232,6 +242,8 @@ class Worker:
         self._ask()
         self._dispatcher.release()
         self._claims.learn(batch, outcomes)
+        if batch.elsewhere:
+            self._defers = outcomes.left
         self._log(batch, outcomes)
         if outcomes.calls:
             self._detached.begin(outcomes.calls)
@@ -256,10 +268,11 @@ class Worker:
         outlook = store.outlook(groups=self.groups, using=self.using)
         self._claims.expect(outlook.due_in)
         notified = False
-        while not self._stopping:
+        while not (self._stopping or (outlook.unhandled and self._put_back_unhandled())):
             held = HELD_POLL if outlook.ready or self._claims.held else math.inf
             running = TAKE_OVER_INTERVAL if outlook.running else math.inf
-            timeout = min(pause, self.poll_interval, outlook.due_in, held, running)
+            due_in = outlook.due_in + (DEFERENCE if self._defers else 0)
+            timeout = min(pause, self.poll_interval, due_in, held, running)
             notified = self._wake.wait(timeout)
             if notified or timeout != self.poll_interval or self._detached.has_ended:
                 break
@@ -294,6 +307,7 @@ class Worker:
         self._wake.listen()
         self._detached.reconnected()
         self._session = connection.connection
+        self._put_back_at = -math.inf
         self._put_back_unhandled()
         logger.info("Ready on database %s.", self.using, extra={"database": self.using})
         if self._on_ready is not None:
@@ -330,8 +344,12 @@ class Worker:
         if self._in_hand is not None:
             self._in_hand.put_down()
 
-    def _put_back_unhandled(self) -> None:
-        """Make events ready that had no handler: old workers may meet new groups first."""
+    def _put_back_unhandled(self) -> bool:
+        """Make events ready that had no handler: old workers may meet new groups first, also after
+        this one has started. Return whether there were any."""
+        if self._clock() < self._put_back_at:
+            return False
+        self._put_back_at = self._clock() + PUT_BACK_INTERVAL
         groups = store.unhandled_groups(groups=self.groups, using=self.using)
         matched = [group for group in groups if self._registry.handlers_for(group)]
         total = 0
@@ -341,6 +359,7 @@ class Worker:
         if total:
             context = {"events": total, "groups": matched}
             logger.info("Put back %(events)s unhandled events.", context, extra=context)
+        return total > 0
 
     def _recover(self, error: Error) -> None:
         """Drop the connections and wait; whatever was claimed is free as soon as the server sees it."""

@@ -19,7 +19,7 @@ from spark_outbox.errors import DuplicateKey, InvalidEvent, RegistrationError
 from spark_outbox.management.alarm import Alarm
 from spark_outbox.models import Delivery, OutboxEvent
 from spark_outbox.policy import Policy
-from spark_outbox.worker import Worker
+from spark_outbox.worker import PUT_BACK_INTERVAL, Worker
 from tests.challenges.models import Donation, Handled
 from tests.tools import (
     PATIENCE,
@@ -30,6 +30,7 @@ from tests.tools import (
     make_challenge,
     make_ready,
     note,
+    status,
     statuses,
     wait_until_asleep,
     worker_thread,
@@ -691,6 +692,23 @@ def test_a_worker_that_starts_puts_back_the_unhandled_events_that_it_can_handle(
     with worker_thread(groups="^newe?r?$"):
         eventually(lambda: Handled.objects.count() == 2)
     assert statuses() == {"new": "done", "newer": "done", "unknown": "unhandled"}
+
+
+def test_a_worker_at_rest_puts_back_what_another_has_just_had_no_handler_for(own_registry):
+    """In a rolling deployment the new release may start before the old one ends."""
+    clock, tomorrow = Clock(), timezone.now() + timedelta(days=1)
+    own_registry.add_handler(note, group="^key$|^later$", name="h")
+    with worker_thread(poll_interval=0.05, clock=clock):
+        wait_until_asleep()
+        for key in ("key", "later", "other"):
+            OutboxEvent.objects.create(group=key, key=key, status="unhandled", attempts=1)
+        Delivery.objects.create(
+            event=OutboxEvent.objects.get(key="later"), handler="h", attempts=1, available_at=tomorrow
+        )
+        clock.now = PUT_BACK_INTERVAL
+        eventually(lambda: status("key") == "done")
+    assert statuses() == {"key": "done", "later": "pending", "other": "unhandled"}
+    assert OutboxEvent.objects.get(key="later").available_at == tomorrow
 
 
 # Keys that disagree

@@ -19,13 +19,14 @@ from generate_series(1, %(count)s) as number
 
 @pytest.fixture(scope="module")
 def full_table(django_db_setup, django_db_blocker):
-    """100,000 done, 10,000 delayed, 5,000 ordered and 100 ready rows; the ready ones are the newest."""
+    """From old to new: 100,000 done, 10,000 delayed, 5,000 ordered, 100 ready, 20,000 unhandled rows."""
     with django_db_blocker.unblock(), connection.cursor() as cursor:
         for status, count, delay, keys in (
             ("done", 100_000, None, 0),
             ("pending", 10_000, 3600, 0),
             ("pending", 5_000, None, 50),
             ("pending", 100, None, 0),
+            ("unhandled", 20_000, None, 0),
         ):
             cursor.execute(FILL, {"status": status, "count": count, "delay": delay, "keys": keys})
         cursor.execute("vacuum analyze spark_outbox_event")
@@ -93,6 +94,12 @@ def test_settling_finds_its_rows_by_their_ids(full_table):
     nodes, _ = explain(store.FINISH, {"ids": array, "status": "done"})
     assert set(indexes(nodes)) == {"spark_outbox_event_pkey"}
     assert "Seq Scan" not in kinds(nodes)
+
+
+def test_groups_that_nobody_handles_are_read_off_their_index_one_by_one(full_table):
+    nodes, pages = explain(store.UNHANDLED_GROUPS.format(groups=""), {"groups": None})
+    assert set(indexes(nodes)) == {"spark_outbox_event_unhandled"}
+    assert pages < 20  # and not for each of the 20,000 events
 
 
 def test_a_worker_that_looks_before_it_sleeps_reads_little(full_table):

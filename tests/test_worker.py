@@ -229,6 +229,28 @@ def test_in_a_rolling_deployment_an_old_worker_leaves_to_new_ones_what_only_they
     assert Handled.objects.count() == 1
 
 
+def test_a_worker_that_has_left_something_to_others_lets_them_look_first(own_registry, monkeypatch):
+    monkeypatch.setattr("spark_outbox.worker.DEFERENCE", HOUR)
+    new = Registry()
+    for registry in (own_registry, new):
+        registry.add_handler(lambda _: None, group="", name="old")
+    new.add_handler(note, group="", name="new")
+    emit("g", "key")
+    event = OutboxEvent.objects.get()
+    Delivery.objects.create(event=event, handler="new", attempts=1, available_at=timezone.now())
+    OutboxEvent.objects.update(attempts=1, available_at=timezone.now())
+
+    def looks():
+        event.refresh_from_db()
+        return event.attempts - 1
+
+    with worker_thread(registry=own_registry):
+        eventually(lambda: looks() == 1 and event.available_at < timezone.now())
+        with worker_thread(registry=new):
+            wait_until_done(1)
+        assert looks() == 2
+
+
 def test_on_commit_callbacks_of_a_failing_handler_are_dropped_and_others_run_once(own_registry):
     ran = []
 
