@@ -104,8 +104,6 @@ class Outcomes:
     """Of the running events: to begin or to go on with after the commit."""
     reached: int = 0
     """How many events of the batch were looked at."""
-    left: bool = False
-    """Deliveries that are due were left to a worker that has their handlers."""
     cut: bool = False
     """The batch ended before its last event, or might as well have."""
 
@@ -122,6 +120,11 @@ class Outcomes:
     def count(self) -> int:
         settled = (self.done, self.unhandled, self.ended, self.postponed, self.running)
         return sum(len(each) for each in settled)
+
+    @property
+    def leaves_to_others(self) -> bool:
+        """Deliveries that are due wait for a worker that has their handlers."""
+        return any(each.pause is not None for each in self.postponed)
 
     def settle(
         self,
@@ -155,9 +158,7 @@ class Outcomes:
             self.running.append(Begun(event.id, error))
             return
         if owed or waits or "pending" in statuses.values():
-            pause = look_again(waits)
-            self.left = self.left or pause is not None
-            self.postponed.append(Postponed(event.id, error, owed, pause))
+            self.postponed.append(Postponed(event.id, error, owed, look_again(waits)))
             return
         for name in unknown:
             context = {"handler": name, "event_id": event.id}

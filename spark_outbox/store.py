@@ -363,6 +363,7 @@ class Outlook(NamedTuple):
     """There are events that some worker had no handler for."""
 
 
+# The last one is a min(), since for exists() a planner may choose to read the table to its end.
 OUTLOOK = """
 select
     exists (

@@ -23,6 +23,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import NoReturn
 
 logger = logging.getLogger(__name__)
 
@@ -150,8 +151,8 @@ class Supervisor:
         signal.set_wakeup_fd(self._wake_write, warn_on_full_buffer=False)
         while True:
             now = time.monotonic()
-            for slot in self._slots:
-                if not (slot.pid or self._stopping) and slot.start_at <= now:
+            for slot in self._vacant():
+                if slot.start_at <= now:
                     self._start(slot)
             if not any(slot.pid for slot in self._slots) and (
                 self._stopping or all(slot.start_at == float("inf") for slot in self._slots)
@@ -166,7 +167,7 @@ class Supervisor:
             self._kill_unanswered()
 
     def _wait(self, now: float) -> None:
-        starts = (slot.start_at for slot in self._slots if not slot.pid)
+        starts = (slot.start_at for slot in self._vacant())
         seconds = max(0.0, min(self._deadline, *starts, now + self._answer_timeout / 4) - now)
         if select.select([self._wake_read], [], [], seconds)[0]:
             told = os.read(self._wake_read, 4096)
@@ -174,15 +175,21 @@ class Supervisor:
             if READY in told and self._ready >= len(self._slots):
                 self._on_ready()
 
+    def _vacant(self) -> list[Slot]:
+        """Return the places that are to be filled, each at its time."""
+        return [] if self._stopping else [slot for slot in self._slots if not slot.pid]
+
     def _start(self, slot: Slot) -> None:
         slot.put_down()
         slot.started = time.monotonic()
         signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
-        pid = None if self._stopping else os.fork()  # a signal may have come a moment ago
-        if pid != 0:
-            slot.pid = pid or 0
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
-            return
+        if not self._stopping:  # a signal may have come a moment ago
+            slot.pid = os.fork()
+            if not slot.pid:
+                self._be_child(slot)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+
+    def _be_child(self, slot: Slot) -> NoReturn:
         code = 1
         try:
             signal.set_wakeup_fd(-1)

@@ -120,7 +120,7 @@ class Worker:
         self._clock = clock
         self._stopping = False
         self._session: object = None  # the psycopg connection that is prepared
-        self._put_back_at = -math.inf  # when to look at unhandled events again
+        self._put_back_at = 0.0  # when to look at unhandled events again
         self._first = ""  # the query that a batch begins with
         self._defers = False  # to workers of another release, as it left to them the last due events
         self._failures = 0  # of the database, in a row
@@ -243,7 +243,7 @@ class Worker:
         self._dispatcher.release()
         self._claims.learn(batch, outcomes)
         if batch.elsewhere:
-            self._defers = outcomes.left
+            self._defers = outcomes.leaves_to_others
         self._log(batch, outcomes)
         if outcomes.calls:
             self._detached.begin(outcomes.calls)
@@ -268,7 +268,10 @@ class Worker:
         outlook = store.outlook(groups=self.groups, using=self.using)
         self._claims.expect(outlook.due_in)
         notified = False
-        while not (self._stopping or (outlook.unhandled and self._put_back_unhandled())):
+        while not self._stopping:
+            may_put_back = outlook.unhandled and self._clock() >= self._put_back_at
+            if may_put_back and self._put_back_unhandled():
+                break
             held = HELD_POLL if outlook.ready or self._claims.held else math.inf
             running = TAKE_OVER_INTERVAL if outlook.running else math.inf
             due_in = outlook.due_in + (DEFERENCE if self._defers else 0)
@@ -307,7 +310,6 @@ class Worker:
         self._wake.listen()
         self._detached.reconnected()
         self._session = connection.connection
-        self._put_back_at = -math.inf
         self._put_back_unhandled()
         logger.info("Ready on database %s.", self.using, extra={"database": self.using})
         if self._on_ready is not None:
@@ -347,8 +349,6 @@ class Worker:
     def _put_back_unhandled(self) -> bool:
         """Make events ready that had no handler: old workers may meet new groups first, also after
         this one has started. Return whether there were any."""
-        if self._clock() < self._put_back_at:
-            return False
         self._put_back_at = self._clock() + PUT_BACK_INTERVAL
         groups = store.unhandled_groups(groups=self.groups, using=self.using)
         matched = [group for group in groups if self._registry.handlers_for(group)]

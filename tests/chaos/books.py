@@ -123,11 +123,9 @@ class Books:
         return [key for (key,) in self._connection.execute(sql, params or None)]
 
     def _noted(self, what: str) -> set[str]:
-        files = self._files.glob(f"*.{what}")
-        whole = (
-            file.read_text().rpartition("\n")[0] for file in files
-        )  # kill -9 may tear the last line
-        return {key for lines in whole for key in lines.split()}
+        files = (file.read_text() for file in self._files.glob(f"*.{what}"))
+        # Up to the last end of a line: kill -9 may tear what follows.
+        return {key for text in files for key in text.rpartition("\n")[0].split()}
 
     def _unknown_to_the_database(self) -> set[str]:
         """Return what the server said it had committed, and does not have."""
