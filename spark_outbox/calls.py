@@ -38,6 +38,28 @@ class InHand(Protocol):
     def rest(self) -> None:
         """Note that we do not, until `put_down`."""
 
+    def in_hand(self) -> list[tuple[int, int]]:
+        """Return what was taken in hand and not put down."""
+
+
+class Hand:
+    """The same for a worker that no supervisor looks after: a note in its own memory."""
+
+    def __init__(self) -> None:
+        self._called: tuple[tuple[int, int], ...] = ()
+
+    def take_in_hand(self, *called: tuple[int, int]) -> None:
+        self._called = called
+
+    def put_down(self) -> None:
+        self._called = ()
+
+    def rest(self) -> None:
+        pass
+
+    def in_hand(self) -> list[tuple[int, int]]:
+        return list(self._called)
+
 
 class Calls:
     """The calls of async handlers that are under way, at most `concurrency` of them.

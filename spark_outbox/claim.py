@@ -1,7 +1,7 @@
 """Which rows a worker locks next, and how many: the floor, the sweep, and what is due."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from spark_outbox import conf, store
 from spark_outbox.events import Event, StoredRow
@@ -48,6 +48,7 @@ class Claims:
         self._looked_for_ordered = False
         self._after_key = ""  # the ordering key after which to look next
         self._failed_head = conf.current().FAILED_HEAD
+        self._passed_over: set[int] = set()
         self.held = False  # heads of ordering keys that another transaction holds were seen
 
     @property
@@ -61,7 +62,7 @@ class Claims:
         `first` is a query to begin with.
         """
         started = self._clock()
-        limit = 1 if self.careful else self.size
+        limit = (1 if self.careful else self.size) + len(self._passed_over)
         sweeping = sweep or started >= self._sweep_at
         ready = self._claim_ready(started, limit, first, sweeping=sweeping)
         # Not twice in a row: a backlog of due events must leave slow handlers time for ready ones.
@@ -75,6 +76,8 @@ class Claims:
         ordered = self._claim_ordered(limit, all_keys=sweep) if self._looked_for_ordered else []
         if self._looked_for_ordered:
             self._order_at = started + (0 if ordered or self.held else self._commit_interval)
+        if self._passed_over:
+            due, ordered, ready = map(self._but_passed_over, (due, ordered, ready))
         rows = (due + ordered + ready)[: 1 if self.careful else None]
         events = Event.from_rows(rows, references)
         retried = [event.id for event in events if event.attempt > 1]
@@ -100,6 +103,10 @@ class Claims:
         """After a commit that failed: claim the same events again, and only one at a time."""
         self._one_by_one = max(1, len(batch.events))
 
+    def pass_over(self, event_ids: Iterable[int]) -> None:
+        """Claim these no more: PostgreSQL refuses to change their rows, to whatever end."""
+        self._passed_over.update(event_ids)
+
     def start_over(self) -> None:
         """Trust nothing but the table: after the connection was lost."""
         self.floor = store.LOWEST_ID
@@ -114,6 +121,11 @@ class Claims:
         soon = self._clock() + self._commit_interval
         self._due_at = max(self._due_at, soon)
         self._order_at = max(self._order_at, soon)
+
+    def _but_passed_over(self, rows: list[StoredRow]) -> list[StoredRow]:
+        """Return `rows` without what is passed over, and without what must wait for it."""
+        blocked = {row[5] for row in rows if row[0] in self._passed_over} - {None}
+        return [row for row in rows if row[0] not in self._passed_over and row[5] not in blocked]
 
     def _claim_ready(self, started: float, limit: int, first: str, *, sweeping: bool) -> list[StoredRow]:
         floor = store.LOWEST_ID if sweeping else self.floor

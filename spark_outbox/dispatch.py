@@ -94,40 +94,39 @@ class Dispatcher:
         self._concurrent: list[Deferred] = []
 
     def dispatch(self, batch: Batch, isolation: Isolation, stopping: Callable[[], bool]) -> Outcomes:
-        """Run the handlers of one event after the other, until the commit interval is over."""
+        """Run the handlers of one event after the other, until the commit interval is over.
+
+        The note of what is in hand stays, for the caller to read if this raises.
+        """
         self._start_batch()
         outcomes = Outcomes()
         deadline = self._clock() + self._commit_interval
         blocked: set[str] = set()
-        try:
-            for event in batch.events:
-                if event.ordering_key in blocked:
-                    outcomes.reached += 1
-                    continue
-                handlers = self._handlers_for(event.group)
-                if (self._slow or not handlers.are_plain) and self._must_wait(handlers):
-                    outcomes.cut = True
-                    break
-                is_open = self._handle(event, handlers, batch, isolation, outcomes)
+        for event in batch.events:
+            if event.ordering_key in blocked:
                 outcomes.reached += 1
-                if event.ordering_key is not None and (
-                    is_open or outcomes.holds_up(event, self._failed_head)
-                ):
-                    blocked.add(event.ordering_key)
-                if (
-                    self._contended
-                    or isolation.full
-                    or outcomes.calls
-                    or self._clock() >= deadline
-                    or stopping()
-                ):
-                    outcomes.cut = True
-                    break
-            if self._open:
-                self._call_deferred(isolation, outcomes)
-        finally:
-            if self._in_hand is not None:
-                self._in_hand.put_down()
+                continue
+            handlers = self._handlers_for(event.group)
+            if (self._slow or not handlers.are_plain) and self._must_wait(handlers):
+                outcomes.cut = True
+                break
+            is_open = self._handle(event, handlers, batch, isolation, outcomes)
+            outcomes.reached += 1
+            if event.ordering_key is not None and (
+                is_open or outcomes.holds_up(event, self._failed_head)
+            ):
+                blocked.add(event.ordering_key)
+            if (
+                self._contended
+                or isolation.full
+                or outcomes.calls
+                or self._clock() >= deadline
+                or stopping()
+            ):
+                outcomes.cut = True
+                break
+        if self._open:
+            self._call_deferred(isolation, outcomes)
         return outcomes
 
     def release(self) -> None:

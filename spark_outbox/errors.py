@@ -15,6 +15,8 @@ SparkOutboxError
     ├── BatchFailed       a batch handler's own word: some of my events failed
     ├── UnreadablePayload the stored payload is not one that emit() writes
     ├── WorkerDied        the handler took its worker process with it; raised by nobody, but recorded
+    ├── ConnectionLost    the connection was lost again and again while the handler ran; recorded, too
+    ├── NotSettled        PostgreSQL let the outbox's own UPDATE pass, but did not apply it
     ├── InstanceGone      the row that the payload refers to was deleted since
     └── BrokenTransaction the handler left the transaction in a state that can't be committed
 
@@ -120,6 +122,14 @@ class UnreadablePayload(HandlingError, ValueError):
 
 
 class WorkerDied(HandlingError):
+    pass
+
+
+class ConnectionLost(HandlingError):
+    pass
+
+
+class NotSettled(HandlingError, RuntimeError):
     pass
 
 

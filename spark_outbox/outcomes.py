@@ -122,6 +122,12 @@ class Outcomes:
         return sum(len(each) for each in settled)
 
     @property
+    def event_ids(self) -> list[int]:
+        """The events that it counts."""
+        others = (self.ended, self.postponed, self.running)
+        return [*self.done, *self.unhandled, *(each[0] for several in others for each in several)]
+
+    @property
     def leaves_to_others(self) -> bool:
         """Deliveries that are due wait for a worker that has their handlers."""
         return any(each.pause is not None for each in self.postponed)

@@ -10,10 +10,11 @@ from collections.abc import Container, Sequence
 from django.db import transaction
 
 from spark_outbox import store
-from spark_outbox.errors import WorkerDied
+from spark_outbox.errors import HandlingError, NotSettled, WorkerDied, describe
 from spark_outbox.events import Event
 from spark_outbox.outcomes import Call, Open, Outcomes, as_text, judge, next_attempt
 from spark_outbox.references import References
+from spark_outbox.refusals import Refused, refusals
 from spark_outbox.registry import Registry
 from spark_outbox.store import Ended, Running
 
@@ -24,8 +25,12 @@ CRASH_PATIENCE = 5.0
 
 
 def write(outcomes: Outcomes, *, session: int = 0, using: str) -> None:
-    """Write what became of claimed events; a lost claim is told, and overwrites nothing."""
-    applied = 0
+    """Write what became of claimed events. A lost claim is logged, and overwrites nothing.
+
+    Raises NotSettled if an event is still as it was claimed, though PostgreSQL raised no error: then
+    nothing may be committed, or the event would be handled again, and again.
+    """
+    applied = postponed = 0
     if outcomes.done:
         applied += store.finish(outcomes.done, "done", using=using)
     if outcomes.unhandled:
@@ -36,32 +41,106 @@ def write(outcomes: Outcomes, *, session: int = 0, using: str) -> None:
     if outcomes.running:
         applied += store.run(outcomes.running, using=using)
     if outcomes.postponed:
-        applied += store.postpone(outcomes.postponed, using=using)
+        postponed = store.postpone(outcomes.postponed, using=using)
+        applied += postponed
     if outcomes.ended:
         applied += store.end(outcomes.ended, using=using)
     if outcomes.retried:
         store.discard_deliveries(outcomes.retried, using=using)
     if applied != outcomes.count:
+        if store.count_pending(outcomes.event_ids, using=using) > postponed:
+            raise NotSettled(
+                "The outbox's own UPDATE did not apply to this event. Look for a trigger or a row-level "
+                "security policy on spark_outbox_event that keeps it from being changed."
+            )
         tell_lost(outcomes.count - applied)
 
 
-def write_alone(alone: dict[int, Outcomes], *, using: str) -> None:
-    """Write what became of events whose batch was rolled back; unless others have them by now."""
-    for event_id, outcomes in alone.items():
-        with transaction.atomic(using=using):
+def write_alone(alone: dict[int, Outcomes], *, using: str) -> list[int]:
+    """Write what became of events whose batch was rolled back, each in a transaction of its own; unless
+    others have them by now. Return those that can't even be marked as failed."""
+    return [event_id for event_id in alone if not _write_one(event_id, alone[event_id], using)]
+
+
+def _write_one(event_id: int, outcomes: Outcomes, using: str) -> bool:
+    try:
+        with refusals(using=using), transaction.atomic(using=using):
             if store.claim_one(event_id, using=using):
                 write(outcomes, using=using)
+    except Refused as refused:
+        return write_unsettled(event_id, refused.error, using=using)
+    return True
 
 
-def write_unsettled(event_id: int, error: BaseException, *, using: str) -> None:
-    """Let an event fail of which nothing else can be written: else it would be handled for ever."""
-    logger.error("Event %(event_id)s failed for good: it can't be settled.", {"event_id": event_id})
-    failed = Outcomes(ended=[Ended(event_id, "failed", as_text(error))])
-    write_alone({event_id: failed}, using=using)
+def write_unsettled(event_id: int, error: BaseException, *, using: str) -> bool:
+    """Let an event fail of which nothing else can be written: else it would be handled for ever.
+
+    Return whether that is settled. If PostgreSQL refuses even that, nobody can settle the event.
+    """
+    try:
+        with refusals(using=using), transaction.atomic(using=using):
+            if store.claim_one(event_id, using=using):
+                write(_unsettled(event_id, error), using=using)
+    except Refused as refused:
+        context = {"event_id": event_id, "error": describe(refused.error)}
+        logger.error(
+            "Event %(event_id)s can't be settled, and not be marked as failed either (%(error)s). "
+            "This worker passes it over until it is restarted.",
+            context,
+            extra=context,
+        )
+        return False
+    _log_unsettled(event_id, error)
+    return True
 
 
 def write_calls(calls: Sequence[Call], registry: Registry, *, using: str) -> None:
-    """Write what became of detached calls: of those that still are ours."""
+    """Write what became of detached calls: of those that still are ours.
+
+    If PostgreSQL refuses, of each by itself; an event that it refuses alone fails.
+    """
+    try:
+        with refusals(using=using):
+            _write_calls(calls, registry, using=using)
+    except Refused as refused:
+        if len(calls) == 1:
+            _write_unsettled_call(calls[0], refused.error, using=using)
+        else:
+            for call in calls:
+                write_calls([call], registry, using=using)
+
+
+def _write_unsettled_call(call: Call, error: BaseException, *, using: str) -> None:
+    event_id = call.event.id
+    try:
+        with refusals(using=using), transaction.atomic(using=using):
+            running = [Running(event_id, call.handler.name, call.session)]
+            if store.take_back(running, to_settle=True, using=using):
+                write(_unsettled(event_id, error), using=using)
+    except Refused as refused:
+        context = {"event_id": event_id, "error": describe(refused.error)}
+        logger.error(
+            "Event %(event_id)s can't be settled, and not be marked as failed either (%(error)s). "
+            "It stays running.",
+            context,
+            extra=context,
+        )
+    else:
+        _log_unsettled(event_id, error)
+
+
+def _unsettled(event_id: int, error: BaseException) -> Outcomes:
+    return Outcomes(ended=[Ended(event_id, "failed", as_text(error))])
+
+
+def _log_unsettled(event_id: int, error: BaseException) -> None:
+    context = {"event_id": event_id, "error": describe(error)}
+    logger.error(
+        "Event %(event_id)s failed for good: it can't be settled (%(error)s).", context, extra=context
+    )
+
+
+def _write_calls(calls: Sequence[Call], registry: Registry, *, using: str) -> None:
     with transaction.atomic(using=using):
         running = [Running(call.event.id, call.handler.name, call.session) for call in calls]
         taken = store.take_back(running, to_settle=True, using=using)
@@ -106,9 +185,18 @@ def take_over(*, session: int = 0, mine: Container[tuple[int, str]] = (), using:
 def book_crash(
     in_hand: Sequence[tuple[int, int]], cause: str, registry: Registry, *, using: str
 ) -> None:
-    """Count the attempts that ended with a process; wait for the server to see that it is gone.
+    """Count the attempts that ended with a process."""
+    error = WorkerDied(f"The worker process died of {cause} while it ran this handler.")
+    book(in_hand, error, registry, using=using)
 
-    `in_hand` has pairs of an event's id and its handler's number.
+
+def book(
+    in_hand: Sequence[tuple[int, int]], error: HandlingError, registry: Registry, *, using: str
+) -> None:
+    """Count attempts that ended with `error`, and with the connection on which they were made.
+
+    `in_hand` has pairs of an event's id and its handler's number. Waits for up to CRASH_PATIENCE until
+    the server sees that the connection is gone.
     """
     left = list(in_hand)
     deadline = time.monotonic() + CRASH_PATIENCE
@@ -116,22 +204,24 @@ def book_crash(
         left = [
             (event_id, number)
             for event_id, number in left
-            if not write_crash(event_id, number, cause, registry, using=using)
+            if not _book_one(event_id, number, error, registry, using=using)
         ]
         if left:
             time.sleep(0.02)
     if left:
-        events = {"event_ids": [event_id for event_id, _ in left]}
+        events = {"event_ids": [event_id for event_id, _ in left], "error": type(error).__qualname__}
         logger.warning(
-            "Attempts that ended with their process could not be counted: events %(event_ids)s.",
+            "Attempts that ended with %(error)s could not be counted: events %(event_ids)s.",
             events,
             extra=events,
         )
 
 
-def write_crash(event_id: int, number: int, cause: str, registry: Registry, *, using: str) -> bool:
-    """Count an attempt that ended with its process; return whether that is settled, or to be tried
-    again: until the server has seen that the process is gone, its rows are locked."""
+def _book_one(
+    event_id: int, number: int, error: HandlingError, registry: Registry, *, using: str
+) -> bool:
+    """Count one attempt; return whether that is settled, or to be tried again: until the server has seen
+    that the connection is gone, the event's row is locked."""
     take_over(using=using)
     with transaction.atomic(using=using):
         if not store.claim_one(event_id, using=using):
@@ -141,7 +231,6 @@ def write_crash(event_id: int, number: int, cause: str, registry: Registry, *, u
         handler = registry.handlers[number]
         earlier = store.deliveries([event_id], using=using).get(event_id, {})
         event.attempt = next_attempt(handler, earlier)
-        error = WorkerDied(f"The worker process died of {cause} while it ran this handler.")
         attempts = {handler.name: judge(handler, event, error, 0.0)}
         opened = Open(event, registry.handlers_for(event.group), [], earlier, attempts)
         write(opened.alone(), using=using)

@@ -8,12 +8,15 @@ has locked, and say how many rows they applied to.
 import datetime as dt
 import itertools
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from functools import partial
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 from django.db import connections
-from psycopg import ClientCursor
+from psycopg import ClientCursor, Connection
 from psycopg.errors import error_from_result
 from psycopg.pq import ExecStatus
 
@@ -21,17 +24,60 @@ from spark_outbox.errors import UnreadablePayload
 from spark_outbox.events import StoredRow
 from spark_outbox.payload import MAX_STORED
 
+# Which outbox: on a worker's connection the one that its search_path found first, by its schema,
+# whatever a handler makes of the search_path. Elsewhere the one that the caller's search_path finds.
+
+SCHEMA = """
+select relnamespace::regnamespace::text from pg_class where oid = to_regclass('spark_outbox_event')
+"""
+
+_schemas: "WeakKeyDictionary[Connection[Any], str]" = WeakKeyDictionary()
+_TABLE = re.compile(r"(?<![\w.])spark_outbox_(?:event|delivery)\b")
+
+
+def fix_schema(*, using: str) -> None:
+    """Have statements on this connection mean the outbox that its search_path finds now."""
+    (schema,) = _rows(SCHEMA, using=using)[0]
+    _schemas[connections[using].connection] = schema
+
+
+@contextmanager
+def fixed_schema(*, using: str) -> Iterator[None]:
+    """Do what `fix_schema` does, for the block, unless it has been done."""
+    connection = connections[using]
+    connection.ensure_connection()
+    raw = connection.connection
+    if raw in _schemas:
+        yield
+        return
+    fix_schema(using=using)
+    try:
+        yield
+    finally:
+        _schemas.pop(raw, None)
+
+
+def _addressed(sql: str, using: str) -> str:
+    raw = connections[using].connection
+    schema = None if raw is None else _schemas.get(raw)
+    return sql if schema is None else _qualified(sql, schema)
+
+
+@lru_cache(maxsize=512)
+def _qualified(sql: str, schema: str) -> str:
+    return _TABLE.sub(lambda table: f"{schema}.{table[0]}", sql)
+
 
 def _run(sql: str, params: Any = None, *, using: str) -> int:
     """Run a statement; return how many rows it wrote."""
     with connections[using].cursor() as cursor:
-        cursor.execute(sql, params)
+        cursor.execute(_addressed(sql, using), params)
         return int(cursor.rowcount)
 
 
 def _rows(sql: str, params: Any = None, *, using: str) -> list[Any]:
     with connections[using].cursor() as cursor:
-        cursor.execute(sql, params)
+        cursor.execute(_addressed(sql, using), params)
         return list(cursor.fetchall())
 
 
@@ -298,7 +344,7 @@ def claim_one(event_id: int, *, using: str) -> bool:
 
 
 def _claim(sql: str, using: str, first: str = "", **params: Any) -> list[StoredRow]:
-    sql = _with_groups(sql, params["groups"])
+    sql = _addressed(_with_groups(sql, params["groups"]), using)
     with connections[using].cursor() as cursor:
         if not first:
             cursor.execute(sql, params)
@@ -465,6 +511,8 @@ class Earlier(NamedTuple):
         return self.due_for is not None
 
 
+COUNT_PENDING = "select count(*) from spark_outbox_event where id = any(%s) and status = 'pending'"
+
 _ONE_MORE = "least(greatest(attempts, 0), 2147483646) + 1"  # of an integer, whatever SQL has put there
 
 FINISH = f"""
@@ -555,6 +603,10 @@ select
 from spark_outbox_delivery
 where event_id = any(%s)
 """
+
+
+def count_pending(ids: list[int], *, using: str) -> int:
+    return int(value(COUNT_PENDING, [ids], using=using))
 
 
 def finish(ids: list[int], status: str, *, using: str) -> int:

@@ -9,18 +9,19 @@ import threading
 import time
 from collections.abc import Callable
 
-from django.db import DatabaseError, DataError, Error, connections, transaction
+from django.db import DataError, Error, connections, transaction
 
 from spark_outbox import conf, session, settle, store
-from spark_outbox.calls import Alarm, Calls, InHand
+from spark_outbox.calls import Alarm, Calls, Hand, InHand
 from spark_outbox.claim import Claims
 from spark_outbox.detached import TAKE_OVER_INTERVAL, Detached
 from spark_outbox.dispatch import Dispatcher, TransactionLost
-from spark_outbox.errors import NotMigrated, SettingsError, describe
+from spark_outbox.errors import ConnectionLost, NotMigrated, SettingsError, describe
 from spark_outbox.events import Event
 from spark_outbox.isolation import Isolation
 from spark_outbox.outcomes import Batch, Outcomes
 from spark_outbox.references import References
+from spark_outbox.refusals import TIMES, Refused, Suspects, refusals
 from spark_outbox.registry import Handler, Registry, registry
 from spark_outbox.wake import Wake, poll
 
@@ -40,9 +41,6 @@ PUT_BACK_CHUNK = 10_000
 
 SILENCE = 30.0
 """Seconds that a transaction may be idle beyond the timeouts of its handlers."""
-
-ABOUT_ROWS = ("22", "23", "44", "P0")
-"""Classes of SQLSTATE: of data, constraints and views, and of PL/pgSQL, so of triggers that refuse."""
 
 RECONNECT_PAUSES = (0.1, 10.0)
 """The first and the longest pause, in seconds, while the database is away."""
@@ -95,14 +93,15 @@ class Worker:
         )
         self._isolation = Isolation(using)
         self._alarm = alarm
-        self._in_hand = in_hand
+        self._is_supervised = in_hand is not None
+        self._in_hand: InHand = in_hand or Hand()
         self._dispatcher = Dispatcher(
             registry.handlers_for,
             using=using,
             commit_interval=commit_interval,
             clock=clock,
             alarm=alarm,
-            in_hand=in_hand,
+            in_hand=self._in_hand,
             on_error=on_error,
         )
         self._async_concurrency = async_concurrency or settings.ASYNC_CONCURRENCY
@@ -124,6 +123,8 @@ class Worker:
         self._first = ""  # the query that a batch begins with
         self._defers = False  # to workers of another release, as it left to them the last due events
         self._failures = 0  # of the database, in a row
+        self._suspects = Suspects()
+        self._convicted: list[tuple[int, int]] = []  # events and handlers to count an attempt for
 
     # The loop
 
@@ -189,12 +190,13 @@ class Worker:
         """
         self._check_handlers()
         total = 0
-        try:
-            self._detached.take_over()
-            while handled := self._handle_or_narrow() or self.handle_batch(sweep=True):
-                total += handled
-        finally:
-            self._detached.resign()
+        with store.fixed_schema(using=self.using):
+            try:
+                self._detached.take_over()
+                while handled := self.handle_batch() or self.handle_batch(sweep=True):
+                    total += handled
+            finally:
+                self._detached.resign()
         return total
 
     def open(self) -> int:
@@ -210,36 +212,47 @@ class Worker:
         self._wake.interrupt()
 
     def handle_batch(self, *, sweep: bool = False) -> int:
-        """Claim, dispatch and settle in one transaction; return how many events that settled."""
+        """Claim, dispatch and settle in one transaction; return how many events that settled.
+
+        If PostgreSQL refuses to settle them, they are handled again, one by one; an event that it
+        refuses alone fails. Raises what comes of an outage.
+        """
         references = References()
         batch = Batch([])
         try:
-            with transaction.atomic(using=self.using):
+            with refusals(using=self.using), transaction.atomic(using=self.using):
                 first = self._wake.parting(self.using) or self._first
                 batch = self._claims.next(references, sweep=sweep, first=first)
                 if not batch.events:
                     return 0
                 self._wake.wake_up()
-                if self._in_hand is not None:  # what handlers do after the commit takes what it takes
+                if self._is_supervised:  # what handlers do after the commit takes what it takes
                     transaction.on_commit(self._in_hand.rest, using=self.using)
                 with self._isolation.batch(references, strict=self._claims.careful):
                     outcomes = self._dispatcher.dispatch(batch, self._isolation, self._is_stopping)
+                self._ask()
                 identity = self._detached.identify() if outcomes.calls else 0
                 settle.write(outcomes, session=identity, using=self.using)
         except TransactionLost as loss:
-            settle.write_alone(loss.alone, using=self.using)
+            self._ask()
+            self._claims.pass_over(settle.write_alone(loss.alone, using=self.using))
             return len(loss.alone)
-        except BaseException as error:
-            self._dispatcher.abandon()
-            if isinstance(error, DatabaseError) and self._is_connected():
-                if self._is_at_fault(batch, error):
-                    settle.write_unsettled(batch.events[0].id, error, using=self.using)
-                    return 1
-                self._claims.doubt(batch)  # it was an event's fault, and nobody can tell whose
+        except Refused as refused:
+            self._abandon()
+            if not batch.events:
+                raise refused.error from None
+            return self._narrow(batch, refused, sweep)
+        except Error:
+            self._suspect(batch, self._in_hand.in_hand())
+            self._abandon()
+            raise
+        except BaseException:
+            self._abandon()
             raise
         finally:
             references.close()
         self._ask()
+        self._suspects.clear(outcomes.event_ids)
         self._dispatcher.release()
         self._claims.learn(batch, outcomes)
         if batch.elsewhere:
@@ -248,6 +261,57 @@ class Worker:
         if outcomes.calls:
             self._detached.begin(outcomes.calls)
         return outcomes.count
+
+    # When that fails
+
+    def _abandon(self) -> None:
+        """The transaction is rolled back: nothing of it is in hand any more."""
+        self._ask()
+        self._dispatcher.abandon()
+
+    def _narrow(self, batch: Batch, refused: Refused, sweep: bool) -> int:
+        """After PostgreSQL has refused to settle a batch: find the event that is at fault."""
+        event = batch.events[0]
+        if not self._claims.careful or len(batch.events) > 1:
+            context = {"events": len(batch.events), "error": describe(refused.error)}
+            logger.warning(
+                "PostgreSQL refused to settle %(events)s events (%(error)s): they are handled alone.",
+                context,
+                extra=context,
+            )
+            self._claims.doubt(batch)
+        elif not refused.may_pass or self._suspects.is_at_fault(event.id):
+            if not settle.write_unsettled(event.id, refused.error, using=self.using):
+                self._claims.pass_over([event.id])
+            return 1
+        return self.handle_batch(sweep=sweep)
+
+    def _suspect(self, batch: Batch, in_hand: list[tuple[int, int]]) -> None:
+        """After an outage: if it has always come with the same event, it is the event's fault.
+
+        From now on events are handled one by one, so that the next one has a single suspect.
+        """
+        if not batch.events:
+            return
+        if not in_hand and len(batch.events) == 1:
+            event = batch.events[0]
+            handlers = self._registry.handlers_for(event.group)
+            owed = batch.owed(event, handlers) if event.id in batch.earlier else handlers
+            in_hand = [(event.id, handler.number) for handler in owed]
+        at_fault = {event_id for event_id in dict(in_hand) if self._suspects.is_at_fault(event_id)}
+        self._convicted = [called for called in in_hand if called[0] in at_fault]
+        self._claims.doubt(batch)
+
+    def _book_convicted(self) -> None:
+        """Count an attempt for what has cost the worker its connection, now that it has another."""
+        convicted, self._convicted = self._convicted, []
+        if convicted:
+            error = ConnectionLost(
+                f"The worker's database connection was lost {TIMES} times in a row while this handler "
+                "ran: by a limit such as transaction_timeout, by pg_terminate_backend(), or since the "
+                "server can't bear its query. The server's log says why."
+            )
+            settle.book(convicted, error, self._registry, using=self.using)
 
     # Its steps
 
@@ -302,6 +366,7 @@ class Worker:
                 f"Database {self.using!r} has no outbox. Run: manage.py migrate spark_outbox"
                 + ("" if self.using == "default" else f" --database {self.using}")
             )
+        store.fix_schema(using=self.using)
         if self.groups is not None:
             try:
                 store.check_groups(self.groups, using=self.using)
@@ -310,6 +375,7 @@ class Worker:
         self._wake.listen()
         self._detached.reconnected()
         self._session = connection.connection
+        self._book_convicted()
         self._put_back_unhandled()
         logger.info("Ready on database %s.", self.using, extra={"database": self.using})
         if self._on_ready is not None:
@@ -334,8 +400,7 @@ class Worker:
 
     def _poll(self, descriptors: list[int], seconds: float) -> set[int]:
         """Wait until a file descriptor can be read; meanwhile async handlers go on."""
-        if self._in_hand is not None:
-            self._in_hand.rest()
+        self._in_hand.rest()
         calls = self._dispatcher.calls
         readable = calls.poll(descriptors, seconds) if calls else poll(descriptors, seconds)
         self._ask()
@@ -343,8 +408,7 @@ class Worker:
 
     def _ask(self) -> None:
         """From now on the database has to answer in time, or the supervisor ends this process."""
-        if self._in_hand is not None:
-            self._in_hand.put_down()
+        self._in_hand.put_down()
 
     def _put_back_unhandled(self) -> bool:
         """Make events ready that had no handler: old workers may meet new groups first, also after
@@ -396,27 +460,8 @@ class Worker:
         unit = 1024 * 1024 if sys.platform == "darwin" else 1024
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss > self._max_rss * unit
 
-    def _handle_or_narrow(self) -> int:
-        """Handle a batch; if its commit fails, handle its first event alone."""
-        was_careful = self._claims.careful
-        try:
-            return self.handle_batch()
-        except DatabaseError:
-            if was_careful:
-                raise
-            return self.handle_batch()
-
     def _is_stopping(self) -> bool:
         return self._stopping
-
-    def _is_at_fault(self, batch: Batch, error: Error) -> bool:
-        """Return whether it is plain that a batch could not be settled because of its only event."""
-        state = getattr(error.__cause__, "sqlstate", None) or ""
-        return self._claims.careful and len(batch.events) == 1 and state.startswith(ABOUT_ROWS)
-
-    def _is_connected(self) -> bool:
-        raw = connections[self.using].connection
-        return raw is not None and not raw.closed
 
 
 _draining = threading.local()
