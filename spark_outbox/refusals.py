@@ -6,8 +6,9 @@ something that it needs for every statement. The worker reconnects and goes on, 
 unless the connection is lost each time that this event is being handled.
 """
 
+import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 from django.db import Error, connections
@@ -19,6 +20,9 @@ OUTAGES = ("08", "53", "57P", "58")
 
 PASSING = ("40", "55P03", "57014")
 """SQLSTATE of refusals that may pass: serialization and deadlock, lock_timeout, a cancelled query."""
+
+PAUSES = (0.05, 0.1, 0.2, 0.4, 0.8)
+"""Seconds to wait before what was refused, but may pass, is tried again."""
 
 TIMES = 3
 """How often in a row an event is there when something fails that need not be its fault, until it is."""
@@ -52,6 +56,23 @@ def refusals(*, using: str) -> Iterator[None]:
         if raw.closed or _state(error).startswith(OUTAGES):
             raise
         raise Refused(error) from error
+
+
+def persevere(write: Callable[[], None], *, using: str) -> None:
+    """Call `write`, which is a transaction, again while it is refused for what may pass.
+
+    Raises Refused for anything else, and if it does not pass.
+    """
+    for pause in PAUSES:
+        try:
+            with refusals(using=using):
+                return write()
+        except Refused as refused:
+            if not refused.may_pass:
+                raise
+        time.sleep(pause)
+    with refusals(using=using):
+        return write()
 
 
 class Suspects:

@@ -6,15 +6,16 @@ import random
 import socket
 import time
 from collections.abc import Container, Sequence
+from functools import partial
 
 from django.db import transaction
 
 from spark_outbox import store
-from spark_outbox.errors import HandlingError, NotSettled, WorkerDied, describe
+from spark_outbox.errors import NotSettled, WorkerDied, describe
 from spark_outbox.events import Event
 from spark_outbox.outcomes import Call, Open, Outcomes, as_text, judge, next_attempt
 from spark_outbox.references import References
-from spark_outbox.refusals import Refused, refusals
+from spark_outbox.refusals import Refused, persevere
 from spark_outbox.registry import Registry
 from spark_outbox.store import Ended, Running
 
@@ -64,12 +65,16 @@ def write_alone(alone: dict[int, Outcomes], *, using: str) -> list[int]:
 
 def _write_one(event_id: int, outcomes: Outcomes, using: str) -> bool:
     try:
-        with refusals(using=using), transaction.atomic(using=using):
-            if store.claim_one(event_id, using=using):
-                write(outcomes, using=using)
+        persevere(partial(_claim_and_write, event_id, outcomes, using), using=using)
     except Refused as refused:
         return write_unsettled(event_id, refused.error, using=using)
     return True
+
+
+def _claim_and_write(event_id: int, outcomes: Outcomes, using: str) -> None:
+    with transaction.atomic(using=using):
+        if store.claim_one(event_id, using=using):
+            write(outcomes, using=using)
 
 
 def write_unsettled(event_id: int, error: BaseException, *, using: str) -> bool:
@@ -77,10 +82,9 @@ def write_unsettled(event_id: int, error: BaseException, *, using: str) -> bool:
 
     Return whether that is settled. If PostgreSQL refuses even that, nobody can settle the event.
     """
+    unsettled = _unsettled(event_id, error)
     try:
-        with refusals(using=using), transaction.atomic(using=using):
-            if store.claim_one(event_id, using=using):
-                write(_unsettled(event_id, error), using=using)
+        persevere(partial(_claim_and_write, event_id, unsettled, using), using=using)
     except Refused as refused:
         context = {"event_id": event_id, "error": describe(refused.error)}
         logger.error(
@@ -100,8 +104,7 @@ def write_calls(calls: Sequence[Call], registry: Registry, *, using: str) -> Non
     If PostgreSQL refuses, of each by itself; an event that it refuses alone fails.
     """
     try:
-        with refusals(using=using):
-            _write_calls(calls, registry, using=using)
+        persevere(partial(_write_calls, calls, registry, using), using=using)
     except Refused as refused:
         if len(calls) == 1:
             _write_unsettled_call(calls[0], refused.error, using=using)
@@ -112,11 +115,15 @@ def write_calls(calls: Sequence[Call], registry: Registry, *, using: str) -> Non
 
 def _write_unsettled_call(call: Call, error: BaseException, *, using: str) -> None:
     event_id = call.event.id
-    try:
-        with refusals(using=using), transaction.atomic(using=using):
+
+    def take_back_and_write() -> None:
+        with transaction.atomic(using=using):
             running = [Running(event_id, call.handler.name, call.session)]
             if store.take_back(running, to_settle=True, using=using):
                 write(_unsettled(event_id, error), using=using)
+
+    try:
+        persevere(take_back_and_write, using=using)
     except Refused as refused:
         context = {"event_id": event_id, "error": describe(refused.error)}
         logger.error(
@@ -140,7 +147,7 @@ def _log_unsettled(event_id: int, error: BaseException) -> None:
     )
 
 
-def _write_calls(calls: Sequence[Call], registry: Registry, *, using: str) -> None:
+def _write_calls(calls: Sequence[Call], registry: Registry, using: str) -> None:
     with transaction.atomic(using=using):
         running = [Running(call.event.id, call.handler.name, call.session) for call in calls]
         taken = store.take_back(running, to_settle=True, using=using)
@@ -191,7 +198,7 @@ def book_crash(
 
 
 def book(
-    in_hand: Sequence[tuple[int, int]], error: HandlingError, registry: Registry, *, using: str
+    in_hand: Sequence[tuple[int, int]], error: Exception, registry: Registry, *, using: str
 ) -> None:
     """Count attempts that ended with `error`, and with the connection on which they were made.
 
@@ -217,9 +224,7 @@ def book(
         )
 
 
-def _book_one(
-    event_id: int, number: int, error: HandlingError, registry: Registry, *, using: str
-) -> bool:
+def _book_one(event_id: int, number: int, error: Exception, registry: Registry, *, using: str) -> bool:
     """Count one attempt; return whether that is settled, or to be tried again: until the server has seen
     that the connection is gone, the event's row is locked."""
     take_over(using=using)

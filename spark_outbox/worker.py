@@ -42,6 +42,9 @@ PUT_BACK_CHUNK = 10_000
 SILENCE = 30.0
 """Seconds that a transaction may be idle beyond the timeouts of its handlers."""
 
+REFUSED_PAUSES = (0.1, 0.3)
+"""Seconds before an event is handled again whose settling was refused for what may pass."""
+
 RECONNECT_PAUSES = (0.1, 10.0)
 """The first and the longest pause, in seconds, while the database is away."""
 
@@ -280,7 +283,12 @@ class Worker:
                 extra=context,
             )
             self._claims.doubt(batch)
-        elif not refused.may_pass or self._suspects.is_at_fault(event.id):
+        elif refused.may_pass and not self._suspects.is_at_fault(event.id):
+            self._wake.pause(random.uniform(*REFUSED_PAUSES))  # noqa: S311
+        elif refused.may_pass:
+            settle.book(self._calls_of(batch), refused.error, self._registry, using=self.using)
+            return 1
+        else:
             if not settle.write_unsettled(event.id, refused.error, using=self.using):
                 self._claims.pass_over([event.id])
             return 1
@@ -294,13 +302,17 @@ class Worker:
         if not batch.events:
             return
         if not in_hand and len(batch.events) == 1:
-            event = batch.events[0]
-            handlers = self._registry.handlers_for(event.group)
-            owed = batch.owed(event, handlers) if event.id in batch.earlier else handlers
-            in_hand = [(event.id, handler.number) for handler in owed]
+            in_hand = self._calls_of(batch)
         at_fault = {event_id for event_id in dict(in_hand) if self._suspects.is_at_fault(event_id)}
         self._convicted = [called for called in in_hand if called[0] in at_fault]
         self._claims.doubt(batch)
+
+    def _calls_of(self, batch: Batch) -> list[tuple[int, int]]:
+        """Return the calls that the only event of a batch owes, as they are noted in `InHand`."""
+        (event,) = batch.events
+        handlers = self._registry.handlers_for(event.group)
+        owed = batch.owed(event, handlers) if event.id in batch.earlier else handlers
+        return [(event.id, handler.number) for handler in owed]
 
     def _book_convicted(self) -> None:
         """Count an attempt for what has cost the worker its connection, now that it has another."""
