@@ -7,4 +7,6 @@ from tests.chaos.models import Order
 @source(Order)
 def events_of_order(order: Order) -> Iterator[Event]:
     if order.group == "chaos_sourced":
-        yield Event(group=order.group, key=order.key)
+        keys = (order.twin_id, order.key) if order.twin_id else (order.key,)
+        for key in keys:
+            yield Event(group=order.group, key=key, ordering_key=order.ordering_key)
