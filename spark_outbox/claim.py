@@ -81,11 +81,9 @@ class Claims:
         rows = (due + ordered + ready)[: 1 if self.careful else None]
         events = Event.from_rows(rows, references)
         retried = [event.id for event in events if event.attempt > 1]
-        return Batch(
-            events,
-            elsewhere=len(due) + len(ordered),
-            earlier=store.deliveries(retried, using=self.using) if retried else {},
-        )
+        earlier = store.deliveries(retried, using=self.using) if retried else {}
+        batch = Batch(events, elsewhere=len(due) + len(ordered), earlier=earlier)
+        return batch.with_killers_alone() if earlier else batch
 
     def learn(self, batch: Batch, outcomes: Outcomes) -> None:
         """After the commit: move the floor, and fit the size to what was managed."""
@@ -102,6 +100,10 @@ class Claims:
     def doubt(self, batch: Batch) -> None:
         """After a commit that failed: claim the same events again, and only one at a time."""
         self._one_by_one = max(1, len(batch.events))
+
+    def look_closely(self) -> None:
+        """After the unclean end of a worker: one by one, as many as that can have claimed."""
+        self._one_by_one = max(self._one_by_one, self.batch_size)
 
     def pass_over(self, event_ids: Iterable[int]) -> None:
         """Claim these no more: PostgreSQL refuses to change their rows, to whatever end."""

@@ -154,3 +154,21 @@ class Delivery(models.Model):
 
     def __str__(self) -> str:
         return f"{self.handler} of event {self.event_id}"
+
+
+class WorkerSession(models.Model):
+    """A worker that lives, or one that did not stop by itself; see crashes.py."""
+
+    session = models.IntegerField(primary_key=True)
+    """The number of an advisory lock that the worker holds while it lives."""
+    name = models.TextField()
+    started_at = models.DateTimeField(db_default=NOW)
+    event_id = models.BigIntegerField(null=True, blank=True)
+    """Of the call that it makes, if it looks closely; else NULL, and no handler."""
+    handler = models.TextField(db_default="", blank=True)
+
+    class Meta:
+        db_table = "spark_outbox_worker"
+
+    def __str__(self) -> str:
+        return self.name

@@ -31,6 +31,19 @@ class Batch:
     """How many of them, the first, were not in the ready queue: they are due, or ordered."""
     earlier: dict[int, dict[str, Earlier]] = field(default_factory=dict)
 
+    @property
+    def has_killed(self) -> bool:
+        """A handler of the first event has died with its worker before: the event is handled alone."""
+        return any(each.died for each in self.earlier.get(self.events[0].id, {}).values())
+
+    def with_killers_alone(self) -> "Batch":
+        """Return the events up to one that has killed its worker before; or that alone, if it is first."""
+        for place, event in enumerate(self.events):
+            if any(each.died for each in self.earlier.get(event.id, {}).values()):
+                events = self.events[: max(1, place)]
+                return Batch(events, min(self.elsewhere, len(events)), self.earlier)
+        return self
+
     def owed(self, event: Event, handlers: Sequence[Handler]) -> list[Handler]:
         """Return the handlers that an event tried before owes: those due, or all that are pending if
         somebody has made it ready by hand."""

@@ -32,7 +32,7 @@ select relnamespace::regnamespace::text from pg_class where oid = to_regclass('s
 """
 
 _schemas: "WeakKeyDictionary[Connection[Any], str]" = WeakKeyDictionary()
-_TABLE = re.compile(r"(?<![\w.])spark_outbox_(?:event|delivery)\b")
+_TABLE = re.compile(r"(?<![\w.])spark_outbox_(?:event|delivery|worker)\b")
 
 
 def fix_schema(*, using: str) -> None:
@@ -505,6 +505,8 @@ class Earlier(NamedTuple):
     attempts: int
     due_for: float | None
     """Seconds, a day at the most, for which it has been due; None if it is not."""
+    died: bool
+    """It is to be tried again since its worker process died of it, or seemed to."""
 
     @property
     def due(self) -> bool:
@@ -599,7 +601,8 @@ select
             epoch from
             statement_timestamp() - greatest(available_at, statement_timestamp() - interval '1 day')
         )::float
-    end
+    end,
+    status = 'pending' and error like 'spark\\_outbox.errors.WorkerDied:%%'
 from spark_outbox_delivery
 where event_id = any(%s)
 """
@@ -729,6 +732,67 @@ def take_back(running: Sequence[Running], *, to_settle: bool, using: str) -> set
     taken = {tuple(row) for row in _rows(TAKE_BACK, _columns(running), using=using)}
     _run(REOPEN_RUNNING, [int(to_settle), [event_id for event_id, _ in taken]], using=using)
     return taken
+
+
+# Workers' rows, which tell of an unclean end: see crashes.py
+
+LOCK_WORKER = "select pg_try_advisory_lock(7531004, %s)"
+UNLOCK_WORKER = "select pg_advisory_unlock(7531004, %s)"
+
+ENLIST = """
+insert into spark_outbox_worker (session, name) values (%s, %s)
+on conflict (session) do update set event_id = null, handler = ''
+"""
+
+DISMISS = "delete from spark_outbox_worker where session = any(%s)"
+
+FALLEN_WORKERS = """
+select session, event_id, handler from spark_outbox_worker
+where session <> %s and pg_try_advisory_xact_lock(7531004, session)
+"""
+
+NOTE_CALL = """
+update spark_outbox_worker set event_id = %(event_id)s, handler = %(handler)s
+where session = any(%(sessions)s)
+"""
+
+
+class FallenWorker(NamedTuple):
+    """A worker that did not stop by itself; and the call that it was making, if it has noted one."""
+
+    session: int
+    event_id: int | None
+    handler: str
+
+
+def lock_worker(session: int, *, using: str) -> bool:
+    """Hold the lock of a worker's row for as long as this connection lives; False if somebody has it."""
+    return bool(value(LOCK_WORKER, [session], using=using))
+
+
+def unlock_worker(session: int, *, using: str) -> None:
+    value(UNLOCK_WORKER, [session], using=using)
+
+
+def enlist(session: int, name: str, *, using: str) -> None:
+    """Write a worker's row; it has noted no call."""
+    _run(ENLIST, [session, name], using=using)
+
+
+def dismiss(sessions: list[int], *, using: str) -> None:
+    """Delete workers' rows."""
+    _run(DISMISS, [sessions], using=using)
+
+
+def fallen_workers(session: int, *, using: str) -> list[FallenWorker]:
+    """Return the other workers that are gone; nobody else finds them until the transaction ends."""
+    return list(map(FallenWorker._make, _rows(FALLEN_WORKERS, [session], using=using)))
+
+
+def note_call(sessions: list[int], event_id: int | None, handler: str, *, using: str) -> None:
+    """Note which call workers are making; None and no handler for none."""
+    params = {"sessions": sessions, "event_id": event_id, "handler": handler}
+    _run(NOTE_CALL, params, using=using)
 
 
 # Unhandled events: a worker puts back those that its registry matches

@@ -14,6 +14,7 @@ from django.db import DataError, Error, connections, transaction
 from spark_outbox import conf, session, settle, store
 from spark_outbox.calls import Alarm, Calls, Hand, InHand
 from spark_outbox.claim import Claims
+from spark_outbox.crashes import Watched
 from spark_outbox.detached import TAKE_OVER_INTERVAL, Detached
 from spark_outbox.dispatch import Dispatcher, TransactionLost
 from spark_outbox.errors import ConnectionLost, NotMigrated, SettingsError, describe
@@ -97,7 +98,8 @@ class Worker:
         self._isolation = Isolation(using)
         self._alarm = alarm
         self._is_supervised = in_hand is not None
-        self._in_hand: InHand = in_hand or Hand()
+        self._direct = settings.direct(using)  # it LISTENs, and holds the lock of our session
+        self._in_hand = Watched(in_hand or Hand(), registry, using=using, direct=self._direct)
         self._dispatcher = Dispatcher(
             registry.handlers_for,
             using=using,
@@ -110,7 +112,6 @@ class Worker:
         self._async_concurrency = async_concurrency or settings.ASYNC_CONCURRENCY
         self._events_left = max_events or math.inf
         self._max_rss = max_rss
-        self._direct = settings.direct(using)  # it LISTENs, and holds the lock of our session
         self._wake = Wake(None if settings.WAKE == "never" else self._direct, poll=self._poll)
         self._detached = Detached(
             using=using,
@@ -157,6 +158,7 @@ class Worker:
                     finished = self._work(drain, once) or self._stopping
                     if finished:
                         self._detached.finish()
+                        self._in_hand.resign()
                 except Error as error:
                     self._recover(error)
                     finished = self._stopping and not self._detached.calls
@@ -228,6 +230,7 @@ class Worker:
                 batch = self._claims.next(references, sweep=sweep, first=first)
                 if not batch.events:
                     return 0
+                self._in_hand.watch(batch, closely=self._claims.careful)
                 self._wake.wake_up()
                 if self._is_supervised:  # what handlers do after the commit takes what it takes
                     transaction.on_commit(self._in_hand.rest, using=self.using)
@@ -236,6 +239,7 @@ class Worker:
                 self._ask()
                 identity = self._detached.identify() if outcomes.calls else 0
                 settle.write(outcomes, session=identity, using=self.using)
+                self._in_hand.clear()
         except TransactionLost as loss:
             self._ask()
             self._claims.pass_over(settle.write_alone(loss.alone, using=self.using))
@@ -387,6 +391,8 @@ class Worker:
         self._wake.listen()
         self._detached.reconnected()
         self._session = connection.connection
+        if self._in_hand.enlist():
+            self._claims.look_closely()
         self._book_convicted()
         self._put_back_unhandled()
         logger.info("Ready on database %s.", self.using, extra={"database": self.using})
