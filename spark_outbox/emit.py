@@ -1,10 +1,11 @@
 """emit(): write events into the outbox, on the caller's connection and in the caller's transaction."""
 
 import datetime as dt
-from collections.abc import AsyncIterable, Iterable, Iterator, Mapping
+from collections.abc import AsyncIterable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from itertools import islice
-from typing import Any
+from typing import Any, Literal, get_args
 
 from asgiref.sync import sync_to_async
 from django.db import router, transaction
@@ -12,13 +13,14 @@ from django.dispatch import Signal
 
 from spark_outbox import conf, store
 from spark_outbox.backoff import MAX_DELAY
-from spark_outbox.errors import DuplicateKey, InvalidEvent, NotInTransaction
+from spark_outbox.errors import DuplicateKey, IdCollision, InvalidEvent, NotInTransaction
 from spark_outbox.events import Event
 from spark_outbox.payload import dump
 from spark_outbox.store import NewRow
 
 CHUNK_SIZE = 1000
-ON_DUPLICATE = ("ignore", "raise", "check")
+
+OnDuplicate = Literal["ignore", "raise", "check"]
 
 AnyEvent = Event | Mapping[str, Any]
 
@@ -32,7 +34,7 @@ def emit(
     delay: dt.timedelta | float | None = None,
     headers: Mapping[str, Any] | None = None,
     using: str | None = None,
-    on_duplicate: str = "ignore",
+    on_duplicate: OnDuplicate = "ignore",
     **payload: Any,
 ) -> Event | None:
     """Write one event in the current transaction; return it, or None if its key exists already.
@@ -45,7 +47,8 @@ def emit(
 
     If another open transaction has written the same key, this waits for it to end. A duplicate
     leaves the transaction as it was. Raises InvalidEvent, UnstorableValue or NotInTransaction before
-    anything is written.
+    anything is written. Raises IdCollision, and the transaction is rolled back, if another event has
+    the id.
     """
     if isinstance(group, str):
         event = Event(
@@ -57,24 +60,24 @@ def emit(
             headers=headers,
             **payload,
         )
+    elif not isinstance(group, Event | Mapping):
+        raise InvalidEvent(
+            f"Give a group, which is text, or an Event or a dict, not {type(group).__name__}: "
+            f"{group!r:.100}."
+        )
     else:
         options = (key, ordering_key, available_at, delay, headers)
         if payload or any(option is not None for option in options):
             raise InvalidEvent("Give an event, or a group and options, not both.")
         event = Event.of(group)
     alias = _writable(using)
-    if on_duplicate not in ON_DUPLICATE:
-        raise InvalidEvent(f"on_duplicate is one of {', '.join(ON_DUPLICATE)}, not {on_duplicate!r}.")
+    if on_duplicate not in get_args(OnDuplicate):
+        known = ", ".join(get_args(OnDuplicate))
+        raise InvalidEvent(f"on_duplicate is one of {known}, not {on_duplicate!r}.")
     row = prepare(event)
     stored = store.insert(row, using=alias)
     if stored is None:
-        if on_duplicate == "raise":
-            raise DuplicateKey(f"There is an event with the key {row.key!r} already.")
-        if on_duplicate == "check" and not store.is_same(row, using=alias):
-            raise DuplicateKey(
-                f"The event with the key {row.key!r} has another group or payload. A key must tell "
-                "everything apart that shall be handled apart."
-            )
+        _meet_duplicate(row, on_duplicate, alias)
         return None
     event.is_stored_as(*stored)
     _announce(alias)
@@ -84,9 +87,10 @@ def emit(
 def emit_many(events: Iterable[AnyEvent], using: str | None = None, chunk_size: int = CHUNK_SIZE) -> int:
     """Write any number of events, `chunk_size` a statement; return how many were new.
 
-    `events` is read as a stream. Each statement is sorted by key, so two calls that write the same
-    keys wait for each other and don't deadlock; calls of several chunks in long transactions may, if
-    they come in different orders. Outside a transaction each chunk is committed by itself.
+    `events` is read as a stream. Their ids follow the order in which they come. A statement writes its
+    rows in the order of their keys, so two calls with the same keys wait for each other and don't
+    deadlock; calls of several chunks in long transactions may, if they come in different orders. Outside
+    a transaction each chunk is committed by itself. Raises what `emit` raises.
     """
     if chunk_size < 1:
         raise ValueError(f"chunk_size must be 1 or more, not {chunk_size}.")
@@ -137,12 +141,39 @@ def prepare(event: Event) -> NewRow:
     )
 
 
-def write(rows: Iterable[NewRow], *, using: str) -> int:
-    """Write prepared rows in one statement, sorted by key; return how many were new."""
-    new = store.insert_many(sorted(rows, key=_by_key), using=using)
+def write(rows: Sequence[NewRow], *, using: str) -> int:
+    """Write prepared rows in one statement, in the order given; return how many were new."""
+    with _uncommittable_if_lost(using):
+        new = store.insert_many(rows, using=using)
     if new:
         _announce(using)
     return new
+
+
+def _meet_duplicate(row: NewRow, on_duplicate: OnDuplicate, using: str) -> None:
+    """Do what `on_duplicate` says about a row that was not written; raise IdCollision if it is none."""
+    if on_duplicate == "check" and store.is_same(row, using=using):
+        return
+    with _uncommittable_if_lost(using):
+        store.check_key(row.key, using=using)
+    if on_duplicate == "raise":
+        raise DuplicateKey(f"There is an event with the key {row.key!r} already.")
+    if on_duplicate == "check":
+        raise DuplicateKey(
+            f"The event with the key {row.key!r} has another group or payload. A key must tell "
+            "everything apart that shall be handled apart."
+        )
+
+
+@contextmanager
+def _uncommittable_if_lost(using: str) -> Iterator[None]:
+    """Have Django roll back the innermost atomic() after an IdCollision, as after its own errors."""
+    try:
+        yield
+    except IdCollision:
+        if transaction.get_connection(using).in_atomic_block:
+            transaction.set_rollback(True, using=using)
+        raise
 
 
 events_committed = Signal()
@@ -189,10 +220,6 @@ def _check_time(available_at: dt.datetime) -> None:
             f"available_at {available_at} has no time zone. django.utils.timezone.make_aware() "
             "gives it one."
         )
-
-
-def _by_key(row: NewRow) -> str:
-    return row.key
 
 
 def _chunks(rows: Iterator[NewRow], size: int) -> Iterator[list[NewRow]]:

@@ -313,6 +313,13 @@ def test_options_beside_a_whole_event_are_refused():
         emit(Event("group", "key"), delay=5)
 
 
+@pytest.mark.django_db
+@pytest.mark.parametrize("group", [5, None, b"g", ["g"]])
+def test_a_group_that_is_no_text_is_named_also_beside_options(group):
+    with pytest.raises(InvalidEvent, match=rf"a group, which is text, .* {type(group).__name__}: "):
+        emit(group, "x", n=1)
+
+
 @committed
 def test_require_atomic_refuses_emit_outside_a_transaction(settings):
     settings.SPARK_OUTBOX = {"REQUIRE_ATOMIC": True}
