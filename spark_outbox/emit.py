@@ -13,7 +13,7 @@ from django.dispatch import Signal
 
 from spark_outbox import conf, store
 from spark_outbox.backoff import MAX_DELAY
-from spark_outbox.errors import DuplicateKey, IdCollision, InvalidEvent, NotInTransaction
+from spark_outbox.errors import DuplicateKey, IdCollision, InvalidEvent, NotInTransaction, NotMigrated
 from spark_outbox.events import Event
 from spark_outbox.payload import dump
 from spark_outbox.store import NewRow
@@ -100,10 +100,20 @@ def emit_many(events: Iterable[AnyEvent], using: str | None = None, chunk_size: 
 
 
 async def aemit(
-    group: str | AnyEvent, key: str | None = None, *, using: str | None = None, **options: Any
+    group: str | AnyEvent,
+    key: str | None = None,
+    *,
+    using: str | None = None,
+    on_duplicate: OnDuplicate = "ignore",
+    **options: Any,
 ) -> Event | None:
-    """Do what `emit` does, from async code, as Django's own async ORM methods do."""
-    return await sync_to_async(emit)(group, key, using=using, **options)
+    """Do what `emit` does, from async code, as Django's own async ORM methods do.
+
+    Each await is a transaction of its own: if this one never happens, since the task is cancelled, a row
+    that was saved before has no event. The README says how to write both in one transaction.
+    """
+    with _cure_for_async_code():
+        return await sync_to_async(emit)(group, key, using=using, on_duplicate=on_duplicate, **options)
 
 
 async def aemit_many(
@@ -113,16 +123,17 @@ async def aemit_many(
 ) -> int:
     """Do what `emit_many` does, from async code; `events` may be an async iterable, too."""
     emit_chunk = sync_to_async(partial(emit_many, using=using, chunk_size=chunk_size))
-    if not isinstance(events, AsyncIterable):
-        return await emit_chunk(events)
-    new = 0
-    chunk: list[AnyEvent] = []
-    async for event in events:
-        chunk.append(event)
-        if len(chunk) >= chunk_size:
-            new += await emit_chunk(chunk)
-            chunk = []
-    return new + await emit_chunk(chunk)
+    with _cure_for_async_code():
+        if not isinstance(events, AsyncIterable):
+            return await emit_chunk(events)
+        new = 0
+        chunk: list[AnyEvent] = []
+        async for event in events:
+            chunk.append(event)
+            if len(chunk) >= chunk_size:
+                new += await emit_chunk(chunk)
+                chunk = []
+        return new + await emit_chunk(chunk)
 
 
 def prepare(event: Event) -> NewRow:
@@ -194,12 +205,30 @@ def _writable(using: str | None) -> str:
     from spark_outbox.models import OutboxEvent
 
     alias = using or router.db_for_write(OutboxEvent)
-    if conf.current().REQUIRE_ATOMIC and not transaction.get_connection(alias).in_atomic_block:
+    connection = transaction.get_connection(alias)
+    if connection.vendor != "postgresql":
+        raise NotMigrated(
+            f"Database {alias!r} is {connection.vendor}, and the outbox needs PostgreSQL: name another "
+            "one, by using=… or a router's db_for_write()."
+        )
+    if conf.current().REQUIRE_ATOMIC and not connection.in_atomic_block:
         raise NotInTransaction(
             f"emit() outside a transaction on database {alias!r}, and SPARK_OUTBOX['REQUIRE_ATOMIC'] "
             "is set: put it and the change it tells of into one `with transaction.atomic():`."
         )
     return alias
+
+
+@contextmanager
+def _cure_for_async_code() -> Iterator[None]:
+    """Have NotInTransaction say how to have a transaction in async code."""
+    try:
+        yield
+    except NotInTransaction as error:
+        raise NotInTransaction(
+            f"{error} Django has no async atomic(): put that block into a function that is not async, "
+            "and await it by sync_to_async(function)(…)."
+        ) from None
 
 
 def _timedelta(delay: dt.timedelta | float) -> dt.timedelta:
