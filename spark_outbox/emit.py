@@ -21,6 +21,7 @@ from spark_outbox.store import NewRow
 CHUNK_SIZE = 1000
 
 OnDuplicate = Literal["ignore", "raise", "check"]
+ON_DUPLICATE: tuple[str, ...] = get_args(OnDuplicate)
 
 AnyEvent = Event | Mapping[str, Any]
 
@@ -71,9 +72,8 @@ def emit(
             raise InvalidEvent("Give an event, or a group and options, not both.")
         event = Event.of(group)
     alias = _writable(using)
-    if on_duplicate not in get_args(OnDuplicate):
-        known = ", ".join(get_args(OnDuplicate))
-        raise InvalidEvent(f"on_duplicate is one of {known}, not {on_duplicate!r}.")
+    if on_duplicate not in ON_DUPLICATE:
+        raise InvalidEvent(f"on_duplicate is one of {', '.join(ON_DUPLICATE)}, not {on_duplicate!r}.")
     row = prepare(event)
     stored = store.insert(row, using=alias)
     if stored is None:
