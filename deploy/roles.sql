@@ -27,15 +27,19 @@ end $$;
 
 revoke all on spark_outbox_event, spark_outbox_delivery, spark_outbox_status
     from spark_outbox_emitter, spark_outbox_worker, spark_outbox_viewer;
-revoke all on function spark_outbox_is_same(text, text, jsonb)
+revoke all on function
+    spark_outbox_is_same(text, text, jsonb), spark_outbox_check_keys(text[]), spark_outbox_emit_many
     from spark_outbox_emitter, spark_outbox_worker, spark_outbox_viewer;
 
 -- The emitter writes new events: pending ones, with no attempt behind them, at the time that it is. Of
 -- what is there it can read ids and times, which emit() returns, but no key, group or payload. Whether
--- a key is taken it learns from the duplicate; whether by the same event, from the function.
+-- a key is taken it learns from the duplicate; whether by the same event, from a function. It can't choose
+-- ids: a function allots them to the events of emit_many(), in the order given.
 grant insert (key, event_group, payload, headers, ordering_key, available_at), select (id, created_at)
     on spark_outbox_event to spark_outbox_emitter;
-grant execute on function spark_outbox_is_same(text, text, jsonb) to spark_outbox_emitter;
+grant execute on function
+    spark_outbox_is_same(text, text, jsonb), spark_outbox_check_keys(text[]), spark_outbox_emit_many
+    to spark_outbox_emitter;
 
 -- The worker moves events from status to status. It can't change what an event says, nor delete one.
 -- Handlers emit, too. It is also the role for spark_replay, and for repairs by hand.

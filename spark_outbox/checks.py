@@ -67,4 +67,13 @@ def check_databases(databases: Sequence[str] | None = None, **_: Any) -> list[Ch
                     id="spark_outbox.W001",
                 )
             )
+        if store.ids_are_behind(using=alias):
+            found.append(
+                Error(
+                    f"The sequence of the outbox's ids in database {alias!r} is behind the table: "
+                    "events can't be emitted.",
+                    hint=f"As the owner of the table: {store.PUT_IDS_RIGHT}",
+                    id="spark_outbox.E007",
+                )
+            )
     return found

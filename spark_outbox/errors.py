@@ -8,7 +8,8 @@ SparkOutboxError
 │   ├── InvalidEvent      the group, the key or an option is not acceptable
 │   ├── UnstorableValue   a payload value can't be stored; names its path and the cure
 │   ├── NotInTransaction  REQUIRE_ATOMIC is set and there is no transaction
-│   └── DuplicateKey      the key exists, and on_duplicate says that it must not
+│   ├── DuplicateKey      the key exists, and on_duplicate says that it must not
+│   └── IdCollision       another event has the id: the sequence is behind the table
 └── HandlingError         raised inside a handler
     ├── Retry             a handler's own word: not now, try me again
     ├── Discard           a handler's own word: leave it, this event needs nothing from me
@@ -67,6 +68,10 @@ class NotInTransaction(EmitError, RuntimeError):
 
 class DuplicateKey(EmitError, ValueError):
     pass
+
+
+class IdCollision(EmitError, RuntimeError):
+    """Not an IntegrityError: code that expects one for its own duplicates must not swallow it."""
 
 
 class HandlingError(SparkOutboxError):

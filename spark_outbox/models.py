@@ -71,6 +71,7 @@ class OutboxEvent(models.Model):
 
     class Meta:
         db_table = "spark_outbox_event"
+        required_db_vendor = "postgresql"  # `migrate` passes over other databases
         verbose_name = "event"
         constraints = [
             # Not unique=True: that adds a second index, for LIKE, which each emit would pay for.
@@ -137,6 +138,7 @@ class Delivery(models.Model):
 
     class Meta:
         db_table = "spark_outbox_delivery"
+        required_db_vendor = "postgresql"
         verbose_name_plural = "deliveries"
         constraints = [
             models.UniqueConstraint(

@@ -15,12 +15,12 @@ from functools import lru_cache, partial
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
-from django.db import connections
+from django.db import IntegrityError, connections
 from psycopg import ClientCursor, Connection
 from psycopg.errors import error_from_result
 from psycopg.pq import ExecStatus
 
-from spark_outbox.errors import UnreadablePayload
+from spark_outbox.errors import IdCollision, UnreadablePayload
 from spark_outbox.events import StoredRow
 from spark_outbox.payload import MAX_STORED
 
@@ -76,8 +76,13 @@ def _run(sql: str, params: Any = None, *, using: str) -> int:
 
 
 def _rows(sql: str, params: Any = None, *, using: str) -> list[Any]:
+    return _rows_here(_addressed(sql, using), params, using=using)
+
+
+def _rows_here(sql: str, params: Any = None, *, using: str) -> list[Any]:
+    """Do it in the outbox that the caller's search_path finds."""
     with connections[using].cursor() as cursor:
-        cursor.execute(_addressed(sql, using), params)
+        cursor.execute(sql, params)
         return list(cursor.fetchall())
 
 
@@ -123,17 +128,16 @@ on conflict do nothing
 returning id, (extract(epoch from created_at) * 1000000)::bigint
 """
 
+# A function, which allots the ids in the order given, and writes in that of the keys.
 INSERT_MANY = """
-insert into spark_outbox_event
-    (key, event_group, payload, headers, ordering_key, available_at)
-select
-    key, event_group, payload, headers, ordering_key,
-    coalesce(available_at, statement_timestamp() + delay)
-from unnest(
+select spark_outbox_emit_many(
     %s::text[], %s::text[], %s::jsonb[], %s::jsonb[], %s::text[], %s::timestamptz[], %s::interval[]
-) as new (key, event_group, payload, headers, ordering_key, available_at, delay)
-on conflict do nothing
+)
 """
+
+# Of an INSERT that wrote nothing: whether a row of the key is the reason, or one of the same id.
+CHECK_KEY = "select spark_outbox_check_keys(array[%s::text])"
+PRIMARY_KEY = "spark_outbox_event_pkey"
 
 
 def insert(row: NewRow, *, using: str) -> tuple[int, int] | None:
@@ -142,13 +146,36 @@ def insert(row: NewRow, *, using: str) -> tuple[int, int] | None:
     Waits for a transaction that has written the same key and not ended yet.
     """
     is_ready = row[4:] == (None, None, None)
-    stored = _rows(INSERT_READY, row[:4], using=using) if is_ready else _rows(INSERT, row, using=using)
+    sql, params = (INSERT_READY, row[:4]) if is_ready else (INSERT, row)
+    stored = _rows_here(sql, params, using=using)
     return stored[0] if stored else None
 
 
 def insert_many(rows: Sequence[NewRow], *, using: str) -> int:
-    """Write events in one statement, in the order given; return how many were new."""
-    return _run(INSERT_MANY, _columns(rows), using=using)
+    """Write events in one statement, all or none of them; return how many were new.
+
+    Ids follow the order of `rows`. Raises IdCollision.
+    """
+    with _collisions():
+        return int(_rows_here(INSERT_MANY, _columns(rows), using=using)[0][0])
+
+
+def check_key(key: str, *, using: str) -> None:
+    """Raise IdCollision if there is no event of this key."""
+    with _collisions():
+        _rows_here(CHECK_KEY, [key], using=using)
+
+
+@contextmanager
+def _collisions() -> Iterator[None]:
+    """Raise IdCollision for what spark_outbox_check_keys() raises."""
+    try:
+        yield
+    except IntegrityError as error:
+        diagnostic = getattr(error.__cause__, "diag", None)
+        if diagnostic is None or diagnostic.constraint_name != PRIMARY_KEY:
+            raise
+        raise IdCollision(f"{diagnostic.message_primary} {diagnostic.message_hint}") from error
 
 
 # A function, so that who emits need not be allowed to read what others have emitted.
@@ -157,7 +184,7 @@ SAME_EVENT = "select spark_outbox_is_same(%s, %s, %s::jsonb)"
 
 def is_same(row: NewRow, *, using: str) -> bool:
     """Return whether the event that is stored under this key has this group and payload."""
-    return bool(value(SAME_EVENT, [row.key, row.group, row.payload], using=using))
+    return bool(_rows_here(SAME_EVENT, [row.key, row.group, row.payload], using=using)[0][0])
 
 
 # Claim
@@ -1032,6 +1059,23 @@ HAS_OUTBOX = "select to_regclass('spark_outbox_status') is not null"
 def has_outbox(*, using: str) -> bool:
     """Return whether the migrations of spark_outbox have run in this database."""
     return bool(value(HAS_OUTBOX, using=using))
+
+
+# For people. It never sets the sequence back. Migration 0007 has the same text.
+PUT_IDS_RIGHT = (
+    "select setval('spark_outbox_event_id_seq', "
+    "greatest(nextval('spark_outbox_event_id_seq'), max(id))) from spark_outbox_event;"
+)
+KNOWS_IDS = "select to_regprocedure('spark_outbox_ids_are_behind()') is not null"
+IDS_ARE_BEHIND = "select spark_outbox_ids_are_behind()"
+
+
+def ids_are_behind(*, using: str) -> bool:
+    """Return whether the sequence is yet to give out an id that an event has.
+
+    False before the migration that can tell: `migrate` itself runs the checks first.
+    """
+    return bool(value(KNOWS_IDS, using=using) and value(IDS_ARE_BEHIND, using=using))
 
 
 def wake_mode(*, using: str) -> str:

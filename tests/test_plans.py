@@ -108,3 +108,21 @@ def test_a_worker_that_looks_before_it_sleeps_reads_little(full_table):
         node["Node Type"] for node in nodes if node.get("Relation Name") == "spark_outbox_event"
     }
     assert pages < 50
+
+
+@pytest.mark.parametrize("count", [1, 100])
+def test_whether_keys_are_there_is_read_off_their_index(full_table, count):
+    with connection.cursor() as cursor:
+        cursor.execute(
+            "select array_agg(key) from (select key from spark_outbox_event limit %s)", [count]
+        )
+        ((keys,),) = cursor.fetchall()
+    for _ in range(8):  # so often that the plan is kept, which then knows no number of keys
+        _, pages = explain("select spark_outbox_check_keys(%s)", [keys])
+    assert pages < 10 + 5 * count
+
+
+def test_whether_the_sequence_is_behind_is_read_off_the_last_id(full_table):
+    for _ in range(2):  # the first time it also reads the catalogue
+        _, pages = explain(store.IDS_ARE_BEHIND, [])
+    assert pages < 20

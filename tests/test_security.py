@@ -17,10 +17,10 @@ from asgiref.sync import async_to_sync
 from django.core.management import CommandError, call_command
 from django.db import ProgrammingError, connection, transaction
 from psycopg.conninfo import make_conninfo
-from psycopg.errors import InsufficientPrivilege
+from psycopg.errors import InsufficientPrivilege, UniqueViolation
 
 from spark_outbox import aemit, emit, emit_many, source, store
-from spark_outbox.errors import DuplicateKey
+from spark_outbox.errors import DuplicateKey, IdCollision
 from spark_outbox.models import Delivery, OutboxEvent
 from spark_outbox.store import Attempt, Begun, Ended, NewRow, Postponed, Running
 from spark_outbox.worker import Worker
@@ -140,6 +140,24 @@ def test_the_emitter_emits_in_every_way(logins):
     assert OutboxEvent.objects.filter(status="pending").count() == 14
 
 
+def test_the_emitter_is_told_of_an_id_that_is_taken(logins):
+    taken = emit("g", "key").id
+    with connection.cursor() as cursor:
+        cursor.execute("select setval('spark_outbox_event_id_seq', %s, false)", [taken])
+    try:
+        with logins.django("emitter"), pytest.raises(IdCollision, match="setval"):
+            emit("g", "new")
+        with connection.cursor() as cursor:
+            cursor.execute("select setval('spark_outbox_event_id_seq', %s, false)", [taken])
+        done = manage("check", "--database", "default", url=logins.url("nobody"))
+        assert "is behind the table" in done.stderr
+        with logins.connect("emitter") as mine, pytest.raises(UniqueViolation, match="has its id"):
+            mine.execute("select spark_emit('g', 'new')")
+    finally:
+        with connection.cursor() as cursor:
+            cursor.execute(store.PUT_IDS_RIGHT)
+
+
 def test_an_emit_by_the_emitter_wakes_a_sleeping_worker(logins):
     with WorkerProcess("--poll-interval", "3600", url=logins.url("worker")) as worker:
         worker.wait_until_ready()
@@ -164,6 +182,11 @@ NOT_FOR_ANYBODY = [
         "create or replace function spark_outbox_is_same(key text, event_group text, payload jsonb) "
         "returns boolean language sql as 'select true'"
     ),
+    (
+        "create or replace function spark_outbox_check_keys(keys text[]) returns void "
+        "language sql as 'select'"
+    ),
+    "alter function spark_outbox_emit_many security invoker",
     "lock table spark_outbox_event in access exclusive mode",
     "insert into spark_outbox_event (key, event_group, status) values ('x', 'g', 'done')",
     "insert into spark_outbox_event (key, event_group, attempts) values ('x', 'g', 9)",
@@ -184,6 +207,7 @@ NOT_FOR_ANYBODY = [
     "create role spark_test_other",
     "set session_replication_role = replica",
 ]
+EMIT_MANY = "select spark_outbox_emit_many('{x}', '{g}', '{}', '{}', '{}', '{}', '{}')"
 DENIED = {
     "nobody": [
         "select id from spark_outbox_event",
@@ -192,6 +216,8 @@ DENIED = {
         "insert into spark_outbox_event (key, event_group) values ('x', 'g')",
         "select spark_emit('g', 'x')",
         "select spark_outbox_is_same('key', 'g', '{}')",
+        "select spark_outbox_check_keys('{key}')",
+        EMIT_MANY,
     ],
     "emitter": [
         *(
@@ -228,6 +254,8 @@ DENIED = {
         "insert into spark_outbox_event (key, event_group) values ('x', 'g')",
         "select spark_emit('g', 'x')",
         "select spark_outbox_is_same('key', 'g', '{}')",
+        "select spark_outbox_check_keys('{key}')",
+        EMIT_MANY,
         "update spark_outbox_event set status = 'done'",
         "insert into spark_outbox_delivery (event_id, handler) select id, 'h' from spark_outbox_event",
         "update spark_outbox_delivery set status = 'pending'",
@@ -335,6 +363,7 @@ def emits():
     yield partial(store.insert, ready._replace(ordering_key="o"))
     yield partial(store.insert_many, [ready])
     yield partial(store.is_same, ready)
+    yield partial(store.check_key, "key")
 
 
 def works(event_id):
@@ -461,7 +490,12 @@ def test_no_search_path_makes_the_outbox_run_what_is_not_its_own(
         same = "select public.spark_outbox_is_same('key', 'g', '{\"secret\": 1}')"
         assert victim.execute(same).fetchone() == (True,)
         assert notifications(listener) == (3 if sleeping or mode == "always" else 0)
-    assert OutboxEvent.objects.count() == 4
+        assert victim.execute("select public.spark_emit('g', 'key')").fetchone() == (None,)
+        many = "'{3, key}', '{g, g}', '{null, null}', '{null, null}', '{o, o}', '{}', '{}'"
+        many = f"select public.spark_outbox_emit_many({many})".replace("null", '"{}"')
+        assert victim.execute(many).fetchone() == (1,)
+        assert victim.execute("select public.spark_outbox_ids_are_behind()").fetchone() == (False,)
+    assert OutboxEvent.objects.count() == 5
 
 
 def test_nor_does_what_somebody_has_put_into_its_own_schema(logins):

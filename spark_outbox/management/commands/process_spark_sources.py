@@ -10,7 +10,7 @@ from django.db import router
 from django.db.models import Model
 
 from spark_outbox.emit import CHUNK_SIZE
-from spark_outbox.errors import UnstorableValue, describe
+from spark_outbox.errors import IdCollision, UnstorableValue, describe
 from spark_outbox.registry import SourceFunction, dotted_path, registry
 from spark_outbox.sources import Sweep, sweep
 
@@ -50,7 +50,10 @@ class Command(BaseCommand):
             raise CommandError("--chunk-size must be 1 or more.")
         errors = 0
         for model, sources in self._chosen(options["models"], options["source"]).items():
-            errors += self._sweep(model, sources, options)
+            try:
+                errors += self._sweep(model, sources, options)
+            except IdCollision as error:
+                raise CommandError(str(error)) from error
         if errors:
             raise CommandError(f"{errors} times a source failed; see above. The rest is emitted.")
 
