@@ -5,15 +5,24 @@ import random
 from collections import Counter
 
 import pytest
+from django.db import connection
 from hypothesis import given
 from hypothesis import strategies as st
 
 from spark_outbox import Discard, Retry, emit, emit_many
 from spark_outbox.breaker import LONGEST_PAUSE, Breakers, Turn
-from spark_outbox.models import Delivery
+from spark_outbox.models import Delivery, OutboxEvent
 from spark_outbox.policy import Policy
 from spark_outbox.worker import Worker
-from tests.tools import Clock, make_due, status, statuses
+from tests.tools import (
+    Clock,
+    eventually,
+    make_due,
+    status,
+    statuses,
+    wait_until_asleep,
+    worker_thread,
+)
 
 pytestmark = pytest.mark.django_db(transaction=True)
 
@@ -385,3 +394,88 @@ def test_retry_and_discard_open_no_circuit(own_registry):
     emit_many({"group": "g", "key": f"{n}", "discard": n % 2 == 0} for n in range(40))
     Worker().drain()
     assert len(calls) == 40
+
+
+# What a person sees, and does
+
+
+def query(sql, *params):
+    with connection.cursor() as cursor:
+        cursor.execute(sql, params)
+        return cursor.fetchall()
+
+
+def waits_for_circuit():
+    return dict(query("select event_group, waits_for_circuit from spark_outbox_status"))
+
+
+def close_circuit(name):
+    ((count,),) = query("select spark_outbox_close_circuit(%s)", name)
+    return count
+
+
+def test_the_status_view_says_what_waits_for_a_circuit(own_registry):
+    mails, clock = Mails(own_registry, down=True), Clock()
+    emit_all("mail", 30)
+    emit("other", "later", delay=3600)
+    worker = Worker(clock=clock)
+    assert waits_for_circuit() == {"g": 0, "other": 0}
+    worker.drain()
+    assert waits_for_circuit() == {"g": 20, "other": 0}
+    make_due()
+    worker.drain()
+    assert waits_for_circuit() == {"g": 30, "other": 1}  # retries, too
+    clock.now = 5
+    mails.down = False
+    make_due()
+    worker.drain()
+    assert waits_for_circuit() == {"g": 0, "other": 0}
+
+
+def test_a_circuit_is_closed_by_hand(own_registry):
+    mails, clock = Mails(own_registry, down=True), Clock()
+    emit_all("mail", 100)
+    worker = Worker(clock=clock)
+    worker.drain()
+    mails.down = False
+    assert close_circuit("another") == 0
+    assert close_circuit("mail") == 90
+    worker.drain()  # its clock stands still
+    assert attempts() == {1: 100}
+    assert Delivery.objects.filter(status="done").count() == 90
+    assert waits_for_circuit() == {"g": 0}
+
+
+def test_a_circuit_that_is_closed_by_hand_too_soon_burns_no_attempt_but_one(own_registry):
+    mails, clock = Mails(own_registry, down=True), Clock()
+    emit_all("mail", 100)
+    worker = Worker(clock=clock)
+    worker.drain()
+    for closed in range(1, 4):
+        clock.now += 1
+        assert close_circuit("mail") == 91 - closed
+        worker.drain()
+        assert len(mails.calls) == 10 + closed
+        assert waits_for_circuit() == {"g": 90 - closed}
+
+
+def test_a_retry_that_is_made_ready_by_hand_is_called_though_the_circuit_is_open(own_registry):
+    mails = Mails(own_registry, down=True)
+    emit_all("mail", 30)
+    worker = Worker(clock=Clock())
+    worker.drain()
+    mails.down = False
+    OutboxEvent.objects.filter(key="mail 00003").update(available_at=None)
+    worker.drain()
+    assert status("mail 00003") == "done"
+
+
+def test_a_circuit_that_is_closed_by_hand_wakes_the_workers(own_registry):
+    mails = Mails(own_registry, down=True)
+    with worker_thread(clock=Clock()):  # no pause ends by itself
+        emit_all("mail", 30)
+        eventually(lambda: waits_for_circuit() == {"g": 20})
+        wait_until_asleep()
+        mails.down = False
+        assert close_circuit("mail") == 20
+        eventually(lambda: OutboxEvent.objects.filter(status="done").count() == 20)

@@ -184,6 +184,7 @@ def test_functions_pin_their_search_path():
         assert cursor.fetchone() == (1,)
     assert found == {
         "spark_emit": ["search_path=pg_catalog, public, pg_temp"],
+        "spark_outbox_close_circuit": ["search_path=pg_catalog, public, pg_temp"],
         "spark_outbox_is_same": ["search_path=pg_catalog, public, pg_temp"],
         "spark_outbox_wake": ["search_path=pg_catalog, pg_temp"],
     }
