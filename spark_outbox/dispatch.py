@@ -53,6 +53,16 @@ class Deferred(NamedTuple):
     call: Call
 
 
+class Experience:
+    """What is known of one database's handlers: circuits, and who is slow. Threads may share it."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self.settings = conf.current()
+        self.breakers = Breakers(self.settings.BREAK_AFTER, clock)
+        self.slow: dict[str, float] = {}
+        """By name, the recent seconds of handlers that outlast the commit interval."""
+
+
 class Dispatcher:
     """Calls handlers, and remembers which of them are slow.
 
@@ -72,7 +82,9 @@ class Dispatcher:
         alarm: Alarm | None = None,
         in_hand: InHand | None = None,
         on_error: Callable[[Event, Handler, BaseException], None] | None = None,
+        experience: Experience | None = None,
     ) -> None:
+        experience = experience or Experience(clock)
         self._handlers_for = handlers_for
         self._using = using
         self._commit_interval = commit_interval
@@ -83,8 +95,8 @@ class Dispatcher:
         self.calls: Calls | None = None
         self.daemon = False  # if so, nobody presses Ctrl-C: a KeyboardInterrupt is the handler's own
         self._failed_head = conf.current().FAILED_HEAD
-        self._breakers = Breakers(conf.current().BREAK_AFTER, clock)
-        self._slow: dict[str, float] = {}  # handler name -> recent seconds, if above the interval
+        self._breakers = experience.breakers
+        self._slow = experience.slow
         self._start_batch()
 
     def _start_batch(self) -> None:
@@ -369,7 +381,7 @@ class Dispatcher:
             recent = (self._slow.get(name, seconds) + seconds) / 2
             self._slow[name] = recent
             if recent < self._commit_interval:
-                del self._slow[name]
+                self._slow.pop(name, None)
 
     # Several events
 

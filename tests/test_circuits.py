@@ -2,10 +2,13 @@
 
 import heapq
 import random
+import threading
+import time
 from collections import Counter
 
 import pytest
-from django.db import connection
+from django.db import connection, connections, transaction
+from django.test import TestCase
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -15,9 +18,11 @@ from spark_outbox.models import Delivery, OutboxEvent
 from spark_outbox.policy import Policy
 from spark_outbox.worker import Worker
 from tests.tools import (
+    PATIENCE,
     Clock,
     eventually,
     make_due,
+    note,
     status,
     statuses,
     wait_until_asleep,
@@ -479,3 +484,68 @@ def test_a_circuit_that_is_closed_by_hand_wakes_the_workers(own_registry):
         mails.down = False
         assert close_circuit("mail") == 20
         eventually(lambda: OutboxEvent.objects.filter(status="done").count() == 20)
+
+
+# DISPATCH = "on_commit"
+
+
+@pytest.fixture
+def on_commit(settings):
+    settings.SPARK_OUTBOX = {"DISPATCH": "on_commit"}
+
+
+def in_thread(function):
+    """Run a function in a thread of its own, as some servers run each request."""
+    thread = threading.Thread(target=lambda: (function(), connections.close_all()))
+    thread.start()
+    thread.join(PATIENCE)
+    assert not thread.is_alive()
+
+
+def test_in_process_a_circuit_outlives_the_commit_and_the_thread(on_commit, own_registry):
+    mails = Mails(own_registry, down=True)
+    for number in range(5):
+        emit("g", f"{number}")
+    in_thread(lambda: emit_all("thread", 5))
+    assert len(mails.calls) == 10
+    emit_all("mail", 20)
+    in_thread(lambda: emit_all("more", 20))
+    assert len(mails.calls) < 20  # a probe or two, if that took its time
+    assert waits_for_circuit()["g"] > 30
+
+
+def test_in_process_it_is_remembered_which_handlers_are_slow(settings, own_registry):
+    settings.SPARK_OUTBOX = {"DISPATCH": "on_commit", "COMMIT_INTERVAL": 0.01}
+    transactions = []
+
+    def write(event):
+        note(event)
+        transactions.extend(query("select pg_current_xact_id()::text"))
+        if event.group == "slow":
+            time.sleep(0.03)
+
+    for group in ("slow", "quick"):
+        own_registry.add_handler(write, group=group, name=group)
+    emit("slow", "1")
+    with transaction.atomic():
+        emit("quick", "2")
+        emit("slow", "3")
+    assert len(set(transactions)) == 3
+
+
+def test_in_a_testcase_no_circuit_outlives_a_test(on_commit, own_registry):
+    mails = Mails(own_registry, down=True)
+    for number in range(30):
+        with transaction.atomic():  # TestCase's own
+            with TestCase.captureOnCommitCallbacks(execute=True):
+                emit("g", f"{number}")
+            transaction.set_rollback(True)
+    assert len(mails.calls) == 30
+
+
+def test_in_process_new_settings_begin_with_closed_circuits(settings, on_commit, own_registry):
+    mails = Mails(own_registry, down=True)
+    emit_all("mail", 20)
+    settings.SPARK_OUTBOX = {"DISPATCH": "on_commit", "BREAK_AFTER": None}
+    emit_all("more", 20)
+    assert len(mails.calls) >= 30
