@@ -42,7 +42,8 @@ grant execute on function
     to spark_outbox_emitter;
 
 -- The worker moves events from status to status. It can't change what an event says, nor delete one.
--- Handlers emit, too. It is also the role for spark_replay, and for repairs by hand.
+-- Handlers emit, too. It is also the role for spark_replay, for repairs by hand, and for
+-- spark_outbox_close_circuit(), which runs with the rights of those who call it.
 grant spark_outbox_emitter to spark_outbox_worker;
 grant select, update (status, attempts, available_at, finished_at, last_error)
     on spark_outbox_event to spark_outbox_worker;

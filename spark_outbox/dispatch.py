@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from spark_outbox import conf
-from spark_outbox.breaker import Breakers
+from spark_outbox.breaker import Breakers, Turn
 from spark_outbox.calls import Alarm, Calls, InHand
 from spark_outbox.errors import BatchFailed, BrokenTransaction, Discard, HandlerTimeout, Retry
 from spark_outbox.events import Event
@@ -22,6 +22,7 @@ from spark_outbox.outcomes import (
     judge,
     next_attempt,
     postponed_by_breaker,
+    turn_of,
 )
 from spark_outbox.policy import HOPELESS
 from spark_outbox.registry import Handler, Matching
@@ -52,6 +53,16 @@ class Deferred(NamedTuple):
     call: Call
 
 
+class Experience:
+    """What is known of one database's handlers: circuits, and who is slow. Threads may share it."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self.settings = conf.current()
+        self.breakers = Breakers(self.settings.BREAK_AFTER, clock)
+        self.slow: dict[str, float] = {}
+        """By name, the recent seconds of handlers that outlast the commit interval."""
+
+
 class Dispatcher:
     """Calls handlers, and remembers which of them are slow.
 
@@ -71,7 +82,9 @@ class Dispatcher:
         alarm: Alarm | None = None,
         in_hand: InHand | None = None,
         on_error: Callable[[Event, Handler, BaseException], None] | None = None,
+        experience: Experience | None = None,
     ) -> None:
+        experience = experience or Experience(clock)
         self._handlers_for = handlers_for
         self._using = using
         self._commit_interval = commit_interval
@@ -82,8 +95,8 @@ class Dispatcher:
         self.calls: Calls | None = None
         self.daemon = False  # if so, nobody presses Ctrl-C: a KeyboardInterrupt is the handler's own
         self._failed_head = conf.current().FAILED_HEAD
-        self._breakers = Breakers(conf.current().BREAK_AFTER, clock)
-        self._slow: dict[str, float] = {}  # handler name -> recent seconds, if above the interval
+        self._breakers = experience.breakers
+        self._slow = experience.slow
         self._start_batch()
 
     def _start_batch(self) -> None:
@@ -164,7 +177,7 @@ class Dispatcher:
 
     def conclude(self, call: Call) -> Attempt | None:
         """Say what comes of a call that has ended; None if it succeeded."""
-        return self._judge(call.handler, call.event, call.error, call.seconds)
+        return self._judge(call.handler, call.event, call.turn, call.error, call.seconds)
 
     # One event
 
@@ -195,15 +208,17 @@ class Dispatcher:
         attempts: dict[str, Attempt] = {}
         deferred: list[Handler] = []
         attempt: Attempt | None
+        turn = Turn.NEW
         for handler in owed:
             if earlier is not None:
                 event.attempt = next_attempt(handler, earlier)
+                turn = turn_of(handler, earlier)
             if unreadable is not None:
-                attempt = self._judge(handler, event, unreadable, 0.0)
-            elif self._breakers.any and (wait := self._breakers.remaining(handler.name)):
+                attempt = self._judge(handler, event, turn, unreadable, 0.0)
+            elif self._breakers.any and (wait := self._pause(handler, event, turn)):
                 attempt = postponed_by_breaker(handler, event, wait)
             elif handler.is_plain or self._is_called_alone(handler, event):
-                attempt = self._deliver(handler, event, isolation)
+                attempt = self._deliver(handler, event, turn, isolation)
                 if attempt is not None and isolation.lost:
                     lost = Open(event, handlers, [handler], earlier or {}, {handler.name: attempt})
                     raise TransactionLost({event.id: lost.alone()})
@@ -239,6 +254,11 @@ class Dispatcher:
             return error
         return None
 
+    def _pause(self, handler: Handler, event: Event, turn: Turn) -> float:
+        """Return the seconds for which an open circuit keeps the event waiting, or 0."""
+        by_hand = event.available_at is None and turn is not Turn.NEW
+        return self._breakers.remaining(handler.name, event.id, turn, by_hand=by_hand)
+
     def _is_called_alone(self, handler: Handler, event: Event) -> bool:
         """Return whether a handler of lists, or an async one, is called with this event at once.
 
@@ -248,7 +268,9 @@ class Dispatcher:
             return self.calls is None and handler.atomic
         return handler.batch is not None and event.attempt > 1
 
-    def _deliver(self, handler: Handler, event: Event, isolation: Isolation) -> Attempt | None:
+    def _deliver(
+        self, handler: Handler, event: Event, turn: Turn, isolation: Isolation
+    ) -> Attempt | None:
         """Call one handler with one event; return None if it succeeded."""
         if self._in_hand is not None:
             self._in_hand.take_in_hand((event.id, handler.number))
@@ -256,14 +278,16 @@ class Dispatcher:
         error, seconds = self._call(handler, event if handler.batch is None else [event], isolation)
         if error is None and not self._breakers.any:
             return None
-        return self._judge(handler, event, error, seconds)
+        return self._judge(handler, event, turn, error, seconds)
 
     def _judge(
         self,
         handler: Handler,
         event: Event,
+        turn: Turn,
         error: BaseException | None,
         seconds: float,
+        *,
         whole: Sequence[Event] = (),
     ) -> Attempt | None:
         """Tell the handler's circuit, and whoever wants to know, what came of a call; return it.
@@ -281,11 +305,11 @@ class Dispatcher:
         if self._on_error is not None:
             self._on_error(event, handler, error)
         if not isinstance(error, (Retry, Discard, *HOPELESS)):
-            pause = self._breakers.failed(handler.name, (whole[0] if whole else event).id)
+            pause = self._breakers.failed(handler.name, (whole[0] if whole else event).id, turn)
             if pause:
                 context = {"handler": handler.name, "seconds": round(pause)}
                 logger.warning(
-                    "Circuit of %(handler)s is open: it is not called for %(seconds)s s.",
+                    "Circuit of %(handler)s is open: its events wait %(seconds)s s, new ones less.",
                     context,
                     extra=context,
                 )
@@ -356,7 +380,7 @@ class Dispatcher:
             recent = (self._slow.get(name, seconds) + seconds) / 2
             self._slow[name] = recent
             if recent < self._commit_interval:
-                del self._slow[name]
+                self._slow.pop(name, None)
 
     # Several events
 
@@ -366,7 +390,7 @@ class Dispatcher:
         """Note calls for the end of the batch, or for after its commit; but call a full list."""
         self._open.append(opened)
         for handler in handlers:
-            call = Call(handler, opened.event.copy())
+            call = Call(handler, opened.event.copy(), turn=turn_of(handler, opened.earlier))
             call.event.attempt = next_attempt(handler, opened.earlier)
             if not handler.atomic and outcomes.calls:  # one at a time: another pass calls it
                 opened.owed = [other for other in opened.owed if other is not handler]
@@ -400,7 +424,7 @@ class Dispatcher:
         whole = () if isinstance(error, BatchFailed) else events
         lost: dict[int, Outcomes] = {}
         for opened, call in waiting:
-            attempt = self._judge(handler, call.event, error, seconds, whole)
+            attempt = self._judge(handler, call.event, call.turn, error, seconds, whole=whole)
             if attempt is not None:
                 opened.attempts[handler.name] = attempt
                 lost[call.event.id] = Open(

@@ -7,6 +7,7 @@ import traceback
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
+from spark_outbox.breaker import Turn
 from spark_outbox.errors import HandlerTimeout
 from spark_outbox.events import Event
 from spark_outbox.policy import Verdict
@@ -71,6 +72,7 @@ class Call:
     """Under which its delivery is `running`, if it is detached, or has outlived its batch."""
     attempt: Attempt | None = None
     """What came of it, to be written."""
+    turn: Turn = Turn.NEW
 
 
 @dataclass(slots=True)
@@ -204,6 +206,13 @@ def look_again(waits: Iterable[float | None]) -> dt.timedelta | None:
 
 def next_attempt(handler: Handler, earlier: dict[str, Earlier]) -> int:
     return max(earlier[handler.name].attempts, 0) + 1 if handler.name in earlier else 1
+
+
+def turn_of(handler: Handler, earlier: dict[str, Earlier]) -> Turn:
+    before = earlier.get(handler.name)
+    if before is None:
+        return Turn.NEW
+    return Turn.RETRY if before.attempts > 0 else Turn.UNTRIED
 
 
 def succeeded(call: Call) -> Attempt:

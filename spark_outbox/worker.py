@@ -16,7 +16,7 @@ from spark_outbox.calls import Alarm, Calls, Hand, InHand
 from spark_outbox.claim import Claims
 from spark_outbox.crashes import Watched
 from spark_outbox.detached import TAKE_OVER_INTERVAL, Detached
-from spark_outbox.dispatch import Dispatcher, TransactionLost
+from spark_outbox.dispatch import Dispatcher, Experience, TransactionLost
 from spark_outbox.errors import ConnectionLost, NotMigrated, SettingsError, describe
 from spark_outbox.events import Event
 from spark_outbox.isolation import Isolation
@@ -60,7 +60,8 @@ class Worker:
     are under way. `run` returns after about `max_events`, or once the
     process has used more than `max_rss` MiB.
     `on_ready` is called with the server's version whenever a new session is prepared and LISTENs;
-    `on_error` with the event, the handler and what it raised.
+    `on_error` with the event, the handler and what it raised. `experience` is what other workers of this
+    process have learned about the handlers.
     """
 
     def __init__(
@@ -80,6 +81,7 @@ class Worker:
         max_rss: int | None = None,
         on_ready: Callable[[str], None] | None = None,
         on_error: Callable[[Event, Handler, BaseException], None] | None = None,
+        experience: Experience | None = None,
     ) -> None:
         settings = conf.current()
         commit_interval = commit_interval or settings.COMMIT_INTERVAL
@@ -108,6 +110,7 @@ class Worker:
             alarm=alarm,
             in_hand=self._in_hand,
             on_error=on_error,
+            experience=experience,
         )
         self._async_concurrency = async_concurrency or settings.ASYNC_CONCURRENCY
         self._events_left = max_events or math.inf
@@ -483,6 +486,7 @@ class Worker:
 
 
 _draining = threading.local()
+_experience: dict[str, Experience] = {}
 
 
 def drain_after_commit(using: str, **_: object) -> None:
@@ -496,7 +500,7 @@ def drain_after_commit(using: str, **_: object) -> None:
         return
     aliases.add(using)
     try:
-        Worker(using=using).drain()
+        Worker(using=using, experience=_experience_of(using)).drain()
     except Exception as error:  # noqa: BLE001, logged
         context = {"database": using, "error": describe(error)}
         logger.error(
@@ -506,3 +510,17 @@ def drain_after_commit(using: str, **_: object) -> None:
         )
     finally:
         aliases.discard(using)
+
+
+def _experience_of(using: str) -> Experience | None:
+    """Return what this process has learned at earlier commits, in any thread.
+
+    None within a TestCase, whose tests must not see each other's circuits; nothing else handles events
+    inside of a transaction.
+    """
+    if connections[using].in_atomic_block:
+        return None
+    known = _experience.get(using)
+    if known is None or known.settings is not conf.current():
+        known = _experience[using] = Experience(time.monotonic)
+    return known

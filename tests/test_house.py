@@ -187,6 +187,7 @@ def test_functions_pin_their_search_path():
         "spark_outbox_check_keys": ["search_path=pg_catalog, public, pg_temp"],
         "spark_outbox_emit_many": ["search_path=pg_catalog, public, pg_temp"],
         "spark_outbox_ids_are_behind": ["search_path=pg_catalog, public, pg_temp"],
+        "spark_outbox_close_circuit": ["search_path=pg_catalog, public, pg_temp"],
         "spark_outbox_is_same": ["search_path=pg_catalog, public, pg_temp"],
         "spark_outbox_wake": ["search_path=pg_catalog, pg_temp"],
     }

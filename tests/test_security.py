@@ -218,8 +218,10 @@ DENIED = {
         "select spark_outbox_is_same('key', 'g', '{}')",
         "select spark_outbox_check_keys('{key}')",
         EMIT_MANY,
+        "select spark_outbox_close_circuit('h')",
     ],
     "emitter": [
+        "select spark_outbox_close_circuit('h')",
         *(
             f"select {column} from spark_outbox_event"
             for column in ("*", "key", "event_group", "payload", "headers", "status", "last_error")
@@ -256,6 +258,7 @@ DENIED = {
         "select spark_outbox_is_same('key', 'g', '{}')",
         "select spark_outbox_check_keys('{key}')",
         EMIT_MANY,
+        "select spark_outbox_close_circuit('h')",
         "update spark_outbox_event set status = 'done'",
         "insert into spark_outbox_delivery (event_id, handler) select id, 'h' from spark_outbox_event",
         "update spark_outbox_delivery set status = 'pending'",
@@ -288,6 +291,15 @@ def test_everybody_may_do_with_the_readme_s_sql_what_their_role_is_for(logins):
                 mine.execute(statement)
     assert status("import_1") == "pending"
     assert status("order_paid_1") == "discarded"
+
+
+def test_the_worker_s_role_closes_circuits(logins):
+    emit("g", "key", delay=3600)
+    delivery = {"handler": "h", "error": "spark_outbox: not called, its circuit is open"}
+    OutboxEvent.objects.get().deliveries.create(**delivery)
+    with logins.connect("worker") as mine:
+        assert mine.execute("select spark_outbox_close_circuit('h')").fetchone() == (1,)
+    assert OutboxEvent.objects.get().available_at is None
 
 
 @pytest.mark.parametrize("kind", [*ROLES, "nobody"])
