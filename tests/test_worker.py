@@ -230,7 +230,7 @@ def test_in_a_rolling_deployment_an_old_worker_leaves_to_new_ones_what_only_they
 
 
 def test_a_worker_that_has_left_something_to_others_lets_them_look_first(own_registry, monkeypatch):
-    monkeypatch.setattr("spark_outbox.worker.DEFERENCE", HOUR)
+    monkeypatch.setattr("spark_outbox.rest.DEFERENCE", HOUR)
     new = Registry()
     for registry in (own_registry, new):
         registry.add_handler(lambda _: None, group="", name="old")
