@@ -49,7 +49,7 @@ class Rounds:
         self._held: dict[Any, None] = {}  # another transaction holds them, or we can't handle them yet
         self._recall_at = -math.inf
         self._front: Position | None = None  # None until the first round is complete
-        self._safe = LOWEST_ID
+        self._safe: int | None = LOWEST_ID  # None if too much lies between it and the front
         self._mark: tuple[int, int] | None = None  # an id, and the transaction that comes after it
         self._is_read = False  # all that is new is in the queue, or has been
         self._has_more = False  # the last look at new events did not come to their end
@@ -156,6 +156,7 @@ class Rounds:
             self._safe_after_round = self._safe_by(piece)
         self._is_short = after == START and not piece.is_full
         if piece.is_full:
+            self._add(piece)
             self._round = piece.end
             return
         self._round = None
@@ -163,18 +164,19 @@ class Rounds:
         self._advance(piece, self._safe_after_round)
 
     def _look_at_new(self, front: Position) -> None:
-        piece = self._read(Position(self._safe, front.due))
-        safe = self._safe_by(piece)
-        if piece.is_full and piece.end.id < front.id:
-            piece = self._read(front)  # what is committed late among so many is found by the next round
-            safe = None
-        self._advance(piece, safe)
+        safe = self._safe
+        piece = self._read(front if safe is None else Position(safe, front.due))
+        if safe is not None and piece.is_full and piece.end.id < front.id:
+            self._safe = None  # the next round finds what is committed late
+            piece = self._read(front)
+        self._advance(piece, self._safe and self._safe_by(piece))
 
     def _read(self, after: Position) -> Piece:
-        piece = store.read_piece(after, ordered=self._ordered, groups=self._groups, using=self._using)
+        return store.read_piece(after, ordered=self._ordered, groups=self._groups, using=self._using)
+
+    def _add(self, piece: Piece) -> None:
         for each in piece.candidates:
             self._queue.setdefault(each)
-        return piece
 
     def _safe_by(self, piece: Piece) -> int | None:
         """Return the id before which nothing can come that `piece`, or what follows, does not show."""
@@ -192,7 +194,8 @@ class Rounds:
         self._front = front
         self._has_more = piece.is_full
         self._is_read = not piece.is_full
+        self._add(piece)
         if safe is not None:
-            self._safe, self._mark = max(self._safe, safe), None
+            self._safe, self._mark = safe, None
         if self._mark is None:
             self._mark = (front.id, piece.next)

@@ -285,9 +285,8 @@ ORDERED = {"kind": "ordering_key is not null", "what": "ordering_key", "order": 
 
 def read_piece(after: Position, *, ordered: bool, groups: str | None, using: str) -> Piece:
     """Read what comes `after` a position, up to PIECE ready and PIECE due events."""
-    mine = "true" if groups is None else _IS_MINE
-    sql = READ_PIECE.format(mine=mine, **(ORDERED if ordered else UNORDERED))
     params = {"id": after.id, "time": after.due.time, "due_id": after.due.id, "piece": PIECE}
+    sql = piece_sql(ordered=ordered, groups=groups)
     (row,) = _rows(sql, {**params, "groups": groups}, using=using)
     ready, ready_count, last_id, due, due_count, last_time, last_due_id, oldest, following = row
     pairs = itertools.zip_longest(ready, due)
@@ -301,6 +300,11 @@ def read_piece(after: Position, *, ordered: bool, groups: str | None, using: str
         oldest=oldest,
         next=following,
     )
+
+
+def piece_sql(*, ordered: bool, groups: str | None) -> str:
+    parts = ORDERED if ordered else UNORDERED
+    return READ_PIECE.format(mine="true" if groups is None else _IS_MINE, **parts)
 
 
 # Claim in order: of each ordering key the *head*, its lowest unfinished event, and what follows it.
@@ -552,12 +556,16 @@ NEXT_DUE_OF_GROUPS = f"""(
 
 
 def outlook(*, groups: str | None, using: str) -> Outlook:
-    next_due = NEXT_DUE if groups is None else NEXT_DUE_OF_GROUPS
-    sql = OUTLOOK.format(
-        unordered=next_due.format(kind=UNORDERED["kind"]), ordered=next_due.format(kind=ORDERED["kind"])
+    ((ready, ordered, due_in, running, unhandled),) = _rows(
+        outlook_sql(groups=groups), {"groups": groups}, using=using
     )
-    ((ready, ordered, due_in, running, unhandled),) = _rows(sql, {"groups": groups}, using=using)
     return Outlook(ready, ordered, math.inf if due_in is None else due_in, running, unhandled)
+
+
+def outlook_sql(*, groups: str | None) -> str:
+    next_due = NEXT_DUE if groups is None else NEXT_DUE_OF_GROUPS
+    unordered, ordered = (next_due.format(kind=parts["kind"]) for parts in (UNORDERED, ORDERED))
+    return OUTLOOK.format(unordered=unordered, ordered=ordered)
 
 
 CHECK_GROUPS = "select '' ~ %s"
