@@ -79,6 +79,7 @@ class Claims:
         if groups is not None:
             self._ids = Rounds(ordered=False, groups=groups, using=using, clock=clock)
             self._rounds.append(self._ids)
+        self._waits_for_room = False  # something does: the two below say what, or the rounds
         self._passed: int | None = None  # the lowest ready id that waits for room, below the floor
         self._after_due = EARLIEST  # the last due event that waits for room
         self._is_full = False  # the last claim may have left some behind
@@ -137,6 +138,7 @@ class Claims:
         else:
             self.size = min(self.size * 2, self.batch_size)
         self._passes_on = self._is_full and not outcomes.count
+        self._waits_for_room = self._waits_for_room or bool(outcomes.passed)
         reached = batch.events[: outcomes.reached]
         if not reached:
             return
@@ -188,6 +190,9 @@ class Claims:
 
     def make_room(self) -> None:
         """There is room again for what had to wait for it."""
+        if not self._waits_for_room:
+            return
+        self._waits_for_room = False
         if self._passed is not None:
             self.floor = min(self.floor, self._passed)
         self._passed, self._after_due = None, EARLIEST
