@@ -29,12 +29,14 @@ class Detached:
         dispatcher: Dispatcher,
         registry: Registry,
         clock: Callable[[], float],
+        on_settled: Callable[[list[str]], None],
     ) -> None:
         self._using = using
         self._direct = direct or using
         self._dispatcher = dispatcher
         self._registry = registry
         self._clock = clock
+        self._on_settled = on_settled  # with ordering keys: others of them may be possible now
         self.calls: list[Call] = []
         """Under way, or ended and not settled."""
         self._session = 0
@@ -89,6 +91,7 @@ class Detached:
                 call.attempt = self._dispatcher.conclude(call) or succeeded(call)
         settle.write_calls(ended, self._registry, using=self._using)
         self.calls = [call for call in self.calls if call not in ended]
+        self._on_settled([str(key) for call in ended if (key := call.event.ordering_key) is not None])
 
     def finish(self) -> None:
         """Wait for all calls to end, and settle them."""

@@ -114,15 +114,21 @@ class Dispatcher:
         self._start_batch()
         outcomes = Outcomes()
         deadline = self._clock() + self._commit_interval
-        blocked: set[str] = set()
+        blocked = outcomes.blocked
         for event in batch.events:
             if event.ordering_key in blocked:
                 outcomes.reached += 1
                 continue
             handlers = self._handlers_for(event.group)
-            if (self._slow or not handlers.are_plain) and self._must_wait(handlers):
+            if self._slow and self._must_wait(handlers):
                 outcomes.cut = True
                 break
+            if not handlers.are_plain and self._lacks_room(handlers):
+                outcomes.passed.add(event.id)
+                outcomes.reached += 1
+                if event.ordering_key is not None:
+                    blocked.add(event.ordering_key)
+                continue
             is_open = self._handle(event, handlers, batch, isolation, outcomes)
             outcomes.reached += 1
             if event.ordering_key is not None and (
@@ -141,6 +147,22 @@ class Dispatcher:
         if self._open:
             self._call_deferred(isolation, outcomes)
         return outcomes
+
+    @property
+    def has_room(self) -> bool:
+        """Another async handler can be called."""
+        return self.calls is None or self.calls.room > 0
+
+    def turn(self) -> None:
+        """Let async calls that are under way make a step."""
+        if self.calls:
+            self.calls.turn()
+
+    def passes_all(self, batch: Batch) -> bool:
+        """Return whether all that a batch holds has to wait for room."""
+        if self.has_room:
+            return False
+        return all(self._lacks_room(self._handlers_for(event.group)) for event in batch.events)
 
     def release(self) -> None:
         """After the commit: what is under way goes on by itself."""
@@ -183,8 +205,10 @@ class Dispatcher:
 
     def _must_wait(self, handlers: Sequence[Handler]) -> bool:
         """Return whether these handlers can't be called in this transaction, but in another."""
-        if self._slow and self._called and any(handler.name in self._slow for handler in handlers):
-            return True
+        return self._called and any(handler.name in self._slow for handler in handlers)
+
+    def _lacks_room(self, handlers: Sequence[Handler]) -> bool:
+        """Return whether these handlers can only be called when another call has ended."""
         if self.calls is None or self.calls.room > len(self._concurrent):
             return False
         return any(handler.is_async for handler in handlers)

@@ -91,8 +91,13 @@ class OutboxEvent(models.Model):
             ),
             models.Index(
                 name="spark_outbox_event_due",
-                fields=["available_at"],
-                condition=Q(status="pending", available_at__isnull=False),
+                fields=["available_at", "id"],
+                condition=Q(status="pending", available_at__isnull=False, ordering_key__isnull=True),
+            ),
+            models.Index(  # the same as these two, for ordered events: first the ready, then the due
+                name="spark_outbox_event_ordered",
+                fields=["available_at", "id"],
+                condition=Q(status="pending", ordering_key__isnull=False),
             ),
             models.Index(
                 name="spark_outbox_event_order",
@@ -171,6 +176,7 @@ class WorkerSession(models.Model):
 
     class Meta:
         db_table = "spark_outbox_worker"
+        required_db_vendor = "postgresql"
 
     def __str__(self) -> str:
         return self.name

@@ -29,7 +29,7 @@ class Batch:
 
     events: Sequence[Event]
     elsewhere: int = 0
-    """How many of them, the first, were not in the ready queue: they are due, or ordered."""
+    """How many of them were not in the ready queue: they are due, or ordered."""
     earlier: dict[int, dict[str, Earlier]] = field(default_factory=dict)
 
     @property
@@ -119,6 +119,10 @@ class Outcomes:
     """Of the running events: to begin or to go on with after the commit."""
     reached: int = 0
     """How many events of the batch were looked at."""
+    passed: set[int] = field(default_factory=set)
+    """Of those, events that were left as they are: there is no room for calls of async handlers."""
+    blocked: set[str] = field(default_factory=set)
+    """Ordering keys of which later events had to wait."""
     cut: bool = False
     """The batch ended before its last event, or might as well have."""
 

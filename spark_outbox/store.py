@@ -91,6 +91,11 @@ def value(sql: str, params: Any = None, *, using: str) -> Any:
     return _rows(sql, params, using=using)[0][0]
 
 
+def run_query(sql: str, *, using: str) -> None:
+    """Run a query of this module whose rows nobody needs."""
+    _rows(sql, using=using)
+
+
 def _columns(rows: Iterable[Sequence[Any]]) -> list[list[Any]]:
     """Turn rows into the arrays that `unnest` turns into rows again."""
     return [list(column) for column in zip(*rows, strict=True)]
@@ -209,6 +214,16 @@ _COLUMNS = """
 LOWEST_ID = -(2**63) + 1
 """Of all but one: PostgreSQL takes the literal of the lowest bigint for no bigint."""
 
+
+class Due(NamedTuple):
+    """A place in the index of due events. The time is text, as PostgreSQL's range is not Python's."""
+
+    time: str
+    id: int
+
+
+EARLIEST = Due("-infinity", LOWEST_ID)
+
 # The array has it uncompressed. As text even that may be too large for PostgreSQL itself.
 LARGE_DOCUMENT = """
 select size, case when size <= %(limit)s then document::text end
@@ -221,7 +236,6 @@ from (
 CLAIM_READY = f"""
 select {_COLUMNS} from spark_outbox_event
 where status = 'pending' and available_at is null and ordering_key is null and id >= %(floor)s
-    {{groups}}
 order by id limit %(limit)s
 for no key update skip locked
 """
@@ -229,9 +243,23 @@ for no key update skip locked
 CLAIM_DUE = f"""
 select {_COLUMNS} from spark_outbox_event
 where status = 'pending' and available_at <= statement_timestamp() and ordering_key is null
-    {{groups}}
-order by available_at limit %(limit)s
+    and (available_at, id) > (%(time)s::timestamptz, %(id)s)
+order by available_at, id limit %(limit)s
 for no key update skip locked
+"""
+
+# The condition on time is checked again on the row that is locked: somebody may have postponed it.
+CLAIM_IDS = f"""
+select {_COLUMNS} from spark_outbox_event
+where id = any(%s) and status = 'pending'
+    and (available_at is null or available_at <= statement_timestamp())
+for no key update skip locked
+"""
+
+STILL_READY = """
+select id from spark_outbox_event
+where id = any(%s) and status = 'pending'
+    and (available_at is null or available_at <= statement_timestamp())
 """
 
 IS_UNFINISHED = """
@@ -244,22 +272,112 @@ where id = %s and status = 'pending'
 for no key update skip locked
 """
 
-_GROUPS = "and event_group ~ %(groups)s"
+_IS_MINE = "event_group ~ %(groups)s"
 
 
-def claim_ready(
-    floor: int, limit: int, *, groups: str | None, first: str = "", using: str
-) -> list[StoredRow]:
+def claim_ready(floor: int, limit: int, *, first: str = "", using: str) -> list[StoredRow]:
     """Lock up to `limit` ready events with an id of `floor` or more, lowest first.
 
     `first` is a query to run before that, in the same round trip where the driver can.
     """
-    return _claim(CLAIM_READY, using, first, floor=floor, limit=limit, groups=groups)
+    return _claim(CLAIM_READY, using, first, floor=floor, limit=limit)
 
 
-def claim_due(limit: int, *, groups: str | None, using: str) -> list[StoredRow]:
+def claim_due(limit: int, *, after: Due = EARLIEST, using: str) -> list[StoredRow]:
     """Lock up to `limit` delayed or failed events whose time has come, earliest first."""
-    return _claim(CLAIM_DUE, using, limit=limit, groups=groups)
+    return _claim(CLAIM_DUE, using, limit=limit, time=after.time, id=after.id)
+
+
+def claim_ids(ids: list[int], *, using: str) -> list[StoredRow]:
+    """Lock those of these events that are ready or due, and nobody else's; in the order of `ids`."""
+    rows = {row.id: row for row in _claim_ids(ids, using)}
+    return [rows[event_id] for event_id in ids if event_id in rows]
+
+
+def still_ready(ids: list[int], *, using: str) -> set[int]:
+    """Return those of these events that are ready or due, whoever holds them."""
+    return {event_id for (event_id,) in _rows(STILL_READY, [ids], using=using)}
+
+
+# Look for events that this worker can handle, a piece of the index at a time: those of other groups,
+# and those that wait for others of their ordering key, may be any number.
+
+
+class Position(NamedTuple):
+    """Where a piece ended: in the index of ready events, and in that of due ones."""
+
+    id: int = LOWEST_ID
+    due: Due = EARLIEST
+
+
+class Piece(NamedTuple):
+    """A bounded part of the index, read in its order. Locks nothing."""
+
+    candidates: list[Any]
+    """Ids of events that may be handled; or of ordered ones their keys, as often as they have events."""
+    end: Position
+    is_full: bool
+    """It has ended before the index did."""
+    oldest: int
+    """The oldest transaction that had written and not ended yet."""
+    next: int
+    """The transaction that comes after all that had written by then."""
+
+
+PIECE = 1000
+"""How many entries of each index one look reads."""
+
+READ_PIECE = """
+with ready as materialized (
+    select id, {what} as candidate, {mine} as is_mine from spark_outbox_event
+    where status = 'pending' and available_at is null and {kind} and id > %(id)s
+    order by {order} limit %(piece)s
+),
+due as materialized (
+    select available_at, id, {what} as candidate, {mine} as is_mine from spark_outbox_event
+    where status = 'pending' and {kind} and available_at <= statement_timestamp()
+        and (available_at, id) > (%(time)s::timestamptz, %(due_id)s)
+    order by available_at, id limit %(piece)s
+)
+select
+    array(select candidate from ready where is_mine order by id),
+    (select count(*) from ready), (select max(id) from ready),
+    array(select candidate from due where is_mine order by available_at, id),
+    (select count(*) from due), last.available_at::text, last.id,
+    pg_snapshot_xmin(now.snapshot)::text::bigint, pg_snapshot_xmax(now.snapshot)::text::bigint
+from (select pg_current_snapshot() as snapshot) as now
+left join lateral (
+    select available_at, id from due order by available_at desc, id desc limit 1
+) as last on true
+"""
+
+# Each has an index of ready events and one of due ones; or one index that has both.
+UNORDERED = {"kind": "ordering_key is null", "what": "id", "order": "id"}
+ORDERED = {"kind": "ordering_key is not null", "what": "ordering_key", "order": "available_at, id"}
+
+
+def read_piece(after: Position, *, ordered: bool, groups: str | None, using: str) -> Piece:
+    """Read what comes `after` a position, up to PIECE ready and PIECE due events."""
+    params = {"id": after.id, "time": after.due.time, "due_id": after.due.id, "piece": PIECE}
+    sql = piece_sql(ordered=ordered, groups=groups)
+    (row,) = _rows(sql, {**params, "groups": groups}, using=using)
+    ready, ready_count, last_id, due, due_count, last_time, last_due_id, oldest, following = row
+    pairs = itertools.zip_longest(ready, due)
+    return Piece(
+        candidates=[each for pair in pairs for each in pair if each is not None],
+        end=Position(
+            after.id if last_id is None else last_id,
+            after.due if last_time is None else Due(last_time, last_due_id),
+        ),
+        is_full=PIECE in (ready_count, due_count),
+        oldest=oldest,
+        next=following,
+    )
+
+
+def piece_sql(*, ordered: bool, groups: str | None) -> str:
+    parts = ORDERED if ordered else UNORDERED
+    return READ_PIECE.format(mine="true" if groups is None else _IS_MINE, **parts)
 
 
 # Claim in order: of each ordering key the *head*, its lowest unfinished event, and what follows it.
@@ -270,81 +388,83 @@ UNFINISHED = {
     "skip": "status in ('pending', 'running')",
 }
 
-KEYS_AT_ONCE = 100
+KEYS_AT_ONCE = 200
+"""Of how many keys one look finds the heads."""
 
-# Jumps from key to key along the index, rather than reading all events of each.
-HEADS = """
-with recursive head as (
-    (
-        select ordering_key, id, event_group, status, available_at, 1 as turn
-        from spark_outbox_event
-        where ordering_key > %(after)s and {unfinished}
-        order by ordering_key, id limit 1
-    )
-    union all
-    select next.*, head.turn + 1 from head cross join lateral (
-        select ordering_key, id, event_group, status, available_at
-        from spark_outbox_event
-        where ordering_key > head.ordering_key and {unfinished}
-        order by ordering_key, id limit 1
-    ) as next
-    where head.turn < %(keys)s
-)
-select
-    id, ordering_key,
-    status = 'pending' and (available_at is null or available_at <= statement_timestamp()) {groups}
-from head order by turn
+_IS_READY = "status = 'pending' and (available_at is null or available_at <= statement_timestamp())"
+
+HEADS = f"""
+select head.id, head.ordering_key, head.is_ready, head.is_mine
+from unnest(%(keys)s::text[]) with ordinality as wanted (key, turn) cross join lateral (
+    select id, ordering_key, {_IS_READY} as is_ready, {{mine}} as is_mine
+    from spark_outbox_event
+    where ordering_key = wanted.key and {{unfinished}}
+    order by ordering_key, id limit 1
+) as head
+order by wanted.turn
 """
 
-RUNS = """
-select
-    id, ordering_key,
-    status = 'pending' and (available_at is null or available_at <= statement_timestamp()) {groups}
-from spark_outbox_event
-where ordering_key = any(%(keys)s) and {unfinished}
-order by ordering_key, id limit %(limit)s
-"""
-
-CLAIM_IDS = f"""
-select {_COLUMNS} from spark_outbox_event
-where id = any(%s) and status = 'pending'
-for no key update skip locked
+RUNS = f"""
+select run.id, run.ordering_key, run.is_ready
+from unnest(%(keys)s::text[]) with ordinality as wanted (key, turn) cross join lateral (
+    select id, ordering_key, {_IS_READY} and {{mine}} as is_ready
+    from spark_outbox_event
+    where ordering_key = wanted.key and {{unfinished}}
+    order by ordering_key, id limit %(limit)s
+) as run
+order by wanted.turn, run.id
 """
 
 
 class Ordered(NamedTuple):
-    """What a look at the ordering keys after some key came to."""
+    """What a look at some ordering keys came to. Those that have nothing to do are in none of these."""
 
     rows: list[StoredRow]
     """Locked: of each key a head and the events that follow it without a gap, in order."""
-    after: str
-    """From where to look next; empty if there are no further keys."""
-    held: bool
-    """There are heads that could be handled, but another transaction holds them."""
+    whole: set[str]
+    """Keys of which that is all there is."""
+    held: list[str]
+    """Keys whose head could be handled, but another transaction holds it."""
+    left: list[str]
+    """Keys whose head could be handled, but the limit was reached, or it is a new one by now."""
+    others: list[str]
+    """Keys whose head could be handled by a worker of other groups."""
 
 
-def claim_ordered(after: str, limit: int, *, failed: str, groups: str | None, using: str) -> Ordered:
-    """Lock about `limit` events that are next in their order, of up to KEYS_AT_ONCE keys.
+def claim_ordered(
+    keys: list[str], limit: int, *, failed: str, groups: str | None, using: str
+) -> Ordered:
+    """Lock about `limit` events of these keys that are next in their order: the same share of each.
 
     `failed` says what a failed head does to those behind it: `block`, or `skip`.
     """
+    parts = {"unfinished": UNFINISHED[failed], "mine": "true" if groups is None else _IS_MINE}
 
     def rows(sql: str, **params: Any) -> list[Any]:
-        filled = sql.format(unfinished=UNFINISHED[failed], groups="" if groups is None else _GROUPS)
-        return _rows(filled, {"groups": groups, **params}, using=using)
+        return _rows(sql.format(**parts), {"groups": groups, **params}, using=using)
 
-    found = rows(HEADS, after=after, keys=KEYS_AT_ONCE)
-    following = found[-1][1] if len(found) == KEYS_AT_ONCE else ""
-    ready = [event_id for event_id, _, is_ready in found if is_ready]
-    heads = {row.ordering_key: row for row in _claim_ids(ready[:limit], using)} if ready else {}
+    ready: dict[int, str] = {}
+    others: list[str] = []
+    for event_id, key, is_ready, is_mine in rows(HEADS, keys=keys):
+        if is_ready and is_mine:
+            ready[event_id] = key
+        elif is_ready:
+            others.append(key)
+    wanted = list(ready)[:limit]
+    left = list(ready.values())[limit:]
+    heads = {row.ordering_key: row for row in _claim_ids(wanted, using)} if wanted else {}
+    held = [ready[event_id] for event_id in wanted if ready[event_id] not in heads]
     if not heads:
-        return Ordered([], following, bool(ready))
+        return Ordered([], set(), held, left, others)
+    share = -(-limit // len(heads))
     runs: dict[str, list[int]] = {}
     ended: set[str] = set()
-    for event_id, key, is_ready in rows(RUNS, keys=list(heads), limit=limit + len(heads)):
+    seen: dict[str, int] = {}
+    for event_id, key, is_ready in rows(RUNS, keys=list(heads), limit=share + 1):
+        seen[key] = seen.get(key, 0) + 1
         if not is_ready or (key not in runs and event_id != heads[key].id):
             ended.add(key)  # a gap; or a lower id has been committed since, and is the head now
-        if key not in ended:
+        if key not in ended and seen[key] <= share:
             runs.setdefault(key, []).append(event_id)
     followers = [event_id for run in runs.values() for event_id in run[1:]]
     locked = {row.id: row for row in _claim_ids(followers, using)} if followers else {}
@@ -354,7 +474,36 @@ def claim_ordered(after: str, limit: int, *, failed: str, groups: str | None, us
         for run in runs.values()
         for event_id in itertools.takewhile(locked.__contains__, run)
     ]
-    return Ordered(claimed, following, len(heads) < len(ready[:limit]))
+    left += [key for key in heads if key not in runs]
+    unlocked = {key for key, run in runs.items() if not all(map(locked.__contains__, run))}
+    whole = {key for key in runs if seen[key] <= share} - ended - unlocked
+    return Ordered(claimed, whole, held, left, others)
+
+
+# To others, as the trigger does to those who sleep; see wake.py.
+WAKE_OTHERS = """
+select case when (
+    case when pg_try_advisory_xact_lock_shared(7531001, oid) then
+        case when pg_try_advisory_lock(7531002, oid) then pg_advisory_unlock(7531002, oid) end
+    end
+) is not true then pg_notify('spark_outbox', '') end
+from (select 'spark_outbox_event'::regclass::oid::integer as oid) as outbox
+"""
+
+
+def wake_others(*, using: str) -> None:
+    """Notify workers that sleep, when the transaction commits."""
+    _rows(WAKE_OTHERS, using=using)
+
+
+def hand_over(keys: list[str], *, failed: str, groups: str, using: str) -> bool:
+    """Wake workers of other groups if one of them can go on with one of these keys."""
+    parts = {"unfinished": UNFINISHED[failed], "mine": _IS_MINE}
+    heads = _rows(HEADS.format(**parts), {"keys": keys, "groups": groups}, using=using)
+    is_theirs = any(is_ready and not is_mine for _, _, is_ready, is_mine in heads)
+    if is_theirs:
+        wake_others(using=using)
+    return is_theirs
 
 
 def _claim_ids(ids: list[int], using: str) -> list[StoredRow]:
@@ -371,7 +520,7 @@ def claim_one(event_id: int, *, using: str) -> bool:
 
 
 def _claim(sql: str, using: str, first: str = "", **params: Any) -> list[StoredRow]:
-    sql = _addressed(_with_groups(sql, params["groups"]), using)
+    sql = _addressed(sql, using)
     with connections[using].cursor() as cursor:
         if not first:
             cursor.execute(sql, params)
@@ -418,18 +567,18 @@ def _large_document(column: str, event_id: int, using: str) -> str:
 
 
 def _with_groups(sql: str, groups: str | None) -> str:
-    return sql.format(groups="" if groups is None else _GROUPS)
+    return sql.format(groups="" if groups is None else f"and {_IS_MINE}")
 
 
 class Outlook(NamedTuple):
     """What a worker that found nothing to claim can expect."""
 
     ready: bool
-    """There are events it could not claim: another transaction holds their rows."""
+    """There are ready or due events, of any group: another transaction may hold their rows."""
     ordered: bool
-    """There are events with an ordering key, which may have to wait for others of it."""
+    """The same of events with an ordering key, which may have to wait for others of it."""
     due_in: float
-    """Seconds until the next delayed event; infinity if there is none."""
+    """Seconds until the next delayed event; infinity if there is none. With groups it may be less."""
     running: bool
     """There are events that detached handlers are at work on, here or elsewhere."""
     unhandled: bool
@@ -441,33 +590,56 @@ OUTLOOK = """
 select
     exists (
         select from spark_outbox_event
-        where status = 'pending' and available_at is null and ordering_key is null {groups}
+        where status = 'pending' and available_at is null and ordering_key is null
     ) or exists (
         select from spark_outbox_event
         where status = 'pending' and available_at <= statement_timestamp() and ordering_key is null
-            {groups}
     ),
     exists (
         select from spark_outbox_event
-        where status = 'pending' and ordering_key is not null
-            and (available_at is null or available_at <= statement_timestamp()) {groups}
+        where status = 'pending' and available_at is null and ordering_key is not null
+    ) or exists (
+        select from spark_outbox_event
+        where status = 'pending' and available_at <= statement_timestamp() and ordering_key is not null
     ),
-    (
-        select
-            extract(epoch from nullif(min(available_at), 'infinity') - statement_timestamp())::float
-        from spark_outbox_event
-        where status = 'pending' and available_at > statement_timestamp() {groups}
-    ),
+    extract(epoch from least({unordered}, {ordered}) - statement_timestamp())::float,
     exists (select from spark_outbox_delivery where status = 'running'),
     (select min(event_group) from spark_outbox_event where status = 'unhandled') is not null
 """
 
+NEXT_DUE = """(
+    select nullif(min(available_at), 'infinity') from spark_outbox_event
+    where status = 'pending' and {kind} and available_at > statement_timestamp()
+)"""
+
+# Among the next that are due; if none of them is ours, the last of them is when to look again.
+NEXT_DUE_OF_GROUPS = f"""(
+    select nullif(
+        case
+            when bool_or(is_mine) then min(available_at) filter (where is_mine)
+            when count(*) = {PIECE} then max(available_at)
+        end,
+        'infinity'
+    )
+    from (
+        select available_at, {_IS_MINE} as is_mine from spark_outbox_event
+        where status = 'pending' and {{kind}} and available_at > statement_timestamp()
+        order by available_at, id limit {PIECE}
+    ) as next
+)"""
+
 
 def outlook(*, groups: str | None, using: str) -> Outlook:
     ((ready, ordered, due_in, running, unhandled),) = _rows(
-        _with_groups(OUTLOOK, groups), {"groups": groups}, using=using
+        outlook_sql(groups=groups), {"groups": groups}, using=using
     )
     return Outlook(ready, ordered, math.inf if due_in is None else due_in, running, unhandled)
+
+
+def outlook_sql(*, groups: str | None) -> str:
+    next_due = NEXT_DUE if groups is None else NEXT_DUE_OF_GROUPS
+    unordered, ordered = (next_due.format(kind=parts["kind"]) for parts in (UNORDERED, ORDERED))
+    return OUTLOOK.format(unordered=unordered, ordered=ordered)
 
 
 CHECK_GROUPS = "select '' ~ %s"

@@ -12,10 +12,10 @@ from collections.abc import Callable
 from django.db import DataError, Error, connections, transaction
 
 from spark_outbox import conf, session, settle, store
-from spark_outbox.calls import Alarm, Calls, Hand, InHand
+from spark_outbox.calls import PATIENCE, Alarm, Calls, Hand, InHand
 from spark_outbox.claim import Claims
 from spark_outbox.crashes import Watched
-from spark_outbox.detached import TAKE_OVER_INTERVAL, Detached
+from spark_outbox.detached import Detached
 from spark_outbox.dispatch import Dispatcher, Experience, TransactionLost
 from spark_outbox.errors import ConnectionLost, NotMigrated, SettingsError, describe
 from spark_outbox.events import Event
@@ -24,16 +24,10 @@ from spark_outbox.outcomes import Batch, Outcomes
 from spark_outbox.references import References
 from spark_outbox.refusals import TIMES, Refused, Suspects, refusals
 from spark_outbox.registry import Handler, Registry, registry
+from spark_outbox.rest import next_look
 from spark_outbox.wake import Wake, poll
 
 logger = logging.getLogger(__name__)
-
-HELD_POLL = 0.25
-"""Seconds between two looks at events that another transaction holds: its worker may have died."""
-
-DEFERENCE = 0.5
-"""Seconds by which a worker that has left deliveries to others lets them look at due events first: or
-else the nearest to the database would have every next look, too."""
 
 PUT_BACK_INTERVAL = 60.0
 """Seconds between two looks, of a worker with nothing to do, at what another had no handler for."""
@@ -122,6 +116,7 @@ class Worker:
             dispatcher=self._dispatcher,
             registry=registry,
             clock=clock,
+            on_settled=self._claims.revisit,
         )
         self._clock = clock
         self._stopping = False
@@ -161,6 +156,7 @@ class Worker:
                     finished = self._work(drain, once) or self._stopping
                     if finished:
                         self._detached.finish()
+                        self._claims.leave()
                         self._in_hand.resign()
                 except Error as error:
                     self._recover(error)
@@ -177,13 +173,15 @@ class Worker:
             self._detached.take_over()
             if once:
                 return True
-            if not handled:
-                if not drain:
-                    self._sleep()
-                elif self._detached.calls:
-                    self._detached.finish()
-                elif not self.handle_batch(sweep=True):
+            if not handled and not drain:
+                handled = 0 if self._claims.goes_on else self._sleep()
+            elif not handled and self._detached.calls:
+                self._detached.finish()
+            elif not handled:
+                handled = self.handle_batch(sweep=True)
+                if not handled:
                     return True
+            self._dispatcher.turn()
             self._failures = 0
             self._events_left -= handled
             if self._events_left <= 0 or self._is_bloated():
@@ -230,8 +228,13 @@ class Worker:
         try:
             with refusals(using=self.using), transaction.atomic(using=self.using):
                 first = self._wake.parting(self.using) or self._first
+                if self._dispatcher.has_room:
+                    self._claims.make_room()
                 batch = self._claims.next(references, sweep=sweep, first=first)
                 if not batch.events:
+                    return 0
+                if self._dispatcher.passes_all(batch):
+                    self._claims.pass_by(batch)
                     return 0
                 self._in_hand.watch(batch, closely=self._claims.careful)
                 self._wake.wake_up()
@@ -242,6 +245,7 @@ class Worker:
                 self._ask()
                 identity = self._detached.identify() if outcomes.calls else 0
                 settle.write(outcomes, session=identity, using=self.using)
+                self._claims.hand_over(batch, outcomes)
                 self._in_hand.clear()
         except TransactionLost as loss:
             self._ask()
@@ -343,11 +347,16 @@ class Worker:
                 done = {"event_id": event.id, "group": event.group, "attempt": event.attempt}
                 logger.debug("Dispatched event %(event_id)s of group %(group)r.", done, extra=done)
 
-    def _sleep(self) -> None:
-        """Wait until there may be something to do; see `wake` for the protocol."""
+    def _sleep(self) -> int:
+        """Wait until there may be something to do; see `wake` for the protocol. Return how many events
+        were handled instead, as there was something to do."""
         pause = self._wake.fall_asleep()
-        if self.handle_batch(sweep=True):
-            return
+        self._claims.rest()
+        goes_on = True
+        while goes_on and not self._stopping:
+            if handled := self.handle_batch():
+                return handled
+            goes_on = self._claims.goes_on
         outlook = store.outlook(groups=self.groups, using=self.using)
         self._claims.expect(outlook.due_in)
         notified = False
@@ -355,12 +364,16 @@ class Worker:
             may_put_back = outlook.unhandled and self._clock() >= self._put_back_at
             if may_put_back and self._put_back_unhandled():
                 break
-            held = HELD_POLL if outlook.ready or self._claims.held else math.inf
-            running = TAKE_OVER_INTERVAL if outlook.running else math.inf
-            due_in = outlook.due_in + (DEFERENCE if self._defers else 0)
-            timeout = min(pause, self.poll_interval, due_in, held, running)
-            notified = self._wake.wait(timeout)
-            if notified or timeout != self.poll_interval or self._detached.has_ended:
+            look = next_look(
+                outlook,
+                poll_interval=self.poll_interval,
+                pause=pause,
+                held=self._claims.held or (outlook.ready and self.groups is None),
+                round_in=self._claims.round_in,
+                defers=self._defers,
+            )
+            notified = self._wake.wait(look.seconds)
+            if notified or look.reason != "poll" or self._detached.has_ended:
                 break
             outlook = store.outlook(groups=self.groups, using=self.using)
             if outlook.ready or outlook.ordered:
@@ -368,6 +381,7 @@ class Worker:
         self._wake.let_go_with_next()
         if notified:
             self._claims.hurry()
+        return 0
 
     # The session
 
@@ -414,8 +428,10 @@ class Worker:
     def _longest_silence(self) -> float | None:
         """Return the seconds that may pass between two statements of a transaction; None if nobody
         knows, since a handler has no timeout or nothing would interrupt it."""
-        handlers = [h for h in self._registry.handlers if h.atomic and not h.is_async]
-        limits = [None if self._alarm is None else handler.policy.limit() for handler in handlers]
+        handlers = [handler for handler in self._registry.handlers if handler.atomic]
+        if self._direct is not None:  # async calls outlive their batch, rather than be waited for
+            handlers = [handler for handler in handlers if not handler.is_async]
+        limits = [None if self._alarm is None else longest_run(handler) for handler in handlers]
         known = [limit for limit in limits if limit is not None]
         return sum(known) + SILENCE if len(known) == len(limits) else None
 
@@ -483,6 +499,12 @@ class Worker:
 
     def _is_stopping(self) -> bool:
         return self._stopping
+
+
+def longest_run(handler: Handler) -> float | None:
+    """Return the seconds after which a call is interrupted; None if never."""
+    limit = handler.policy.limit()
+    return limit * PATIENCE if limit is not None and handler.is_async else limit
 
 
 _draining = threading.local()

@@ -379,7 +379,7 @@ def emits():
 
 
 def works(event_id):
-    yield partial(store.claim_ready, 0, 1, groups=None)
+    yield partial(store.claim_ready, 0, 1)
     yield partial(store.finish, [event_id], "done")
     yield partial(store.end, [Ended(event_id, "failed", "x")])
     yield partial(store.run, [Begun(event_id, "x")])
