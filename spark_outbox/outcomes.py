@@ -7,7 +7,7 @@ import traceback
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
-from spark_outbox.errors import HandlerTimeout
+from spark_outbox.errors import HandlerTimeout, WorkerDied
 from spark_outbox.events import Event
 from spark_outbox.policy import Verdict
 from spark_outbox.registry import Handler
@@ -208,6 +208,14 @@ def postponed_by_breaker(handler: Handler, event: Event, wait: float) -> Attempt
         delay=dt.timedelta(seconds=spread),
         counts=False,
     )
+
+
+def worn_out(handler: Handler, event: Event) -> Attempt:
+    """Return what stands for a call that is not made: the workers that made the others are gone, and
+    have counted for all the attempts that there are."""
+    error = WorkerDied("The worker is gone that made the last attempt.")
+    event.attempt -= 1  # there is none of this number
+    return judge(handler, event, error, 0.0)._replace(counts=False)
 
 
 def judge(handler: Handler, event: Event, error: BaseException, seconds: float) -> Attempt:
