@@ -3,11 +3,12 @@
 import asyncio
 import threading
 
+import psycopg
 import pytest
 from django.db import close_old_connections, connection, connections, transaction
 from psycopg.conninfo import make_conninfo
 
-from spark_outbox import checks, emit, handler, session, settle, store
+from spark_outbox import checks, conf, emit, handler, session, settle, store
 from spark_outbox.errors import SettingsError
 from spark_outbox.models import Delivery, OutboxEvent
 from spark_outbox.private import NAME, PrivateConnection
@@ -62,9 +63,9 @@ def elsewhere(function):
 
 
 def look():
-    """Be another worker that looks for what those that are gone have left; return the event's status."""
+    """Be another worker that looks for what those that are gone have left; return what still runs."""
     settle.take_over(using="default")
-    return status()
+    return [key for key, status in statuses().items() if status == "running"]
 
 
 # The lock of a session
@@ -87,9 +88,8 @@ def test_a_detached_handler_that_closes_its_connections_is_not_taken_over(own_re
         for number in range(3):
             emit("g", f"{number}")
             eventually(lambda number=number: len(states) == number + 1)
-            states.pop() if states[-1] == "running" and number < 0 else None
         wait_until_ended()
-    assert states == ["running"] * 3
+    assert states == [["0"], ["1"], ["2"]]
 
 
 def test_a_detached_handler_outlasts_the_idle_session_timeout(own_registry, monkeypatch):
@@ -108,7 +108,7 @@ def test_a_detached_handler_outlasts_the_idle_session_timeout(own_registry, monk
     emit("g", "key")
     Worker().run(drain=True)
     connection.close()
-    assert states == ["running"]
+    assert states == [["key"]]
     assert deliveries() == {"h": ("done", 1)}
 
 
@@ -164,7 +164,7 @@ def test_a_private_connection_that_is_lost_is_made_anew_and_its_calls_stay_ours(
         (row,) = other.execute("select session from spark_outbox_delivery").fetchall()
         held = "select from pg_locks where locktype = 'advisory' and classid = 7531003 and objid = %s"
         eventually(lambda: other.execute(held, row).fetchall())
-        assert look() == "running"
+        assert look() == ["key"]
         release.set()
         wait_until_done(1)
     assert calls == [1]
@@ -215,7 +215,6 @@ def test_out_of_attempts_it_has_failed_and_is_not_called_again(own_registry, is_
 
     function = run_async if is_async else run
     own_registry.add_handler(function, group="", name="h", atomic=is_async)
-    own_registry.handlers[0] = own_registry.handlers[0]
     leave_running(attempts=19)
     Worker().run(drain=True)
     assert calls == []
@@ -230,13 +229,16 @@ def test_out_of_attempts_it_has_failed_and_is_not_called_again(own_registry, is_
 
 def test_a_worker_that_lacks_the_handler_only_counts(own_registry):
     leave_running(attempts=19)
-    Worker(registry=Registry()).run(drain=True)
-    assert deliveries() == {"h": ("pending", 20)}
-    assert status() == "pending"
-    own_registry.add_handler(note, group="", name="h", atomic=False)
+    other = Registry()
+    other.add_handler(note, group="", name="of the old release")
+    Worker(registry=other).run(drain=True)
+    assert deliveries() == {"h": ("pending", 20), "of the old release": ("done", 1)}
+    assert (status(), handled()) == ("pending", ["key"])
+    own_registry.add_handler(lambda event: 1 / 0, group="", name="h", atomic=False)
     make_ready()
     Worker().run(drain=True)
-    assert (deliveries(), status(), handled()) == ({"h": ("failed", 20)}, "failed", [])
+    assert deliveries() == {"h": ("failed", 20), "of the old release": ("done", 1)}
+    assert status() == "failed"
 
 
 @pytest.mark.parametrize(
@@ -316,7 +318,7 @@ def test_a_running_event_that_nobody_else_works_on_is_looked_for_by_an_index(dja
 
 
 def test_nobody_listens_while_a_detached_handler_runs(own_registry):
-    """Or else, since nobody reads, the server would end the session, after keeping what others notify."""
+    """Nobody would read: the server would keep what others notify, and in the end drop the session."""
     listening = []
 
     @handler("^detached$", name="h", atomic=False)
@@ -361,7 +363,7 @@ def test_a_worker_whose_table_is_restored_notices_and_is_woken_again(own_databas
         "and objid = 'spark_outbox_event'::regclass"
     )
     with (
-        connect(conninfo=own_database) as other,
+        psycopg.connect(own_database, autocommit=True) as other,
         WorkerProcess("--poll-interval", "0.2", url=own_database) as worker,
     ):
         worker.wait_until_ready()
@@ -374,47 +376,72 @@ def test_a_worker_whose_table_is_restored_notices_and_is_woken_again(own_databas
 
 
 @pytest.fixture
-def somewhere_else():
-    """An alias of another database of this server."""
-    connections.settings["elsewhere"] = {**connection.settings_dict, "NAME": "postgres"}
-    yield "elsewhere"
-    connections["elsewhere"].close()
-    del connections["elsewhere"]
-    del connections.settings["elsewhere"]
+def leads(monkeypatch):
+    """What makes the alias `other` lead elsewhere."""
+    other = connections["other"]
+
+    def lead(**changed):
+        other.close()
+        for name, value in changed.items():
+            monkeypatch.setitem(other.settings_dict, name, value)
+
+    yield lead
+    other.close()
 
 
-@pytest.mark.parametrize("listen", ["elsewhere", {"default": "elsewhere"}])
-def test_a_worker_refuses_to_listen_in_another_database(own_registry, settings, somewhere_else, listen):
+both = pytest.mark.django_db(transaction=True, databases=["default", "other"])
+
+
+@both
+@pytest.mark.parametrize("listen", ["other", {"default": "other"}])
+def test_a_worker_refuses_to_listen_in_another_database(own_registry, settings, leads, listen):
+    leads(NAME="postgres")
     settings.SPARK_OUTBOX = {"LISTEN_DATABASE": listen}
     own_registry.add_handler(note, group="", atomic=False)
     emit("g", "key")
-    with pytest.raises(SettingsError, match="'elsewhere' for 'default', which has another outbox"):
+    with pytest.raises(SettingsError, match="'other' for 'default', which has another outbox"):
         Worker().run()
     with pytest.raises(SettingsError, match="another outbox"):
         Worker().drain()
-    assert status() == "pending"
+    assert (status(), handled()) == ("pending", [])
 
 
-@pytest.mark.django_db(transaction=True, databases=["default", "other"])
-def test_each_database_has_a_direct_connection_of_its_own(own_registry, settings, somewhere_else):
-    settings.SPARK_OUTBOX = {"LISTEN_DATABASE": {"default": "elsewhere", "other": "default"}}
+@both
+def test_the_same_database_by_another_search_path_has_another_outbox(leads):
+    leads(OPTIONS={"options": "-c search_path=pg_catalog"})
+    with pytest.raises(SettingsError, match="another outbox"):
+        session.check_direct("default", "other")
+
+
+@both
+def test_each_database_has_a_direct_connection_of_its_own(own_registry, settings):
+    settings.SPARK_OUTBOX = {"LISTEN_DATABASE": {"default": None, "other": "default"}}
     own_registry.add_handler(note, group="", name="h", atomic=False)
-    session.check_direct("other", "default")
     with worker_thread(using="other"):
         wait_until_asleep()
         emit("g", "key", using="other")
         wait_until_done(1)
     assert handled() == ["key"]
+    assert [conf.current().direct(alias) for alias in ("default", "third")] == [None, "third"]
 
 
-def test_the_same_database_by_another_search_path_has_another_outbox(somewhere_else):
-    options = {"options": "-c search_path=pg_catalog"}
-    connections.settings["elsewhere"] |= {"NAME": connection.settings_dict["NAME"], "OPTIONS": options}
-    connections.settings["elsewhere"]["OPTIONS"] |= {
-        name: value for name, value in connection.settings_dict["OPTIONS"].items() if name != "options"
-    }
-    with pytest.raises(SettingsError, match="another outbox"):
-        session.check_direct("default", "elsewhere")
+@both
+def test_a_direct_connection_that_leads_elsewhere_since_a_failover_is_waited_for(
+    own_registry, settings, leads
+):
+    settings.SPARK_OUTBOX = {"LISTEN_DATABASE": "other"}
+    own_registry.add_handler(note, group="")
+    name = connections["other"].settings_dict["NAME"]
+    with worker_thread() as worker, connect() as server:
+        leads(NAME="postgres")
+        server.execute(
+            "select pg_terminate_backend(pid, 10000) from pg_stat_activity "
+            "where application_name = 'spark_worker'"
+        )
+        emit("g", "key")
+        eventually(lambda: worker._failures >= 2)
+        leads(NAME=name)
+        wait_until_done(1)
 
 
 def test_aliases_that_do_not_exist_are_found_by_check(settings):
