@@ -25,7 +25,7 @@ begin
     end loop;
 end $$;
 
-revoke all on spark_outbox_event, spark_outbox_delivery, spark_outbox_status
+revoke all on spark_outbox_event, spark_outbox_delivery, spark_outbox_session, spark_outbox_status
     from spark_outbox_emitter, spark_outbox_worker, spark_outbox_viewer;
 revoke all on function
     spark_outbox_is_same(text, text, jsonb), spark_outbox_check_keys(text[]), spark_outbox_emit_many
@@ -57,6 +57,7 @@ grant
         status, attempts, available_at, attempted_at, duration, worker, error, traceback, session
     )
     on spark_outbox_delivery to spark_outbox_worker;
+grant select, insert, update, delete on spark_outbox_session to spark_outbox_worker;
 
 -- The viewer sees everything but payloads and headers. Errors and tracebacks are what an operator looks
 -- for, but they can quote a payload: who must not see even that gets spark_outbox_status alone.
@@ -65,6 +66,6 @@ grant select (
         last_error
     )
     on spark_outbox_event to spark_outbox_viewer;
-grant select on spark_outbox_delivery, spark_outbox_status to spark_outbox_viewer;
+grant select on spark_outbox_delivery, spark_outbox_session, spark_outbox_status to spark_outbox_viewer;
 -- To see in pg_stat_activity what workers do, and what everybody else does, payloads included:
 -- grant pg_read_all_stats to spark_outbox_viewer;

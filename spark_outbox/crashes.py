@@ -5,19 +5,18 @@ left to count, and the event would kill each worker that comes after. So each wo
 lives, and holds an advisory lock on its number. One that stops by itself deletes its row.
 
 A row that nobody holds the lock of tells of an unclean end. The worker that finds it handles as many
-events one by one as the dead one can have claimed, and writes each call into its own row before it makes
-it, on a connection of its own. So it does for an event whose handler has died with its process before. If
-it dies as well, the next one finds the call, and counts the attempt. Otherwise nothing of this is written.
+events one by one as the dead one can have claimed. It writes each call into its own row before it makes
+it, on a connection of its own. So it does for an event whose handler has died with its process before.
+If it dies as well, the next one finds the call, and counts the attempt. Otherwise none is written.
 """
 
 import logging
 import os
-import random
 import socket
 
 from django.db import Error, transaction
 
-from spark_outbox import settle, store
+from spark_outbox import session, settle, store
 from spark_outbox.calls import InHand
 from spark_outbox.errors import WorkerDied, describe
 from spark_outbox.outcomes import Batch
@@ -55,7 +54,7 @@ class Watched(InHand):
         if self._direct is None:
             return False
         while not self._session or not store.lock_worker(self._session, using=self._direct):
-            self._session = random.SystemRandom().randrange(1, 2**31)
+            self._session = session.new_number()
         name = f"{socket.gethostname()}:{os.getpid()}"
         store.enlist(self._session, name, using=self._using)
         with transaction.atomic(using=self._using):
@@ -87,8 +86,10 @@ class Watched(InHand):
     # Its calls
 
     def watch(self, batch: Batch, *, closely: bool) -> None:
-        """Write down the calls of this batch, which has one event, if there is cause; `closely` says that
-        the worker still looks at each event by itself."""
+        """Write down the calls of this batch, which has one event, if there is cause.
+
+        `closely`: the worker still handles each event by itself.
+        """
         if self._fallen and not closely:
             store.dismiss(self._fallen, using=self._using)
             self._fallen = []

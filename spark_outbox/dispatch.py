@@ -23,6 +23,7 @@ from spark_outbox.outcomes import (
     next_attempt,
     postponed_by_breaker,
     turn_of,
+    worn_out,
 )
 from spark_outbox.policy import HOPELESS
 from spark_outbox.registry import Handler, Matching
@@ -416,7 +417,9 @@ class Dispatcher:
         for handler in handlers:
             call = Call(handler, opened.event.copy(), turn=turn_of(handler, opened.earlier))
             call.event.attempt = next_attempt(handler, opened.earlier)
-            if not handler.atomic and outcomes.calls:  # one at a time: another pass calls it
+            if handler.outlives and handler.policy.is_exhausted(call.event.attempt - 1):
+                opened.attempts[handler.name] = worn_out(handler, call.event)
+            elif not handler.atomic and outcomes.calls:  # one at a time: another pass calls it
                 opened.owed = [other for other in opened.owed if other is not handler]
             elif not handler.atomic:
                 opened.attempts[handler.name] = begun(call)

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 from spark_outbox.breaker import Turn
-from spark_outbox.errors import HandlerTimeout
+from spark_outbox.errors import HandlerTimeout, WorkerDied
 from spark_outbox.events import Event
 from spark_outbox.policy import Verdict
 from spark_outbox.registry import Handler
@@ -38,7 +38,7 @@ class Batch:
         return any(each.died for each in self.earlier.get(self.events[0].id, {}).values())
 
     def with_killers_alone(self) -> "Batch":
-        """Return the events up to one that has killed its worker before; or that alone, if it is first."""
+        """Return the events before one that has killed its worker; or that alone, if it is first."""
         for place, event in enumerate(self.events):
             if any(each.died for each in self.earlier.get(event.id, {}).values()):
                 events = self.events[: max(1, place)]
@@ -240,6 +240,14 @@ def postponed_by_breaker(handler: Handler, event: Event, wait: float) -> Attempt
         delay=dt.timedelta(seconds=spread),
         counts=False,
     )
+
+
+def worn_out(handler: Handler, event: Event) -> Attempt:
+    """Return what stands for a call that is not made: the workers that made the others are gone, and
+    have counted for all the attempts that there are."""
+    error = WorkerDied("The worker is gone that made the last attempt.")
+    event.attempt -= 1  # there is none of this number
+    return judge(handler, event, error, 0.0)._replace(counts=False)
 
 
 def judge(handler: Handler, event: Event, error: BaseException, seconds: float) -> Attempt:

@@ -2,7 +2,6 @@
 
 import logging
 import os
-import random
 import socket
 import time
 from collections.abc import Container, Sequence
@@ -15,11 +14,14 @@ from spark_outbox.errors import NotSettled, WorkerDied, describe
 from spark_outbox.events import Event
 from spark_outbox.outcomes import Call, Open, Outcomes, as_text, judge, next_attempt
 from spark_outbox.references import References
-from spark_outbox.refusals import Refused, persevere
+from spark_outbox.refusals import Refused, persevere, refusals
 from spark_outbox.registry import Registry
 from spark_outbox.store import Ended, Running
 
 logger = logging.getLogger(__name__)
+
+GONE = "spark_outbox.errors.WorkerDied: The worker that ran this handler is gone."
+"""The error of a delivery that another worker has taken over."""
 
 CRASH_PATIENCE = 5.0
 """Seconds to wait until the rows of a process that died are free."""
@@ -168,42 +170,63 @@ def _write_calls(calls: Sequence[Call], registry: Registry, using: str) -> None:
 
 
 def take_over(*, session: int = 0, mine: Container[tuple[int, str]] = (), using: str) -> None:
-    """Put back what workers have begun that are gone.
+    """Put back what workers have begun that are gone, and running events of which nothing runs.
 
-    Of our own `session`, 0 if there is none, all but what is `mine`: if a connection was lost in the
-    commit, nobody knew that the rest has begun.
+    It counts as an attempt, since the handler may have taken its host with it. Whether that was the last
+    one is decided by a worker that has the handler, when it claims the event.
+    What is `mine` is left alone. The rest of our own `session`, 0 if there is none, has not begun, and
+    does not count: if a connection was lost in the commit, nobody knew of it.
     """
     for each in store.running_sessions(using=using):
-        ours = bool(session) and each == session
-        with transaction.atomic(using=using):
-            if not ours and not store.is_session_gone(each, using=using):
-                continue
-            running = store.running_of(each, using=using)
-            if ours:
-                running = [delivery for delivery in running if delivery[:2] not in mine]
-            taken = store.take_back(running, to_settle=False, using=using) if running else ()
-        if taken:
-            context = {"deliveries": len(taken)}
+        try:
+            with refusals(using=using):
+                _take_over(each, is_ours=bool(session) and each == session, mine=mine, using=using)
+        except Refused as refused:
+            context = {"session": each, "error": describe(refused.error)}
             logger.warning(
-                "Took over %(deliveries)s deliveries of a worker that is gone.", context, extra=context
+                "The deliveries of a worker that is gone can't be taken over (%(error)s).",
+                context,
+                extra=context,
             )
+    if strays := store.reopen_strays(using=using):
+        context = {"events": strays}
+        logger.warning(
+            "Reopened %(events)s running events of which no delivery runs.", context, extra=context
+        )
+
+
+def _take_over(
+    session: int | None, *, is_ours: bool, mine: Container[tuple[int, str]], using: str
+) -> None:
+    with transaction.atomic(using=using):
+        if not is_ours and not store.is_session_gone(session, using=using):
+            return
+        running = [each for each in store.running_of(session, using=using) if each[:2] not in mine]
+        death = "" if is_ours else GONE
+        taken = store.take_back(running, to_settle=False, death=death, using=using) if running else ()
+    if taken:
+        context = {"deliveries": len(taken)}
+        logger.warning(
+            "Took over %(deliveries)s deliveries of a worker that is gone.", context, extra=context
+        )
 
 
 def book_crash(
     in_hand: Sequence[tuple[int, int]], cause: str, registry: Registry, *, using: str
 ) -> None:
-    """Count the attempts that ended with a process."""
+    """Count the attempts that ended with a process; without a `cause`, as it was stopped, none."""
     error = WorkerDied(f"The worker process died of {cause} while it ran this handler.")
-    book(in_hand, error, registry, using=using)
+    book(in_hand, error if cause else None, registry, using=using)
 
 
 def book(
-    in_hand: Sequence[tuple[int, int]], error: Exception, registry: Registry, *, using: str
+    in_hand: Sequence[tuple[int, int]], error: Exception | None, registry: Registry, *, using: str
 ) -> None:
     """Count attempts that ended with `error`, and with the connection on which they were made.
 
     `in_hand` has pairs of an event's id and its handler's number. Waits for up to CRASH_PATIENCE until
-    the server sees that the connection is gone.
+    the server sees that the connection is gone. Without an error nobody is to blame, as the process was
+    stopped: detached handlers are put back, and nothing is counted.
     """
     left = list(in_hand)
     deadline = time.monotonic() + CRASH_PATIENCE
@@ -215,7 +238,7 @@ def book(
         ]
         if left:
             time.sleep(0.02)
-    if left:
+    if left and error is not None:
         events = {"event_ids": [event_id for event_id, _ in left], "error": type(error).__qualname__}
         logger.warning(
             "Attempts that ended with %(error)s could not be counted: events %(event_ids)s.",
@@ -224,16 +247,30 @@ def book(
         )
 
 
-def _book_one(event_id: int, number: int, error: Exception, registry: Registry, *, using: str) -> bool:
+def _book_one(
+    event_id: int, number: int, error: Exception | None, registry: Registry, *, using: str
+) -> bool:
     """Count one attempt; return whether that is settled, or to be tried again: until the server has seen
-    that the connection is gone, the event's row is locked."""
-    take_over(using=using)
+    that the connection is gone, the event's row is locked, and the session is.
+
+    Whoever takes over a running delivery counts it, too. So this one is put back and counted in one
+    transaction, unless it has been taken over since the process died.
+    """
+    handler = registry.handlers[number]
     with transaction.atomic(using=using):
+        session, taken_over = store.held_by(event_id, handler.name, GONE, using=using)
+        if session is not None:
+            if not store.is_session_gone(session, using=using):
+                return False
+            running = Running(event_id, handler.name, session)
+            if not store.take_back([running], to_settle=error is not None, using=using):
+                return True  # taken over in this moment
+        if taken_over or error is None:
+            return True
         if not store.claim_one(event_id, using=using):
             return not store.is_unfinished(event_id, using=using)
         (row,) = store.events_by_id([event_id], using=using)
         event = Event.from_row(row, References())
-        handler = registry.handlers[number]
         earlier = store.deliveries([event_id], using=using).get(event_id, {})
         event.attempt = next_attempt(handler, earlier)
         attempts = {handler.name: judge(handler, event, error, 0.0)}
@@ -245,8 +282,3 @@ def _book_one(event_id: int, number: int, error: Exception, registry: Registry, 
 def tell_lost(count: int) -> None:
     lost = {"events": count}
     logger.warning("Lost the claim on %(events)s events.", lost, extra=lost)
-
-
-def new_session() -> int:
-    """Return a number for `store.lock_session` that is nobody's."""
-    return random.SystemRandom().randrange(1, 2**31)

@@ -5,9 +5,8 @@ import signal
 
 import pytest
 
-from spark_outbox import emit, emit_many, settle
+from spark_outbox import emit, emit_many
 from spark_outbox.models import Delivery, WorkerSession
-from spark_outbox.registry import registry
 from tests.tools import (
     WorkerProcess,
     connect,
@@ -113,7 +112,7 @@ def test_in_the_ordinary_case_no_call_is_noted(flags):
     with WorkerProcess(EXTRA_APPS="tests.probe").wait_until_ready() as worker:
         worker.owns(start_a_handler(flags))
         with connect() as other:
-            rows = other.execute("select event_id, handler from spark_outbox_worker").fetchall()
+            rows = other.execute("select event_id, handler from spark_outbox_session").fetchall()
             assert rows == [(None, "")]
         flags.go.touch()
         eventually(lambda: status() == "done")
@@ -123,7 +122,8 @@ def test_a_noted_call_of_a_handler_that_is_gone_is_passed_over(own_registry):
     own_registry.add_handler(note, group="")
     event = emit("g", "key")
     WorkerSession.objects.create(session=1, name="dead", event_id=event.id, handler="renamed")
-    with worker_thread():
+    with worker_thread(batch_size=1):
         wait_until_done(1)
+        emit("g", "another")
         eventually(lambda: not WorkerSession.objects.filter(name="dead").exists())
     assert not Delivery.objects.exists()

@@ -81,22 +81,22 @@ def doomed(event: Event) -> None:
     raise Retry("never", after=0.1)
 
 
-LEFT_BEHIND = (
+LEFT_BEHIND = [
     "set local search_path = nowhere",
     "set local role chaos_tenant",
     "set local statement_timeout = 1",
     "set local chaos.tenant = '7'",
     "select set_config('chaos.tenant', '7', true)",
-)
+]
 # Session by session: behind a transaction pooler they would be others' settings.
 if os.environ.get("CHAOS_LISTEN", "own") == "own":
-    LEFT_BEHIND += (
+    LEFT_BEHIND += [
         "set search_path = nowhere",
         "set role chaos_tenant",
         "set transaction read only",
         "set statement_timeout = 1",
         "select set_config('chaos.tenant', '7', false)",
-    )
+    ]
 
 
 @stubborn(EXACTLY_ONCE["untidy"], name="untidy")

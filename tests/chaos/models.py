@@ -17,10 +17,8 @@ class Order(models.Model):
     ordering_key = models.TextField(null=True)  # noqa: DJ001, NULL is "no order"
     position = models.BigIntegerField(db_default=0)
     """In the order in which the writer emitted the events of this ordering key."""
-    twin: "models.OneToOneField[Order | None, Order | None]" = models.OneToOneField(
-        "self", models.CASCADE, null=True, to_field="key", db_constraint=False
-    )
-    """The order of which this one's source emits the event, too, before its own."""
+    twin = models.TextField(default="", db_default="")
+    """The key of an order whose event this one's source emits before its own."""
     created_at = models.DateTimeField(db_default=CLOCK)
 
     class Meta:

@@ -7,6 +7,5 @@ from tests.chaos.models import Order
 @source(Order)
 def events_of_order(order: Order) -> Iterator[Event]:
     if order.group == "chaos_sourced":
-        keys = (order.twin_id, order.key) if order.twin_id else (order.key,)
-        for key in keys:
+        for key in filter(None, (order.twin, order.key)):
             yield Event(group=order.group, key=key, ordering_key=order.ordering_key)

@@ -155,7 +155,7 @@ class Writer:
         twin = self.order(planned._replace(key=f"{planned.key}-twin"))
         Order.objects.bulk_create([twin])  # which sends no signal
         order = self.order(planned)
-        order.twin_id = twin.key
+        order.twin = twin.key
         order.save()  # its source emits both
 
     def order(self, planned: Planned) -> Order:
