@@ -21,13 +21,14 @@ import json
 import math
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 from django.db import models, router
 from django.utils.functional import Promise
 
 from spark_outbox.errors import InstanceGone, UnreadablePayload, UnstorableValue
-from spark_outbox.references import References, locate
+from spark_outbox.references import Fetched, References, locate
 
 TAG = "$"
 MAX_DEPTH = 100
@@ -161,16 +162,17 @@ def _moment(tag: str, value: dt.datetime | dt.time) -> Any:
     return {TAG: [tag, value.isoformat(), *([1] if value.fold else [])]}
 
 
-def _base64(value: bytes) -> str:
-    return base64.b64encode(value).decode("ascii")
+def _base64(value: bytes | bytearray | memoryview) -> str:
+    return base64.b64encode(bytes(value)).decode("ascii")
 
 
 def _instance(value: models.Model, place: Place) -> Any:
-    if value.pk is None or value._state.adding:
+    key = value.pk
+    if key is None or (isinstance(key, tuple) and None in key) or value._state.adding:
         raise _refuse(place, f"is an unsaved {value._meta.label}", "Call its save() before emit()")
     # Where it is written is where it is current: with a read replica, the primary.
     alias = router.db_for_write(type(value), instance=value)
-    return {TAG: ["model", value._meta.label_lower, encode(value.pk, place), alias]}
+    return {TAG: ["model", value._meta.label_lower, encode(key, place), alias]}
 
 
 def _refuse(place: Place, what: str, cure: str) -> UnstorableValue:
@@ -273,7 +275,7 @@ class LazyPayload(Mapping[str, Any]):
         if name not in self._values:
             if name in self._gone:
                 raise self._gone[name]
-            self._values[name] = self._decode(self._parsed()[name], self._references.get)
+            self._values[name] = self._read(self._parsed()[name])
         return self._values[name]
 
     def __iter__(self) -> Iterator[str]:
@@ -293,7 +295,7 @@ class LazyPayload(Mapping[str, Any]):
         """Decode everything now. A value whose instance is gone still says so when it is asked for."""
         for name in self._parsed():
             try:
-                self._values[name] = self._decode(self._parsed()[name], self._references.get)
+                self._values[name] = self._read(self._parsed()[name])
             except InstanceGone as error:
                 self._gone[name] = error
 
@@ -315,14 +317,8 @@ class LazyPayload(Mapping[str, Any]):
         """
         if self._document is None and not isinstance(self._text, str):
             return
-        try:
-            found = list(_references_in(self._parsed()))
-        except (UnreadablePayload, RecursionError):
-            return
-        for name, pk, where in found:
-            if (name, where) == (label, alias):
-                with contextlib.suppress(UnreadablePayload):
-                    yield self._decode(pk, _refuse_reference)
+        with contextlib.suppress(UnreadablePayload):
+            yield from _keys_in(self._parsed(), label, alias)
 
     def _parsed(self) -> dict[str, Any]:
         if self._document is None:
@@ -336,6 +332,12 @@ class LazyPayload(Mapping[str, Any]):
                 raise UnreadablePayload(f"The {self._root} must be an object in JSON, and not {kind}.")
             self._document = document
         return self._document
+
+    def _read(self, value: Any) -> Any:
+        if not isinstance(value, dict | list):
+            return value
+        beside = Fetched(partial(_keys_in, value))
+        return self._decode(value, partial(self._references.get, beside=beside))
 
     def _decode(self, value: Any, resolve: Resolve) -> Any:
         try:
@@ -425,6 +427,15 @@ _DECODERS: dict[str, Callable[[Any], Any]] = {
     "uuid": uuid.UUID,
     "bytes": lambda text: base64.b64decode(text, validate=True),
 }
+
+
+def _keys_in(value: Any, label: str, alias: str) -> Iterator[Any]:
+    """Yield the keys of the model `label` that `value` refers to, but for those that can't be read."""
+    with contextlib.suppress(RecursionError):
+        for name, pk, where in list(_references_in(value)):
+            if (name, where) == (label, alias):
+                with contextlib.suppress(UnreadablePayload):
+                    yield decode(pk, _refuse_reference)
 
 
 def _references_in(value: Any) -> Iterator[tuple[Any, Any, Any]]:

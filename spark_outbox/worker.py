@@ -211,7 +211,7 @@ class Worker:
 
     def handle_batch(self, *, sweep: bool = False) -> int:
         """Claim, dispatch and settle in one transaction; return how many events that settled."""
-        references = References()
+        references = References(self.using)
         batch = Batch([])
         try:
             with transaction.atomic(using=self.using):
