@@ -3,6 +3,7 @@
 What JSON can't say is an object with the one key "$":
 
     {"$": ["datetime", "2026-01-31T12:00:00+00:00"]}
+    {"$": ["datetime", "2026-01-31T12:00:00+01:00", 0, "Europe/Zurich"]}     with its fold and its zone
     {"$": ["model", "shop.order", 5, "default"]}      a reference; see References
 
 A dict of the user's that has a key "$", or a key that JSON would change (5 would come back as "5"),
@@ -21,8 +22,9 @@ import json
 import math
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from functools import partial
+from functools import cache, partial
 from typing import Any
+from zoneinfo import ZoneInfo, available_timezones
 
 from django.db import models, router
 from django.utils.functional import Promise
@@ -159,6 +161,9 @@ def _time(value: dt.time, place: Place) -> Any:
 
 
 def _moment(tag: str, value: dt.datetime | dt.time) -> Any:
+    zone = getattr(value.tzinfo, "key", None) if isinstance(value.tzinfo, ZoneInfo) else None
+    if isinstance(zone, str) and is_plain_text(zone):
+        return {TAG: [tag, value.isoformat(), value.fold, zone]}
     return {TAG: [tag, value.isoformat(), *([1] if value.fold else [])]}
 
 
@@ -379,15 +384,35 @@ def _decode_tag(tag: Any, content: list[Any], resolve: Resolve) -> Any:
     if tag == "model":
         label, pk, alias = content
         return resolve(label, decode(pk, _refuse_reference), alias)
-    inner, *fold = content
-    if fold:
-        return _DECODERS[tag](inner).replace(fold=fold[0])
+    inner, *of_a_moment = content
+    if of_a_moment:
+        fold, *zone = of_a_moment
+        moment = _DECODERS[tag](inner).replace(fold=fold)
+        return _in_zone(moment, zone[0]) if zone else moment
     match tag:
         case "dict":
             return {decode(key, resolve): decode(item, resolve) for key, item in inner}
         case "tuple" | "set" | "frozenset":
             return _COLLECTIONS[tag](decode(item, resolve) for item in inner)
     return _DECODERS[tag](inner)
+
+
+@cache
+def zones() -> frozenset[str]:
+    """Return the names of the time zones that this machine knows: no other is looked for by its name."""
+    return frozenset(available_timezones())
+
+
+def _in_zone(moment: Any, zone: str) -> Any:
+    """Return the moment by the clocks of `zone`; as it is, if this machine does not know the zone."""
+    if zone not in zones():
+        return moment
+    local = moment.replace(tzinfo=ZoneInfo(zone))
+    if local.utcoffset() == moment.utcoffset():
+        return local
+    # The zone's rules have changed since: what counts is the moment.
+    is_aware = isinstance(moment, dt.datetime) and moment.tzinfo is not None
+    return moment.astimezone(local.tzinfo) if is_aware else moment
 
 
 def _refuse_reference(label: Any, _pk: Any, _alias: Any) -> Any:

@@ -170,14 +170,14 @@ _CALLED = re.compile(r"\binto\s+[\w.]+\s*\(|\b(\w+)\s*\(")
 # Keywords, and functions that only compute.
 _HARMLESS = frozenset(
     """
-    all and any array as between by case cast conflict distinct else end except exists extract filter
-    from group having in intersect is join lateral like ilike limit not offset on or over partition row select
-    set similar some then union using values when where within
-    bit char character decimal double interval numeric time timestamp timestamptz varchar
-    abs array_agg avg bool_and bool_or ceil ceiling char_length clock_timestamp coalesce concat count
-    date_part date_trunc dense_rank every first_value floor greatest json_agg json_build_object
-    jsonb_agg jsonb_build_object jsonb_build_array lag last_value lead least left length lower ltrim max
-    md5 min mod now nullif position power random rank replace right round row_number rtrim
+    all and any array as between by case cast conflict distinct else end except exists extract
+    filter from group having in intersect is join lateral like ilike limit not offset on or over
+    partition row select set similar some then union using values when where within bit char
+    character decimal double interval numeric time timestamp timestamptz varchar abs array_agg avg
+    bool_and bool_or ceil ceiling char_length clock_timestamp coalesce concat count date_part
+    date_trunc dense_rank every first_value floor greatest json_agg json_build_object jsonb_agg
+    jsonb_build_object jsonb_build_array lag last_value lead least left length lower ltrim max md5
+    min mod now nullif position power random rank replace right round row_number rtrim
     statement_timestamp string_agg strpos substring sum to_char trim unnest upper
     """.split()  # noqa: SIM905
 )
