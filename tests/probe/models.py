@@ -71,3 +71,36 @@ class Unwieldy(models.Model):
 
     def __str__(self) -> str:
         return f"{self.pk}"
+
+
+class Tracked(models.Model):
+    number = models.IntegerField(default=0)
+
+    class Meta:
+        abstract = True
+
+
+class Parcel(Tracked):
+    def __str__(self) -> str:
+        return f"{self.pk}"
+
+
+class Letter(Parcel):
+    class Meta:
+        proxy = True
+
+
+class Express(Parcel):
+    by = models.TimeField(null=True)
+
+
+class Crate(Parcel):
+    """Has a key that is not its parent's."""
+
+    code = models.BigAutoField(primary_key=True)
+    parcel = models.OneToOneField(Parcel, models.CASCADE, parent_link=True)
+
+
+class Pallet(Tracked):
+    def __str__(self) -> str:
+        return f"{self.pk}"
