@@ -40,11 +40,13 @@ def unwrap_partial(function: Function) -> Function:
 
 
 def is_generator(function: Function) -> bool:
+    """Return whether calling it runs nothing of it; also if it is async."""
     return _is(function, inspect.isgeneratorfunction) or _is(function, inspect.isasyncgenfunction)
 
 
 def is_async(function: Function) -> bool:
-    return _is(function, inspect.iscoroutinefunction)
+    """Return whether what it returns is to be awaited, or iterated over with `async for`."""
+    return _is(function, inspect.iscoroutinefunction) or _is(function, inspect.isasyncgenfunction)
 
 
 def _is(function: Function, kind: Callable[[object], bool]) -> bool:

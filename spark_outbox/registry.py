@@ -141,6 +141,10 @@ class Registry:
             raise RegistrationError(f"A source needs a model class, not {model!r}.")
         if not callable(function):
             raise RegistrationError(f"A source must be callable; {function!r} is not.")
+        if callables.is_async(function):
+            raise RegistrationError(
+                f"{function!r} is async, but a source is called by save(). Write a plain function."
+            )
         _check_argument(function, "the instance")
         sources = self.sources.setdefault(model, [])
         if function in sources:

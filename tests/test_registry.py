@@ -26,6 +26,14 @@ def generator(event):
     yield event
 
 
+async def asynchronous(instance):
+    """Do nothing."""
+
+
+async def async_generator(instance):
+    yield instance
+
+
 class Generating:
     def __call__(self, event):
         yield event
@@ -66,6 +74,9 @@ def test_so_may_the_method_of_an_object(registry):
         (lambda r: r.add_handler(functools.partial(generator), group="a", name="n"), "a generator"),
         (lambda r: r.add_source(some_handler, model=Model), "model class"),
         (lambda r: r.add_source(some_handler, model="app.Model"), "model class"),
+        (lambda r: r.add_source(asynchronous, model=Challenge), "is async"),
+        (lambda r: r.add_source(functools.partial(async_generator), model=Challenge), "is async"),
+        (lambda r: r.add_handler(async_generator, group="a"), "a generator"),
         (lambda r: r.add_source(None, model=Challenge), "must be callable"),
         (
             lambda r: [r.add_source(some_handler, model=Challenge) for _ in "12"],
