@@ -212,7 +212,7 @@ class Isolation:
                 self._subtransactions += 1
                 self.full = self._subtransactions >= MAX_SUBTRANSACTIONS
             self._wrote = True
-            self._references.forget(text)
+        self._references.forget(text)
         if self._touched:
             return execute(sql, params, many, context)
         cursor = context["cursor"].cursor

@@ -85,7 +85,7 @@ def rehearse(selection: Selection, *, using: str, limit: int) -> Rehearsal:
     with transaction.atomic(using=using):
         before = Counter(store.rows_written(using=using))
         for ids in selection.ids(using=using):
-            references = References()
+            references = References(using)
             rows = store.events_by_id(ids[: limit - done.events], using=using)
             events = Event.from_rows(rows, references)
             with (

@@ -226,7 +226,7 @@ class Worker:
         If PostgreSQL refuses to settle them, they are handled again, one by one; an event that it
         refuses alone fails. Raises what comes of an outage.
         """
-        references = References()
+        references = References(self.using)
         batch = Batch([])
         try:
             with refusals(using=self.using), transaction.atomic(using=self.using):
