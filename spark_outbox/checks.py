@@ -21,7 +21,7 @@ def check_settings(**_: Any) -> list[CheckMessage]:
     try:
         settings = conf.current()
     except SettingsError as error:
-        return [Error(str(error), id="spark_outbox.E001")]
+        return [Error(problem, id="spark_outbox.E001") for problem in str(error).splitlines()]
     alias = settings.LISTEN_DATABASE
     if alias and alias not in connections:
         return [
