@@ -10,6 +10,8 @@ The figures are libpq's parameters, and go for both sides. Those that the projec
 of its DATABASES come first. Processes that only emit keep their own.
 """
 
+from typing import Any
+
 from django.db import connections
 from psycopg.pq import Conninfo
 
@@ -36,6 +38,18 @@ def set_bounds(*aliases: str | None) -> None:
         if alias is not None and "service" not in connections[alias].settings_dict["OPTIONS"]:
             settings = connections[alias].settings_dict
             settings["OPTIONS"] = {**bounds, **settings["OPTIONS"]}
+
+
+def leave_pools(*aliases: str | None) -> None:
+    """Have this process connect by itself where the project has a pool. A worker needs one connection.
+    Its session has locks and LISTENs, so it must end with the worker, and not go back to a pool."""
+    for alias in aliases:
+        if alias is not None:
+            settings = connections[alias].settings_dict
+            options: dict[str, Any] = settings["OPTIONS"]
+            if options.get("pool"):
+                settings["OPTIONS"] = {name: options[name] for name in options if name != "pool"}
+                settings["CONN_MAX_AGE"] = None  # those of other threads last, as in the pool
 
 
 def set_up(using: str, *, direct: str | None, idle_in_transaction: float | None) -> str:

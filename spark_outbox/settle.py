@@ -10,7 +10,7 @@ from collections.abc import Container, Sequence
 from django.db import transaction
 
 from spark_outbox import store
-from spark_outbox.errors import WorkerDied
+from spark_outbox.dispatch import of_a_list
 from spark_outbox.events import Event
 from spark_outbox.outcomes import Call, Open, Outcomes, as_text, judge, next_attempt
 from spark_outbox.references import References
@@ -104,19 +104,20 @@ def take_over(*, session: int = 0, mine: Container[tuple[int, str]] = (), using:
 
 
 def book_crash(
-    in_hand: Sequence[tuple[int, int]], cause: str, registry: Registry, *, using: str
+    in_hand: Sequence[tuple[int, int]], error: BaseException, registry: Registry, *, using: str
 ) -> None:
     """Count the attempts that ended with a process; wait for the server to see that it is gone.
 
-    `in_hand` has pairs of an event's id and its handler's number.
+    `in_hand` has pairs of an event's id and its handler's number; `error` is what they failed with.
     """
     left = list(in_hand)
+    whole = len(left) > 1
     deadline = time.monotonic() + CRASH_PATIENCE
     while left and time.monotonic() < deadline:
         left = [
             (event_id, number)
             for event_id, number in left
-            if not write_crash(event_id, number, cause, registry, using=using)
+            if not write_crash(event_id, number, error, registry, whole=whole, using=using)
         ]
         if left:
             time.sleep(0.02)
@@ -129,9 +130,12 @@ def book_crash(
         )
 
 
-def write_crash(event_id: int, number: int, cause: str, registry: Registry, *, using: str) -> bool:
+def write_crash(
+    event_id: int, number: int, error: BaseException, registry: Registry, *, whole: bool, using: str
+) -> bool:
     """Count an attempt that ended with its process; return whether that is settled, or to be tried
-    again: until the server has seen that the process is gone, its rows are locked."""
+    again: until the server has seen that the process is gone, its rows are locked. An event that was in
+    hand with others, as a `whole`, need not be the one that is at fault: it is tried again by itself."""
     take_over(using=using)
     with transaction.atomic(using=using):
         if not store.claim_one(event_id, using=using):
@@ -141,7 +145,8 @@ def write_crash(event_id: int, number: int, cause: str, registry: Registry, *, u
         handler = registry.handlers[number]
         earlier = store.deliveries([event_id], using=using).get(event_id, {})
         event.attempt = next_attempt(handler, earlier)
-        error = WorkerDied(f"The worker process died of {cause} while it ran this handler.")
+        if whole and handler.policy.is_final(error):
+            error = of_a_list(error)
         attempts = {handler.name: judge(handler, event, error, 0.0)}
         opened = Open(event, registry.handlers_for(event.group), [], earlier, attempts)
         write(opened.alone(), using=using)

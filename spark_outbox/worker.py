@@ -120,6 +120,7 @@ class Worker:
         self._clock = clock
         self._stopping = False
         self._session: object = None  # the psycopg connection that is prepared
+        self._was_ready = False  # on any session
         self._put_back_at = 0.0  # when to look at unhandled events again
         self._first = ""  # the query that a batch begins with
         self._defers = False  # to workers of another release, as it left to them the last due events
@@ -130,11 +131,13 @@ class Worker:
     def run(self, *, drain: bool = False, once: bool = False) -> None:
         """Handle events until `stop` is called; with `drain`, until none is ready; or `once`, a batch.
 
-        Outlives the database: it reconnects with a growing pause. Raises NotMigrated if the
+        Outlives the database: it reconnects with a growing pause. With `drain` or `once` only from
+        when it has been there: who waits for the end is told what is wrong. Raises NotMigrated if the
         database has no outbox, SettingsError if PostgreSQL can't read `groups`.
         """
         self._check_handlers()
         session.set_bounds(self.using, self._direct)
+        session.leave_pools(self.using, self._direct)
         self._wake.open()
         self._dispatcher.daemon = True
         calls = Calls(
@@ -154,6 +157,8 @@ class Worker:
                     if finished:
                         self._detached.finish()
                 except Error as error:
+                    if (drain or once) and not self._was_ready:
+                        raise
                     self._recover(error)
                     finished = self._stopping and not self._detached.calls
         finally:
@@ -310,6 +315,7 @@ class Worker:
         self._wake.listen()
         self._detached.reconnected()
         self._session = connection.connection
+        self._was_ready = True
         self._put_back_unhandled()
         logger.info("Ready on database %s.", self.using, extra={"database": self.using})
         if self._on_ready is not None:
