@@ -22,7 +22,7 @@ def check_settings(**_: Any) -> list[CheckMessage]:
     try:
         settings = conf.current()
     except SettingsError as error:
-        return [Error(str(error), id="spark_outbox.E001")]
+        return [Error(problem, id="spark_outbox.E001") for problem in str(error).splitlines()]
     return [
         Error(
             f"SPARK_OUTBOX['LISTEN_DATABASE'] names {alias!r}, which is not in DATABASES.",

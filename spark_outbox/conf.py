@@ -99,16 +99,24 @@ class Settings:
 
 @cache
 def current() -> Settings:
-    """Return the settings in force. Raises SettingsError on an unknown name or a bad value."""
+    """Return the settings in force. Raises SettingsError that names all that is wrong with them."""
     given: Any = getattr(django_settings, "SPARK_OUTBOX", {})
     if not isinstance(given, dict):
         raise SettingsError(f"SPARK_OUTBOX must be a dict, not {type(given).__name__}.")
     known = [field.name for field in fields(Settings)]
-    for name in given:
+    problems = []
+    for name, value in given.items():
         if name not in known:
             close = difflib.get_close_matches(str(name).upper(), known, n=1)
             hint = f"Did you mean {close[0]!r}?" if close else f"Known names: {', '.join(known)}."
-            raise SettingsError(f"SPARK_OUTBOX has no setting {name!r}. {hint}")
+            problems.append(f"SPARK_OUTBOX has no setting {name!r}. {hint}")
+            continue
+        try:
+            Settings(**{name: value})
+        except SettingsError as error:
+            problems.append(str(error))
+    if problems:
+        raise SettingsError("\n".join(problems))
     return Settings(**given)
 
 

@@ -96,6 +96,18 @@ def new_number() -> int:
     return random.SystemRandom().randrange(1, 2**31)
 
 
+def leave_pools(*aliases: str | None) -> None:
+    """Have this process connect by itself where the project has a pool. A worker needs one connection.
+    Its session has locks and LISTENs, so it must end with the worker, and not go back to a pool."""
+    for alias in aliases:
+        if alias is not None:
+            settings = connections[alias].settings_dict
+            options: dict[str, Any] = settings["OPTIONS"]
+            if options.get("pool"):
+                settings["OPTIONS"] = {name: options[name] for name in options if name != "pool"}
+                settings["CONN_MAX_AGE"] = None  # those of other threads last, as in the pool
+
+
 def set_up(using: str, *, direct: str | None, idle_in_transaction: float | None) -> str:
     """Have the server give up this worker when it is gone; return the server's version.
 

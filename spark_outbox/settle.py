@@ -10,7 +10,8 @@ from functools import partial
 from django.db import transaction
 
 from spark_outbox import store
-from spark_outbox.errors import NotSettled, WorkerDied, describe
+from spark_outbox.dispatch import of_a_list
+from spark_outbox.errors import NotSettled, describe
 from spark_outbox.events import Event
 from spark_outbox.outcomes import Call, Open, Outcomes, as_text, judge, next_attempt
 from spark_outbox.references import References
@@ -211,16 +212,8 @@ def _take_over(
         )
 
 
-def book_crash(
-    in_hand: Sequence[tuple[int, int]], cause: str, registry: Registry, *, using: str
-) -> None:
-    """Count the attempts that ended with a process; without a `cause`, as it was stopped, none."""
-    error = WorkerDied(f"The worker process died of {cause} while it ran this handler.")
-    book(in_hand, error if cause else None, registry, using=using)
-
-
 def book(
-    in_hand: Sequence[tuple[int, int]], error: Exception | None, registry: Registry, *, using: str
+    in_hand: Sequence[tuple[int, int]], error: BaseException | None, registry: Registry, *, using: str
 ) -> None:
     """Count attempts that ended with `error`, and with the connection on which they were made.
 
@@ -229,12 +222,13 @@ def book(
     stopped: detached handlers are put back, and nothing is counted.
     """
     left = list(in_hand)
+    whole = len(left) > 1
     deadline = time.monotonic() + CRASH_PATIENCE
     while left and time.monotonic() < deadline:
         left = [
             (event_id, number)
             for event_id, number in left
-            if not _book_one(event_id, number, error, registry, using=using)
+            if not _book_one(event_id, number, error, registry, whole=whole, using=using)
         ]
         if left:
             time.sleep(0.02)
@@ -248,13 +242,20 @@ def book(
 
 
 def _book_one(
-    event_id: int, number: int, error: Exception | None, registry: Registry, *, using: str
+    event_id: int,
+    number: int,
+    error: BaseException | None,
+    registry: Registry,
+    *,
+    whole: bool,
+    using: str,
 ) -> bool:
     """Count one attempt; return whether that is settled, or to be tried again: until the server has seen
     that the connection is gone, the event's row is locked, and the session is.
 
     Whoever takes over a running delivery counts it, too. So this one is put back and counted in one
-    transaction, unless it has been taken over since the process died.
+    transaction, unless it has been taken over since the process died. An event that was in hand with
+    others, as a `whole`, need not be the one that is at fault: it is tried again by itself.
     """
     handler = registry.handlers[number]
     with transaction.atomic(using=using):
@@ -273,6 +274,8 @@ def _book_one(
         event = Event.from_row(row, References())
         earlier = store.deliveries([event_id], using=using).get(event_id, {})
         event.attempt = next_attempt(handler, earlier)
+        if whole and handler.policy.is_final(error):
+            error = of_a_list(error)
         attempts = {handler.name: judge(handler, event, error, 0.0)}
         opened = Open(event, registry.handlers_for(event.group), [], earlier, attempts)
         write(opened.alone(), using=using)

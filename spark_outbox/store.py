@@ -1125,6 +1125,10 @@ select event_id, handler, 'done' from unnest(%s::bigint[], %s::text[]) as other 
 on conflict do nothing
 """
 
+STATES_OF_KEYS = """
+select key, event_group, status, created_at from spark_outbox_event where key = any(%s)
+"""
+
 OWE = """
 insert into spark_outbox_delivery (event_id, handler, available_at)
 select event_id, %s, statement_timestamp() from unnest(%s::bigint[]) as owed (event_id)
@@ -1155,6 +1159,11 @@ def done_events(
     """Return ids and groups of done events with a higher id than `last`, in order."""
     params = {"last": last, "since": since, "keys": keys, "limit": limit}
     return _rows(DONE_EVENTS, params, using=using)
+
+
+def states_of_keys(keys: list[str], *, using: str) -> dict[str, tuple[str, str, dt.datetime]]:
+    """Return the groups, statuses and creation times of the events with these keys."""
+    return {key: (group, *rest) for key, group, *rest in _rows(STATES_OF_KEYS, [keys], using=using)}
 
 
 def lock_done(ids: list[int], *, using: str) -> list[tuple[int, str]]:

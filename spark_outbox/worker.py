@@ -135,11 +135,13 @@ class Worker:
     def run(self, *, drain: bool = False, once: bool = False) -> None:
         """Handle events until `stop` is called; with `drain`, until none is ready; or `once`, a batch.
 
-        Outlives the database: it reconnects with a growing pause. Raises NotMigrated if the
+        Outlives the database: it reconnects with a growing pause. With `drain` or `once` only from
+        when it has been there: who waits for the end is told what is wrong. Raises NotMigrated if the
         database has no outbox, SettingsError if PostgreSQL can't read `groups`.
         """
         self._check_handlers()
         session.set_bounds(self.using, self._direct)
+        session.leave_pools(self.using, self._direct)
         self._wake.open()
         self._dispatcher.daemon = True
         calls = Calls(
@@ -161,6 +163,8 @@ class Worker:
                         self._claims.leave()
                         self._in_hand.resign()
                 except Error as error:
+                    if (drain or once) and not self._was_ready:
+                        raise
                     self._recover(error)
                     finished = self._stopping and not self._detached.calls
         finally:

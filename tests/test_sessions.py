@@ -9,7 +9,7 @@ from django.db import close_old_connections, connection, connections, transactio
 from psycopg.conninfo import make_conninfo
 
 from spark_outbox import checks, conf, emit, handler, session, settle, store
-from spark_outbox.errors import SettingsError
+from spark_outbox.errors import SettingsError, WorkerDied
 from spark_outbox.models import Delivery, OutboxEvent
 from spark_outbox.private import NAME, PrivateConnection
 from spark_outbox.registry import Registry
@@ -258,14 +258,14 @@ def test_a_crash_that_was_taken_over_already_is_not_counted_twice(own_registry):
     own_registry.add_handler(note, group="", name="h", atomic=False)
     event = leave_running()
     settle.take_over(using="default")
-    settle.book_crash([(event.id, 0)], "signal SIGSEGV", own_registry, using="default")
+    settle.book([(event.id, 0)], WorkerDied("It died."), own_registry, using="default")
     assert deliveries() == {"h": ("pending", 1)}
 
 
 def test_a_crash_is_not_counted_by_a_take_over_as_well(own_registry):
     own_registry.add_handler(note, group="", name="h", atomic=False)
     event = leave_running()
-    settle.book_crash([(event.id, 0)], "signal SIGSEGV", own_registry, using="default")
+    settle.book([(event.id, 0)], WorkerDied("It died."), own_registry, using="default")
     settle.take_over(using="default")
     assert deliveries() == {"h": ("pending", 1)}
     assert "SIGSEGV" in Delivery.objects.get().error

@@ -265,6 +265,11 @@ class WorkerProcess:
         """Return whether `pid` is one of its children."""
         return os.getpgid(pid) == self.process.pid
 
+    def children(self) -> list[int]:
+        """Return the processes that the supervisor has started."""
+        text = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text()
+        return [int(pid) for pid in text.split()]
+
     def signal(self, number: signal.Signals) -> None:
         self.process.send_signal(number)
 

@@ -6,18 +6,19 @@ from traceback import format_exception
 from typing import Any
 
 from django.apps import apps
-from django.core.management.base import BaseCommand, CommandError, CommandParser
+from django.core.management.base import CommandError, CommandParser
 from django.db import router
 from django.db.models import Model
 
 from spark_outbox.callables import path_of
 from spark_outbox.emit import CHUNK_SIZE
 from spark_outbox.errors import IdCollision, UnstorableValue, describe
+from spark_outbox.management.command import OutboxCommand
 from spark_outbox.registry import SourceFunction
 from spark_outbox.sources import Sweep, sources_of, sweep, swept_models
 
 
-class Command(BaseCommand):
+class Command(OutboxCommand):
     help = (
         "Sends all instances of models through their sources, which emits what has not been emitted "
         "yet. Run it from a timer for sources that depend on the date, and after an import that went "
@@ -50,6 +51,8 @@ class Command(BaseCommand):
     def handle(self, **options: Any) -> None:
         if options["chunk_size"] < 1:
             raise CommandError("--chunk-size must be 1 or more.")
+        if options["database"] is not None:
+            self.check_database(options["database"])
         errors = 0
         for model, sources in self._chosen(options["models"], options["source"]).items():
             try:
