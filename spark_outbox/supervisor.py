@@ -157,7 +157,8 @@ class Supervisor:
     that exits with EX_CONFIG would do so again: then all are stopped, and `run` returns that code. Any
     other end is a crash, but for those by the supervisor's own hand. `on_crash` gets the events and
     handlers that the child had in hand, if any, and what they failed with; None for a child that was
-    killed since it did not stop in time. It runs in a process of its own, where signals to stop are ignored, and has BOOKING_PATIENCE, or the `answer_timeout`.
+    killed since it did not stop in time. It runs in a process of its own, where signals to stop are
+    ignored, and has BOOKING_PATIENCE, or the `answer_timeout`.
     `on_ready` is called when a child is ready and all have been.
     """
 
