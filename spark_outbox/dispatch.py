@@ -6,7 +6,6 @@ Runs no SQL of its own; what becomes of the events is said in outcomes.py.
 import logging
 from collections.abc import Callable, Sequence
 from contextvars import copy_context
-from functools import partial
 from typing import Any, NamedTuple
 
 from spark_outbox import conf
@@ -442,7 +441,8 @@ class Dispatcher:
 def _in_its_own_context(handler: Handler) -> Callable[[Any], object]:
     """Return what calls a handler so that the language and the time zone that it activates, like all
     that it puts into context variables, end with the call."""
-    return partial(copy_context().run, handler.call)
+    context = copy_context()
+    return lambda argument: context.run(handler.call, argument)
 
 
 def explain(raised: BaseException, lost: str) -> BaseException:

@@ -186,9 +186,11 @@ class Isolation:
             self._established = self._number
 
     def _put_back(self) -> None:
-        """Put back the settings that the handler has changed; its savepoint is released with them, as
-        that alone ends SET TRANSACTION READ ONLY."""
-        release = store.RELEASE.format(number=self._number)
+        """Put back the settings that the handler has changed.
+
+        Its savepoint is released in the same round trip: that alone ends SET TRANSACTION READ ONLY.
+        """
+        release = store.RELEASE.format(number=self._established) if self._established else ""
         self._settings.put_back(first=release, in_transaction=True)
         self._established = 0
         self._limited = False

@@ -84,8 +84,10 @@ def rehearse(selection: Selection, *, using: str, limit: int) -> Rehearsal:
     done = Rehearsal()
     isolation = Isolation(using, combine=False)
     with transaction.atomic(using=using):
-        if not selection.handler.atomic:  # then it may begin durable transactions: rehearsed, they nest
-            connections[using].atomic_blocks[-1]._from_testcase = True
+        if not selection.handler.atomic:
+            # It may begin durable transactions; as in a test, they nest in one that is rolled back.
+            outermost: Any = connections[using].atomic_blocks[-1]
+            outermost._from_testcase = True
         before = Counter(store.rows_written(using=using))
         for ids in selection.ids(using=using):
             references = References()

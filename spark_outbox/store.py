@@ -837,7 +837,7 @@ select
     ),
     (
         select json_object_agg(name, current_setting(name, true))
-        from json_array_elements_text({{names}}::json) as name
+        from json_array_elements_text({{names}}::json) as each (name)
     )
 """
 
