@@ -205,7 +205,7 @@ class Isolation:
         if status == TransactionStatus.IDLE:
             return ENDED
         if raw.lock.locked() or raw.pgconn.pipeline_status:  # nothing else could be sent, ever
-            raw.close()
+            self._connection.close()
             return "The handler left a COPY, a stream() or a pipeline() of psycopg open."
         if not self._touched and status == TransactionStatus.INERROR:
             return "The handler broke the worker's transaction by a way around psycopg."
