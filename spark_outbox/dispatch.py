@@ -5,6 +5,7 @@ Runs no SQL of its own; what becomes of the events is said in outcomes.py.
 
 import logging
 from collections.abc import Callable, Sequence
+from contextvars import copy_context
 from typing import Any, NamedTuple
 
 from spark_outbox import conf
@@ -187,7 +188,7 @@ class Dispatcher:
                 return
             limit = handler.policy.limit()
             with apart(self._using, limit):
-                self._call_in_time(handler.call, event, limit)
+                self._call_in_time(_in_its_own_context(handler), event, limit)
         except BaseException as raised:
             if type(raised) is KeyboardInterrupt and not self.daemon:
                 raise
@@ -244,12 +245,12 @@ class Dispatcher:
                 attempt = postponed_by_breaker(handler, event, wait)
             elif handler.is_plain or self._is_called_alone(handler, event):
                 attempt = self._deliver(handler, event, turn, isolation)
-                if attempt is not None and isolation.lost:
-                    lost = Open(event, handlers, [handler], earlier or {}, {handler.name: attempt})
-                    raise TransactionLost({event.id: lost.alone()})
             else:
                 deferred.append(handler)
                 continue
+            if attempt is not None and isolation.lost:  # in the handler, or as the payload was read
+                lost = Open(event, handlers, [handler], earlier or {}, {handler.name: attempt})
+                raise TransactionLost({event.id: lost.alone()})
             if attempt is not None:
                 attempts[handler.name] = attempt
         if not (attempts or deferred or earlier):
@@ -352,10 +353,7 @@ class Dispatcher:
         started = self._clock()
         isolation.begin(handler.name, limit)
         try:
-            if limit is None:
-                handler.call(argument)
-            else:
-                self._call_in_time(handler.call, argument, limit)
+            self._call_in_time(_in_its_own_context(handler), argument, limit)
             isolation.end()
         except BaseException as raised:  # noqa: BLE001, whatever it raises is its delivery's fate
             error = self._undo(handler, argument, raised, isolation)
@@ -462,9 +460,16 @@ class Dispatcher:
 
     def _call_concurrently(self, side: Calls, isolation: Isolation, outcomes: Outcomes) -> None:
         """Call async handlers, and wait for those that are about as fast as the others."""
-        for _, call in self._concurrent:  # now: a running loop can't wait for the worker's connection
+        for (
+            opened,
+            call,
+        ) in self._concurrent:  # now: a running loop can't wait for the worker's connection
             call.error = self._read(call.event, call.handler, Event.load, isolation)
             call.ended = call.error is not None
+            if isolation.lost and (attempt := self.conclude(call)) is not None:
+                attempts = {call.handler.name: attempt}
+                lost = Open(call.event, opened.handlers, [call.handler], opened.earlier, attempts)
+                raise TransactionLost({call.event.id: lost.alone()})
         calls = [call for _, call in self._concurrent]
         side.start(call for call in calls if not call.ended)
         first: float | None = LONGEST_WAIT
@@ -481,6 +486,13 @@ class Dispatcher:
                 outcomes.calls.append(call)
             elif (attempt := self.conclude(call)) is not None:
                 opened.attempts[name] = attempt
+
+
+def _in_its_own_context(handler: Handler) -> Callable[[Any], object]:
+    """Return what calls a handler so that the language and the time zone that it activates, like all
+    that it puts into context variables, end with the call."""
+    context = copy_context()
+    return lambda argument: context.run(handler.call, argument)
 
 
 def explain(raised: BaseException, lost: str) -> BaseException:

@@ -4,6 +4,7 @@ import re
 import traceback
 from collections import Counter
 from collections.abc import Iterator
+from contextvars import copy_context
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
@@ -114,6 +115,10 @@ def rehearse(selection: Selection, *, using: str, limit: int) -> Rehearsal:
     done = Rehearsal()
     isolation = Isolation(using, combine=False)
     with transaction.atomic(using=using):
+        if not selection.handler.atomic:
+            # It may begin durable transactions; as in a test, they nest in one that is rolled back.
+            outermost: Any = connections[using].atomic_blocks[-1]
+            outermost._from_testcase = True
         before = Counter(store.rows_written(using=using))
         for ids in selection.ids(using=using):
             references = References(using)
@@ -125,10 +130,13 @@ def rehearse(selection: Selection, *, using: str, limit: int) -> Rehearsal:
             ):
                 for event in events:
                     _try(selection.handler, event, isolation, done)
-            if done.events >= limit:
+                    if isolation.lost:
+                        break
+            if done.events >= limit or isolation.lost:
                 break
-        after = Counter(store.rows_written(using=using))
-        done.rows = dict((after - before).most_common())
+        if not isolation.lost:
+            after = Counter(store.rows_written(using=using))
+            done.rows = dict((after - before).most_common())
         transaction.set_rollback(True, using=using)
     return done
 
@@ -138,7 +146,7 @@ def _try(handler: Handler, event: Event, isolation: Isolation, done: Rehearsal) 
     isolation.begin(handler.name)
     try:
         event.check()
-        handler.call(event if handler.batch is None else [event])
+        copy_context().run(handler.call, event if handler.batch is None else [event])
         isolation.end()
     except Exception:  # noqa: BLE001, it is what a rehearsal is to report
         isolation.undo()

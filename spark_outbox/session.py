@@ -13,6 +13,9 @@ of its DATABASES come first. Processes that only emit keep their own.
 it bounds a pause in a COPY. That has to be for a worker's transaction, which holds rows that others wait
 for. While a detached handler runs, its connection has no such bound, and keepalives alone notice that
 the host is gone. The lock by which other workers see it is on another connection: see private.py.
+
+No statement of the worker's own is ended by the project's `statement_timeout`, which is meant for
+handlers. It is lifted, and their queries get it again, see isolation.py.
 """
 
 import contextlib
@@ -20,7 +23,8 @@ import os
 import random
 import socket
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 from django.db import connections
 from django.db.backends.base.base import BaseDatabaseWrapper
@@ -37,6 +41,47 @@ BOUNDS = {
     "keepalives_count": "3",
     "tcp_user_timeout": "15000",  # milliseconds
 }
+
+
+class Limits(NamedTuple):
+    """Milliseconds that a statement may take; 0 for no limit."""
+
+    session: int
+    """What is set for the session, outside of transactions that say otherwise."""
+    own: int
+    """For the worker's own statements."""
+    handlers: int
+    """The project's, so for the statements of its handlers."""
+    is_shared: bool = False
+    """The session is a pooler's: what a worker sets goes with each transaction."""
+
+
+_limits: WeakKeyDictionary[Any, Limits] = WeakKeyDictionary()
+"""Those of the sessions that have been set up, by psycopg's connection."""
+
+
+def noted_limits(raw: Any) -> Limits | None:
+    """Return the limits of a worker's session; None if the session is that of whoever called us."""
+    return None if raw is None else _limits.get(raw)
+
+
+def limits(using: str) -> Limits:
+    """Return the limits of a session. It is asked if it is not a worker's: then all are what it says."""
+    noted = noted_limits(connections[using].connection)
+    if noted is not None:
+        return noted
+    current = store.statement_timeout(using=using)
+    return Limits(current, current, current)
+
+
+def _lift_limit(using: str, *, is_own: bool) -> None:
+    """Let the worker's own statements take their time; in a pooler's session each batch says so."""
+    raw = connections[using].connection
+    if raw not in _limits:
+        project = store.statement_timeout(using=using)
+        _limits[raw] = Limits(0 if is_own else project, 0, project, not is_own)
+        if is_own and project:
+            store.limit_session(0, using=using)
 
 
 def set_bounds(*aliases: str | None) -> None:
@@ -123,6 +168,7 @@ def set_up(using: str, *, direct: str | None, idle_in_transaction: float | None)
         connection = connections[direct]
         store.bound_session(_bounds_of(connection.connection), using=direct)
         store.limit_silence(idle_in_transaction, using=direct)
+    _lift_limit(using, is_own=direct == using)
     version: str = connections[using].connection.info.parameter_status("server_version")
     return version.split(maxsplit=1)[0]
 

@@ -8,6 +8,7 @@ to.
 
 import datetime as dt
 import itertools
+import json
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -21,6 +22,7 @@ from django.db.backends.base.base import BaseDatabaseWrapper
 from psycopg import ClientCursor, Connection
 from psycopg.errors import error_from_result
 from psycopg.pq import ExecStatus
+from psycopg.sql import quote
 
 from spark_outbox.errors import IdCollision, UnreadablePayload
 from spark_outbox.events import StoredRow
@@ -1198,12 +1200,56 @@ SAVEPOINT = "savepoint spark_outbox_{number}"
 RELEASE = "release savepoint spark_outbox_{number}"
 # Before the savepoint, so that a rollback to it does not bring back what was in force before.
 LIMIT_STATEMENTS = "set local statement_timeout = {milliseconds}"
-UNLIMIT_STATEMENTS = "set local statement_timeout to default"
 LIMIT_SESSION = "set statement_timeout = {milliseconds}"
-UNLIMIT_SESSION = "reset statement_timeout"
 ROLLBACK_TO_SAVEPOINT = "rollback to savepoint spark_outbox_{number}"
 NO_SUCH_SAVEPOINT = "3B001"
 CHECK_CONSTRAINTS = "set constraints all immediate"
+
+
+# In milliseconds, whatever unit it is shown in.
+STATEMENT_TIMEOUT = """
+select (extract(epoch from current_setting('statement_timeout')::interval) * 1000)::bigint
+"""
+
+# Those of transactions end with their savepoints, and limits have statements of their own.
+_NOT_KEPT = """
+'statement_timeout', 'transaction_isolation', 'transaction_read_only', 'transaction_deferrable'
+"""
+
+SETTINGS = f"""
+select
+    (
+        select json_object_agg(name, setting) from pg_settings
+        where source = 'session' and name not in ({_NOT_KEPT})
+    ),
+    (
+        select json_object_agg(name, current_setting(name, true))
+        from json_array_elements_text({{names}}::json) as each (name)
+    )
+"""
+
+# The user and the search_path come first: with those of a handler, the rest might not be allowed, or
+# mean something else. A setting of the project's own that was not there comes back as '', as after
+# PostgreSQL's SET LOCAL. In a pooler's session, what the worker has set for its transaction (`local`)
+# ends with that.
+RESTORE_SETTINGS = f"""
+reset session authorization;
+set search_path = pg_catalog;
+select count(set_config(name, value, name = any({{local}}::text[])))
+from (
+    select name, coalesce(value, reset_val, '') as value
+    from pg_settings left join json_each_text({{shown}}::json) as shown (name, value) using (name)
+    where (source = 'session' or shown.name is not null)
+        and setting is distinct from coalesce(value, reset_val) and name not in ({_NOT_KEPT})
+    union all
+    (
+        select name, coalesce(value, '')
+        from json_each_text({{named}}::json) as named (name, value)
+        where current_setting(name, true) is distinct from value
+        order by name = 'role'
+    )
+) as changed
+"""
 
 
 def savepoint(sql: str, *, using: str) -> None:
@@ -1211,12 +1257,53 @@ def savepoint(sql: str, *, using: str) -> None:
 
     Past psycopg's cursors, too, which take longer than the server does.
     """
+    _past_wrappers(sql, using)
+
+
+def _past_wrappers(sql: str, using: str) -> Any:
+    """Run statements; return the result of the last."""
     connection = connections[using]
     with connection.wrap_database_errors:
         raw = connection.connection
         result = raw.pgconn.exec_(sql.encode())
-        if result.status != ExecStatus.COMMAND_OK:
+        if result.status not in {ExecStatus.COMMAND_OK, ExecStatus.TUPLES_OK}:
             raise error_from_result(result, raw.info.encoding)
+        return result
+
+
+def statement_timeout(*, using: str) -> int:
+    """Return what is in force, in milliseconds; 0 for no limit."""
+    return int(_past_wrappers(STATEMENT_TIMEOUT, using).get_value(0, 0))
+
+
+def limit_session(milliseconds: int, *, using: str) -> None:
+    """Let no statement of the session take longer; 0 for no limit."""
+    _past_wrappers(LIMIT_SESSION.format(milliseconds=milliseconds), using)
+
+
+def settings(names: Sequence[str], *, using: str) -> tuple[dict[str, str], dict[str, str | None]]:
+    """Return the settings that were made in this session, and those of these names."""
+    result = _past_wrappers(SETTINGS.format(names=quote(json.dumps(names))), using)
+    shown, named = (json.loads(result.get_value(0, column) or "{}") for column in (0, 1))
+    return shown, named
+
+
+def restore_settings(
+    shown: Mapping[str, str],
+    named: Mapping[str, str | None],
+    *,
+    first: str = "",
+    local: Sequence[str] = (),
+    limits: Sequence[str],
+    using: str,
+) -> None:
+    """Restore what `settings` has returned, where it is different now, and `limits`."""
+    sql = RESTORE_SETTINGS.format(
+        shown=quote(json.dumps(shown, ensure_ascii=False)),
+        named=quote(json.dumps(named, ensure_ascii=False)),
+        local=quote(f"{{{','.join(local)}}}"),
+    )
+    _past_wrappers("; ".join(filter(None, [first, sql, *limits])), using)
 
 
 # Wake: the two advisory locks of the migration's trigger, and LISTEN
@@ -1284,6 +1371,10 @@ select
     set_config('client_connection_check_interval', '1s', {local}),
     set_config('idle_in_transaction_session_timeout', '{milliseconds}', {local})
 """
+LIFT_LIMIT = ", set_config('statement_timeout', '0', true)"
+
+SET_BY_TRANSACTION = ("client_connection_check_interval", "idle_in_transaction_session_timeout")
+"""What `silence_limit` sets, where the session is a pooler's."""
 
 
 def name_session(name: str = "spark_worker", *, using: Using) -> None:
@@ -1312,9 +1403,10 @@ def limit_silence(seconds: float | None, *, using: str) -> None:
 
 
 def silence_limit(seconds: float | None, *, local: bool = True) -> str:
-    """Return the query that does it, for the transaction alone."""
+    """Return the query that does it, for the transaction alone; there our statements have no limit."""
     milliseconds = 0 if seconds is None else math.ceil(seconds * 1000)
-    return LIMIT_SILENCE.format(milliseconds=milliseconds, local=str(local).lower())
+    query = LIMIT_SILENCE.format(milliseconds=milliseconds, local=str(local).lower())
+    return query + LIFT_LIMIT if local else query
 
 
 # The wake trigger's mode, see SPARK_OUTBOX["WAKE"]
