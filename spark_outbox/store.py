@@ -379,7 +379,7 @@ def claim_ordered(
             others.append(key)
     wanted = list(ready)[:limit]
     left = list(ready.values())[limit:]
-    heads = {row.ordering_key: row for row in _claim_ids(wanted, using)} if wanted else {}
+    heads = {str(row.ordering_key): row for row in _claim_ids(wanted, using)} if wanted else {}
     held = [ready[event_id] for event_id in wanted if ready[event_id] not in heads]
     if not heads:
         return Ordered([], set(), held, left, others)
