@@ -94,10 +94,15 @@ class OutboxEvent(models.Model):
                 fields=["available_at", "id"],
                 condition=Q(status="pending", available_at__isnull=False, ordering_key__isnull=True),
             ),
-            models.Index(  # the same as these two, for ordered events: first the ready, then the due
+            models.Index(
                 name="spark_outbox_event_ordered",
+                fields=["id"],
+                condition=Q(status="pending", available_at__isnull=True, ordering_key__isnull=False),
+            ),
+            models.Index(
+                name="spark_outbox_event_ordered_due",
                 fields=["available_at", "id"],
-                condition=Q(status="pending", ordering_key__isnull=False),
+                condition=Q(status="pending", available_at__isnull=False, ordering_key__isnull=False),
             ),
             models.Index(
                 name="spark_outbox_event_order",

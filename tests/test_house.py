@@ -204,6 +204,7 @@ def test_the_table_has_the_indexes_that_the_design_names_and_no_more():
             "spark_outbox_event_key",
             "spark_outbox_event_order",
             "spark_outbox_event_ordered",
+            "spark_outbox_event_ordered_due",
             "spark_outbox_event_pkey",
             "spark_outbox_event_ready",
         ]

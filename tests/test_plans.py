@@ -95,11 +95,26 @@ def test_a_run_of_ordered_events_is_read_no_further_than_asked(full_table):
     assert pages < 500
 
 
+def test_the_head_of_a_key_with_many_events_is_not_looked_for_among_all_that_are_done(look):
+    let_wait(status="done")
+    with connection.cursor() as cursor:
+        cursor.execute(
+            "insert into spark_outbox_event (key, event_group, ordering_key) "
+            "select number, 'g', 'hot' from generate_series(1, 10000) as number"
+        )
+    analyze()
+    worker = Worker()
+    for _ in range(20):
+        handled, rows = look(worker)
+        assert handled >= 16
+        assert rows < 2 * store.PIECE + 10 * handled
+
+
 @pytest.mark.parametrize(
     ("ordered", "groups", "names"),
     [
-        (True, None, {"spark_outbox_event_ordered"}),
-        (True, "^g$", {"spark_outbox_event_ordered"}),
+        (True, None, {"spark_outbox_event_ordered", "spark_outbox_event_ordered_due"}),
+        (True, "^g$", {"spark_outbox_event_ordered", "spark_outbox_event_ordered_due"}),
         (False, "^g$", {"spark_outbox_event_ready", "spark_outbox_event_due"}),
     ],
 )
