@@ -23,8 +23,8 @@ Each handler has two circuits: `new`, for events that it is to be called with fo
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from enum import Enum, auto
 from threading import Lock
+from typing import Literal
 
 NEW_PAUSE = 0.5
 FIRST_PAUSE = 5.0
@@ -32,15 +32,9 @@ LONGEST_PAUSE = 300.0
 BY_HAND_PAUSE = 1.0
 
 
-class Turn(Enum):
-    """Where an event stands with a handler."""
-
-    NEW = auto()
-    """It is to be called for the first time."""
-    UNTRIED = auto()
-    """It was to be called, but a circuit was open."""
-    RETRY = auto()
-    """It has failed."""
+Turn = Literal["new", "untried", "retry"]
+"""Where an event stands with a handler: to be called for the first time; kept waiting by a circuit, and
+never called; or failed at least once."""
 
 
 @dataclass(eq=False, slots=True)
@@ -86,9 +80,9 @@ class _Handler:
     def let_pass(self, event_id: int, turn: Turn, *, by_hand: bool, now: float) -> float:
         """Return the seconds for which an event has to wait; 0 if it takes a slot."""
         slots: dict[_Slot, float] = {self.by_hand: BY_HAND_PAUSE} if by_hand else {}
-        if turn is Turn.NEW:
+        if turn == "new":
             slots[self.new] = self.new.pause
-        if turn is Turn.RETRY:
+        if turn == "retry":
             slots[self.retries] = self.rest.pause
         else:
             slots[self.rest] = FIRST_PAUSE
@@ -126,7 +120,7 @@ class Breakers:
             handler = self._handlers.get(name)
             if handler is None or not handler.rest.pause:
                 return 0.0
-            if turn is Turn.NEW and not handler.new.pause:
+            if turn == "new" and not handler.new.pause:
                 return 0.0
             return handler.let_pass(event_id, turn, by_hand=by_hand, now=self._clock())
 
@@ -140,7 +134,7 @@ class Breakers:
     def failed(self, name: str, event_id: int, turn: Turn) -> float:
         """Count a failure; return the seconds for which events wait, if this opens their circuit or
         keeps it open; or 0."""
-        if self._threshold is None or turn is Turn.RETRY:
+        if self._threshold is None or turn == "retry":
             return 0.0
         with self._lock:
             handler = self._handlers.setdefault(name, _Handler())
@@ -150,7 +144,7 @@ class Breakers:
             if probed is not None:
                 pause = probed.lengthen(now)
                 return pause if probed is handler.rest else 0.0
-            if turn is Turn.NEW:
+            if turn == "new":
                 handler.new.count(event_id, self._threshold, now)
             pause = handler.rest.count(event_id, self._threshold, now)
             if pause:

@@ -28,7 +28,7 @@ from spark_outbox.outcomes import (
 )
 from spark_outbox.policy import HOPELESS
 from spark_outbox.registry import Handler, Matching
-from spark_outbox.store import Attempt
+from spark_outbox.store import Attempt, Earlier
 
 logger = logging.getLogger(__name__)
 
@@ -234,17 +234,15 @@ class Dispatcher:
         attempts: dict[str, Attempt] = {}
         deferred: list[Handler] = []
         attempt: Attempt | None
-        turn = Turn.NEW
         for handler in owed:
             if earlier is not None:
                 event.attempt = next_attempt(handler, earlier)
-                turn = turn_of(handler, earlier)
             if unreadable is not None:
-                attempt = self._judge(handler, event, turn, unreadable, 0.0)
-            elif self._breakers.any and (wait := self._pause(handler, event, turn)):
+                attempt = self._judge(handler, event, turn_of(handler, earlier), unreadable, 0.0)
+            elif self._breakers.any and (wait := self._pause(handler, event, earlier)):
                 attempt = postponed_by_breaker(handler, event, wait)
             elif handler.is_plain or self._is_called_alone(handler, event):
-                attempt = self._deliver(handler, event, turn, isolation)
+                attempt = self._deliver(handler, event, earlier, isolation)
             else:
                 deferred.append(handler)
                 continue
@@ -280,9 +278,10 @@ class Dispatcher:
             return error
         return None
 
-    def _pause(self, handler: Handler, event: Event, turn: Turn) -> float:
+    def _pause(self, handler: Handler, event: Event, earlier: dict[str, Earlier] | None) -> float:
         """Return the seconds for which an open circuit keeps the event waiting, or 0."""
-        by_hand = event.available_at is None and turn is not Turn.NEW
+        turn = turn_of(handler, earlier)
+        by_hand = event.available_at is None and turn != "new"
         return self._breakers.remaining(handler.name, event.id, turn, by_hand=by_hand)
 
     def _is_called_alone(self, handler: Handler, event: Event) -> bool:
@@ -295,7 +294,11 @@ class Dispatcher:
         return handler.batch is not None and event.attempt > 1
 
     def _deliver(
-        self, handler: Handler, event: Event, turn: Turn, isolation: Isolation
+        self,
+        handler: Handler,
+        event: Event,
+        earlier: dict[str, Earlier] | None,
+        isolation: Isolation,
     ) -> Attempt | None:
         """Call one handler with one event; return None if it succeeded."""
         if self._in_hand is not None:
@@ -304,7 +307,7 @@ class Dispatcher:
         error, seconds = self._call(handler, event if handler.batch is None else [event], isolation)
         if error is None and not self._breakers.any:
             return None
-        return self._judge(handler, event, turn, error, seconds)
+        return self._judge(handler, event, turn_of(handler, earlier), error, seconds)
 
     def _judge(
         self,

@@ -72,7 +72,7 @@ class Call:
     """Under which its delivery is `running`, if it is detached, or has outlived its batch."""
     attempt: Attempt | None = None
     """What came of it, to be written."""
-    turn: Turn = Turn.NEW
+    turn: Turn = "new"
 
 
 @dataclass(slots=True)
@@ -212,11 +212,11 @@ def next_attempt(handler: Handler, earlier: dict[str, Earlier]) -> int:
     return max(earlier[handler.name].attempts, 0) + 1 if handler.name in earlier else 1
 
 
-def turn_of(handler: Handler, earlier: dict[str, Earlier]) -> Turn:
-    before = earlier.get(handler.name)
+def turn_of(handler: Handler, earlier: dict[str, Earlier] | None) -> Turn:
+    before = earlier.get(handler.name) if earlier else None
     if before is None:
-        return Turn.NEW
-    return Turn.RETRY if before.attempts > 0 else Turn.UNTRIED
+        return "new"
+    return "retry" if before.attempts > 0 else "untried"
 
 
 def succeeded(call: Call) -> Attempt:

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from spark_outbox import Discard, Retry, emit, emit_many
-from spark_outbox.breaker import LONGEST_PAUSE, Breakers, Turn
+from spark_outbox.breaker import LONGEST_PAUSE, Breakers
 from spark_outbox.models import Delivery, OutboxEvent
 from spark_outbox.policy import Policy
 from spark_outbox.worker import Worker
@@ -31,7 +31,7 @@ from tests.tools import (
 
 pytestmark = pytest.mark.django_db(transaction=True)
 
-NEW, UNTRIED, RETRY = Turn.NEW, Turn.UNTRIED, Turn.RETRY
+TURNS = NEW, UNTRIED, RETRY = "new", "untried", "retry"
 
 
 def opened(threshold=3):
@@ -144,7 +144,7 @@ def test_what_is_made_ready_by_hand_is_called_at_once_but_not_all_of_it():
     st.lists(
         st.tuples(
             st.integers(1, 30),
-            st.sampled_from(Turn),
+            st.sampled_from(TURNS),
             st.booleans(),
             st.sampled_from(["fail", "fail", "fail", "fail", "vanish", "succeed"]),
             st.sampled_from([0, 0, 0, 0.3, 4, 100]),
@@ -163,9 +163,9 @@ def test_whatever_happens_nobody_waits_for_ever_and_a_success_ends_all_waiting(c
         elif not wait and outcome == "succeed":
             breakers.succeeded("h")
             assert not breakers.any
-            assert [breakers.remaining("h", 99, each) for each in Turn] == [0, 0, 0]
+            assert [breakers.remaining("h", 99, each) for each in TURNS] == [0, 0, 0]
     clock.now += LONGEST_PAUSE
-    assert [breakers.remaining("h", 99, each) for each in Turn] == [0, 0, 0]
+    assert [breakers.remaining("h", 99, each) for each in TURNS] == [0, 0, 0]
 
 
 def outage(*, seconds, emitted_over):
@@ -181,7 +181,7 @@ def outage(*, seconds, emitted_over):
         wait = breakers.remaining("h", event, turn)
         if wait:
             pause = wait * chance.uniform(1, 1.5)
-            heapq.heappush(due, (clock.now + pause, event, RETRY if turn is RETRY else UNTRIED))
+            heapq.heappush(due, (clock.now + pause, event, RETRY if turn == RETRY else UNTRIED))
         elif clock.now < seconds:
             failed += 1
             breakers.failed("h", event, turn)

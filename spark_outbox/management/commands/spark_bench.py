@@ -25,7 +25,7 @@ class Command(OutboxCommand):
         "Measures how fast the outbox is on this machine and this PostgreSQL, against a baseline of the "
         "same run: bare psycopg, or the ORM, doing the least that must be done. It works in databases "
         "of its own, which it drops at the end; your events are not touched. All of it takes about half "
-        "an hour, --quick about two minutes. Nothing else should be running meanwhile."
+        "an hour, --quick about three minutes. Nothing else should be running meanwhile."
     )
 
     def add_arguments(self, parser: CommandParser) -> None:
