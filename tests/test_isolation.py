@@ -497,7 +497,9 @@ SETTINGS = {
     "local role": "set local role pg_monitor",
     "user": "set session authorization pg_monitor",
     "read only": "set transaction read only",
-    "default read only": "set default_transaction_read_only = on; set default_transaction_deferrable = on",
+    "default read only": (
+        "set default_transaction_read_only = on; set default_transaction_deferrable = on"
+    ),
     "statement_timeout": "set statement_timeout = 1",
     "local statement_timeout": "set local statement_timeout = 1",
     "lock_timeout": "set lock_timeout = 1",
@@ -507,7 +509,9 @@ SETTINGS = {
     "set_config": "select set_config('search_path', 'nowhere', false)",
     "do": "do $$ begin perform set_config('search_path', 'nowhere', false); end $$",
     "own": "set app.tenant = '7'",
-    "own by set_config": "select set_config('app.tenant', '7', false), set_config('App.Other', '7', true)",
+    "own by set_config": (
+        "select set_config('app.tenant', '7', false), set_config('App.Other', '7', true)"
+    ),
 }
 
 LOOK = [
