@@ -119,9 +119,9 @@ def test_the_readmes_example_sends_its_mails_once(registered):
         drain()
     assert [body.rpartition("/")[2] for body, _ in mails()] == [
         "challenge_created",
-        "challenge_ended",
-        "challenge_ends_2d",
         "challenge_inactivity_2d",
+        "challenge_ends_2d",
+        "challenge_ended",
     ]
 
 

@@ -88,7 +88,7 @@ def test_the_happy_path_is_one_insert_one_update_and_no_savepoint(own_registry):
         emit_many({"group": "g", "key": f"{n}"} for n in range(10))
         worker = Worker()
         worker.handle_batch()
-    assert statements.count("insert") == 1
+    assert statements.count("insert|spark_outbox_emit_many") == 1
     assert statements.count("update spark") == 1
     assert statements.count("savepoint|delivery") == 0
     assert not Delivery.objects.exists()
