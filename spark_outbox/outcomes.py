@@ -243,9 +243,14 @@ def postponed_by_breaker(handler: Handler, event: Event, wait: float) -> Attempt
 
 
 def worn_out(handler: Handler, event: Event) -> Attempt:
-    """Return what stands for a call that is not made: the workers that made the others are gone, and
-    have counted for all the attempts that there are."""
-    error = WorkerDied("The worker is gone that made the last attempt.")
+    """Return what stands for a call that is not made: there have been all attempts that the handler has.
+
+    Those by workers that are gone were counted by others, who may not have the handler to judge them by.
+    """
+    error = WorkerDied(
+        "There have been all attempts, and the worker that made the last one is gone. To try again, set "
+        "the delivery's attempts to 0."
+    )
     event.attempt -= 1  # there is none of this number
     return judge(handler, event, error, 0.0)._replace(counts=False)
 

@@ -127,6 +127,18 @@ def test_the_server_ends_a_private_connection_for_no_reason_but_that_its_client_
     eventually(lambda: not private_sessions())
 
 
+def test_a_private_connection_belongs_to_no_pool(monkeypatch):
+    """Whose next user would find its locks."""
+    monkeypatch.setitem(
+        connection.settings_dict, "OPTIONS", {**connection.settings_dict["OPTIONS"], "pool": True}
+    )
+    private = PrivateConnection("default")
+    assert private.run(store.lock_session, 1)
+    private.close()
+    with connect() as other:
+        eventually(lambda: other.execute("select pg_try_advisory_lock(7531003, 1)").fetchone()[0])
+
+
 def test_a_worker_keeps_its_private_connection_for_as_long_as_it_has_calls(own_registry):
     seen = []
 
