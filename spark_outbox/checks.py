@@ -7,13 +7,14 @@ from django.core import checks
 from django.core.checks import CheckMessage, Error, Tags, register
 from django.db import connections, router
 
-from spark_outbox import conf, store
+from spark_outbox import conf, session, store
 from spark_outbox.errors import SettingsError
 
 
 def register_checks() -> None:
     register(check_settings)
     register(check_vendor)
+    register(check_autocommit)
     register(check_databases, Tags.database)
 
 
@@ -22,15 +23,32 @@ def check_settings(**_: Any) -> list[CheckMessage]:
         settings = conf.current()
     except SettingsError as error:
         return [Error(str(error), id="spark_outbox.E001")]
-    alias = settings.LISTEN_DATABASE
-    if alias and alias not in connections:
-        return [
-            Error(
-                f"SPARK_OUTBOX['LISTEN_DATABASE'] is {alias!r}, which is not in DATABASES.",
-                id="spark_outbox.E002",
-            )
-        ]
-    return []
+    return [
+        Error(
+            f"SPARK_OUTBOX['LISTEN_DATABASE'] names {alias!r}, which is not in DATABASES.",
+            id="spark_outbox.E002",
+        )
+        for alias in settings.listen_aliases
+        if alias not in connections
+    ]
+
+
+def check_autocommit(**_: Any) -> list[CheckMessage]:
+    from spark_outbox.models import OutboxEvent
+
+    try:
+        settings = conf.current()
+    except SettingsError:
+        return []
+    alias = router.db_for_write(OutboxEvent)
+    found: list[CheckMessage] = []
+    for each in dict.fromkeys([alias, *settings.listen_aliases]):
+        if each in connections:
+            try:
+                session.check(each, None)
+            except SettingsError as error:
+                found.append(Error(str(error), id="spark_outbox.E004"))
+    return found
 
 
 def check_vendor(**_: Any) -> list[CheckMessage]:

@@ -22,6 +22,7 @@ from spark_outbox.outcomes import (
     judge,
     next_attempt,
     postponed_by_breaker,
+    worn_out,
 )
 from spark_outbox.policy import HOPELESS
 from spark_outbox.registry import Handler, Matching
@@ -369,7 +370,9 @@ class Dispatcher:
         for handler in handlers:
             call = Call(handler, opened.event.copy())
             call.event.attempt = next_attempt(handler, opened.earlier)
-            if not handler.atomic and outcomes.calls:  # one at a time: another pass calls it
+            if handler.outlives and handler.policy.is_exhausted(call.event.attempt - 1):
+                opened.attempts[handler.name] = worn_out(handler, call.event)
+            elif not handler.atomic and outcomes.calls:  # one at a time: another pass calls it
                 opened.owed = [other for other in opened.owed if other is not handler]
             elif not handler.atomic:
                 opened.attempts[handler.name] = begun(call)

@@ -7,7 +7,7 @@ import traceback
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
-from spark_outbox.errors import HandlerTimeout
+from spark_outbox.errors import HandlerTimeout, WorkerDied
 from spark_outbox.events import Event
 from spark_outbox.policy import Verdict
 from spark_outbox.registry import Handler
@@ -208,6 +208,19 @@ def postponed_by_breaker(handler: Handler, event: Event, wait: float) -> Attempt
         delay=dt.timedelta(seconds=spread),
         counts=False,
     )
+
+
+def worn_out(handler: Handler, event: Event) -> Attempt:
+    """Return what stands for a call that is not made: there have been all attempts that the handler has.
+
+    Those by workers that are gone were counted by others, who may not have the handler to judge them by.
+    """
+    error = WorkerDied(
+        "There have been all attempts, and the worker that made the last one is gone. To try again, set "
+        "the delivery's attempts to 0."
+    )
+    event.attempt -= 1  # there is none of this number
+    return judge(handler, event, error, 0.0)._replace(counts=False)
 
 
 def judge(handler: Handler, event: Event, error: BaseException, seconds: float) -> Attempt:

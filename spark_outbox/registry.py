@@ -38,12 +38,15 @@ class Handler:
     is_async: bool = False
     is_plain: bool = field(init=False)
     """Called with one event, in the batch's transaction, before the next one's turn."""
+    outlives: bool = field(init=False)
+    """Its calls may outlive the batch's transaction: then other workers can take over its deliveries."""
     call: HandlerFunction = field(init=False)
     """Runs the function in this thread to its end, also if it is async."""
 
     def __post_init__(self) -> None:
         is_plain = self.atomic and not self.is_async and self.batch is None
         object.__setattr__(self, "is_plain", is_plain)
+        object.__setattr__(self, "outlives", self.is_async or not self.atomic)
         call: Any = self.function
         object.__setattr__(self, "call", async_to_sync(call) if self.is_async else call)
 

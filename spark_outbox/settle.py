@@ -2,7 +2,6 @@
 
 import logging
 import os
-import random
 import socket
 import time
 from collections.abc import Container, Sequence
@@ -18,6 +17,9 @@ from spark_outbox.registry import Registry
 from spark_outbox.store import Ended, Running
 
 logger = logging.getLogger(__name__)
+
+GONE = "spark_outbox.errors.WorkerDied: The worker that ran this handler is gone."
+"""The error of a delivery that another worker has taken over."""
 
 CRASH_PATIENCE = 5.0
 """Seconds to wait until the rows of a process that died are free."""
@@ -82,25 +84,35 @@ def write_calls(calls: Sequence[Call], registry: Registry, *, using: str) -> Non
 
 
 def take_over(*, session: int = 0, mine: Container[tuple[int, str]] = (), using: str) -> None:
-    """Put back what workers have begun that are gone.
+    """Put back what workers have begun that are gone, and running events of which nothing runs.
 
-    Of our own `session`, 0 if there is none, all but what is `mine`: if a connection was lost in the
-    commit, nobody knew that the rest has begun.
+    It counts as an attempt, since the handler may have taken its host with it. Whether that was the last
+    one is decided by a worker that has the handler, when it claims the event.
+    What is `mine` is left alone. The rest of our own `session`, 0 if there is none, has not begun, and
+    does not count: if a connection was lost in the commit, nobody knew of it.
     """
     for each in store.running_sessions(using=using):
         ours = bool(session) and each == session
         with transaction.atomic(using=using):
             if not ours and not store.is_session_gone(each, using=using):
                 continue
-            running = store.running_of(each, using=using)
-            if ours:
-                running = [delivery for delivery in running if delivery[:2] not in mine]
-            taken = store.take_back(running, to_settle=False, using=using) if running else ()
+            running = [
+                delivery for delivery in store.running_of(each, using=using) if delivery[:2] not in mine
+            ]
+            death = "" if ours else GONE
+            taken = (
+                store.take_back(running, to_settle=False, death=death, using=using) if running else ()
+            )
         if taken:
             context = {"deliveries": len(taken)}
             logger.warning(
                 "Took over %(deliveries)s deliveries of a worker that is gone.", context, extra=context
             )
+    if strays := store.reopen_strays(using=using):
+        context = {"events": strays}
+        logger.warning(
+            "Reopened %(events)s running events of which no delivery runs.", context, extra=context
+        )
 
 
 def book_crash(
@@ -108,7 +120,8 @@ def book_crash(
 ) -> None:
     """Count the attempts that ended with a process; wait for the server to see that it is gone.
 
-    `in_hand` has pairs of an event's id and its handler's number.
+    `in_hand` has pairs of an event's id and its handler's number. Without a `cause` nobody is to blame,
+    as the process was stopped: detached handlers are put back, and nothing is counted.
     """
     left = list(in_hand)
     deadline = time.monotonic() + CRASH_PATIENCE
@@ -120,7 +133,7 @@ def book_crash(
         ]
         if left:
             time.sleep(0.02)
-    if left:
+    if left and cause:
         events = {"event_ids": [event_id for event_id, _ in left]}
         logger.warning(
             "Attempts that ended with their process could not be counted: events %(event_ids)s.",
@@ -131,14 +144,26 @@ def book_crash(
 
 def write_crash(event_id: int, number: int, cause: str, registry: Registry, *, using: str) -> bool:
     """Count an attempt that ended with its process; return whether that is settled, or to be tried
-    again: until the server has seen that the process is gone, its rows are locked."""
-    take_over(using=using)
+    again: until the server has seen that the process is gone, its rows are locked, and its session is.
+
+    Whoever takes over a running delivery counts it, too. So this one is put back and counted in one
+    transaction, unless it has been taken over since the process died.
+    """
+    handler = registry.handlers[number]
     with transaction.atomic(using=using):
+        session, taken_over = store.held_by(event_id, handler.name, GONE, using=using)
+        if session is not None:
+            if not store.is_session_gone(session, using=using):
+                return False
+            running = Running(event_id, handler.name, session)
+            if not store.take_back([running], to_settle=bool(cause), using=using):
+                return True  # taken over in this moment
+        if taken_over or not cause:
+            return True
         if not store.claim_one(event_id, using=using):
             return not store.is_unfinished(event_id, using=using)
         (row,) = store.events_by_id([event_id], using=using)
         event = Event.from_row(row, References())
-        handler = registry.handlers[number]
         earlier = store.deliveries([event_id], using=using).get(event_id, {})
         event.attempt = next_attempt(handler, earlier)
         error = WorkerDied(f"The worker process died of {cause} while it ran this handler.")
@@ -151,8 +176,3 @@ def write_crash(event_id: int, number: int, cause: str, registry: Registry, *, u
 def tell_lost(count: int) -> None:
     lost = {"events": count}
     logger.warning("Lost the claim on %(events)s events.", lost, extra=lost)
-
-
-def new_session() -> int:
-    """Return a number for `store.lock_session` that is nobody's."""
-    return random.SystemRandom().randrange(1, 2**31)

@@ -1,8 +1,9 @@
 """Every SQL statement that spark_outbox runs, one constant each, next to what maps its rows.
 
-Functions run on the Django connection `using`, in whatever transaction it is in. Times are the
-database's. Outcomes are written under a guard, `status = 'pending'` on a row that this transaction
-has locked, and say how many rows they applied to.
+Functions run on the Django connection `using`, in whatever transaction it is in. It is an alias; some
+functions also take a connection that has none. Times are the database's. Outcomes are written under a
+guard, `status = 'pending'` on a row that this transaction has locked, and say how many rows they applied
+to.
 """
 
 import datetime as dt
@@ -13,6 +14,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from django.db import connections
+from django.db.backends.base.base import BaseDatabaseWrapper
 from psycopg import ClientCursor
 from psycopg.errors import error_from_result
 from psycopg.pq import ExecStatus
@@ -21,21 +23,27 @@ from spark_outbox.errors import UnreadablePayload
 from spark_outbox.events import StoredRow
 from spark_outbox.payload import MAX_STORED
 
+Using = str | BaseDatabaseWrapper
 
-def _run(sql: str, params: Any = None, *, using: str) -> int:
+
+def _connection(using: Using) -> BaseDatabaseWrapper:
+    return connections[using] if isinstance(using, str) else using
+
+
+def _run(sql: str, params: Any = None, *, using: Using) -> int:
     """Run a statement; return how many rows it wrote."""
-    with connections[using].cursor() as cursor:
+    with _connection(using).cursor() as cursor:
         cursor.execute(sql, params)
         return int(cursor.rowcount)
 
 
-def _rows(sql: str, params: Any = None, *, using: str) -> list[Any]:
-    with connections[using].cursor() as cursor:
+def _rows(sql: str, params: Any = None, *, using: Using) -> list[Any]:
+    with _connection(using).cursor() as cursor:
         cursor.execute(sql, params)
         return list(cursor.fetchall())
 
 
-def value(sql: str, params: Any = None, *, using: str) -> Any:
+def value(sql: str, params: Any = None, *, using: Using) -> Any:
     """Run a statement of this module; return the first value of its first row."""
     return _rows(sql, params, using=using)[0][0]
 
@@ -358,12 +366,14 @@ class Outlook(NamedTuple):
     due_in: float
     """Seconds until the next delayed event; infinity if there is none."""
     running: bool
-    """There are events that detached handlers are at work on, here or elsewhere."""
+    """There are events that detached handlers are at work on, here or elsewhere; or seem to be."""
     unhandled: bool
     """There are events that some worker had no handler for."""
+    oid: int
+    """The table's."""
 
 
-# The last one is a min(), since for exists() a planner may choose to read the table to its end.
+# The last ones are a min(), since for exists() a planner may choose to read the table to its end.
 OUTLOOK = """
 select
     exists (
@@ -385,16 +395,18 @@ select
         from spark_outbox_event
         where status = 'pending' and available_at > statement_timestamp() {groups}
     ),
-    exists (select from spark_outbox_delivery where status = 'running'),
-    (select min(event_group) from spark_outbox_event where status = 'unhandled') is not null
+    exists (select from spark_outbox_delivery where status = 'running')
+        or (select min(event_group) from spark_outbox_event where status = 'running') is not null,
+    (select min(event_group) from spark_outbox_event where status = 'unhandled') is not null,
+    'spark_outbox_event'::regclass::oid::integer
 """
 
 
 def outlook(*, groups: str | None, using: str) -> Outlook:
-    ((ready, ordered, due_in, running, unhandled),) = _rows(
+    ((ready, ordered, due_in, running, unhandled, oid),) = _rows(
         _with_groups(OUTLOOK, groups), {"groups": groups}, using=using
     )
-    return Outlook(ready, ordered, math.inf if due_in is None else due_in, running, unhandled)
+    return Outlook(ready, ordered, math.inf if due_in is None else due_in, running, unhandled, oid)
 
 
 CHECK_GROUPS = "select '' ~ %s"
@@ -600,13 +612,27 @@ def deliveries(event_ids: list[int], *, using: str) -> dict[int, dict[str, Earli
 
 
 # Running deliveries. Whoever runs them holds an advisory lock on `session`, a random number, for as
-# long as it is connected: who can take that lock knows that nobody is there any more.
+# long as it is connected: who can take that lock knows that nobody is there any more. A delivery whose
+# session is NULL is nobody's.
 
 LOCK_SESSION = "select pg_try_advisory_lock(7531003, %s)"
 UNLOCK_SESSION = "select pg_advisory_unlock(7531003, %s)"
 IS_SESSION_GONE = "select pg_try_advisory_xact_lock(7531003, %s)"
 
 RUNNING_SESSIONS = "select distinct session from spark_outbox_delivery where status = 'running'"
+
+# Not found in a race: an event and its delivery begin to run, and stop, in one transaction.
+REOPEN_STRAYS = """
+update spark_outbox_event set status = 'pending', available_at = statement_timestamp()
+where id in (
+    select id from spark_outbox_event as event
+    where status = 'running' and not exists (
+        select from spark_outbox_delivery
+        where event_id = event.id and status = 'running'
+    )
+    for no key update skip locked
+)
+"""
 
 LOCK_RUNNING = """
 select id from spark_outbox_event
@@ -615,13 +641,30 @@ order by id
 for no key update
 """
 
-TAKE_BACK = """
+# Of a worker that died, and did not just lose its connection to a server that was restarted.
+_DIED = """
+%(death)s <> '' and delivery.session is not null and delivery.attempted_at > pg_postmaster_start_time()
+"""
+
+TAKE_BACK = f"""
 update spark_outbox_delivery as delivery
-set status = 'pending', session = null, available_at = statement_timestamp()
-from unnest(%s::bigint[], %s::text[], %s::integer[]) as ended (event_id, handler, session)
+set status = 'pending', session = null, available_at = statement_timestamp(),
+    attempts = least(greatest(delivery.attempts, 0), 2147483646) + ({_DIED})::integer,
+    attempted_at = case when {_DIED} then statement_timestamp() else delivery.attempted_at end,
+    error = case when {_DIED} then %(death)s else delivery.error end,
+    traceback = case when {_DIED} then '' else delivery.traceback end
+from unnest(%(events)s::bigint[], %(handlers)s::text[], %(sessions)s::integer[])
+    as ended (event_id, handler, session)
 where delivery.event_id = ended.event_id and delivery.handler = ended.handler
     and delivery.session is not distinct from ended.session and delivery.status = 'running'
 returning delivery.event_id, delivery.handler
+"""
+
+HELD_BY = """
+select case when status = 'running' then coalesce(session, 0) end,
+    status = 'pending' and error = %s and attempted_at > statement_timestamp() - interval '10 seconds'
+from spark_outbox_delivery
+where event_id = %s and handler = %s
 """
 
 RUNNING_OF = """
@@ -644,12 +687,12 @@ class Running(NamedTuple):
     session: int | None
 
 
-def lock_session(session: int, *, using: str) -> bool:
+def lock_session(session: int, *, using: Using) -> bool:
     """Hold the lock of `session` for as long as this connection lives; False if somebody has it."""
     return bool(value(LOCK_SESSION, [session], using=using))
 
 
-def unlock_session(session: int, *, using: str) -> None:
+def unlock_session(session: int, *, using: Using) -> None:
     value(UNLOCK_SESSION, [session], using=using)
 
 
@@ -662,21 +705,41 @@ def is_session_gone(session: int | None, *, using: str) -> bool:
     return session is None or bool(value(IS_SESSION_GONE, [session], using=using))
 
 
+def held_by(event_id: int, handler: str, death: str, *, using: str) -> tuple[int | None, bool]:
+    """Return the session under which a delivery is running, None if it is not; and whether it has just
+    been taken over, with `death` as its error."""
+    found = _rows(HELD_BY, [death, event_id, handler], using=using)
+    return found[0] if found else (None, False)
+
+
 def running_of(session: int | None, *, using: str) -> list[Running]:
     return list(map(Running._make, _rows(RUNNING_OF, [session], using=using)))
 
 
-def take_back(running: Sequence[Running], *, to_settle: bool, using: str) -> set[tuple[int, str]]:
+def take_back(
+    running: Sequence[Running], *, to_settle: bool, death: str = "", using: str
+) -> set[tuple[int, str]]:
     """Make deliveries, and their events, pending again; return those to which it applied.
 
     It does not apply to those that another worker has taken over. Locks the events first. With
     `to_settle` it is in order to settle them, which counts the pass that they are in once more.
+    With `death`, the error to note, it counts as an attempt; but not if the server was restarted
+    since the deliveries have begun, as that ends all sessions.
     """
     event_ids = sorted({event_id for event_id, _, _ in running})
     _rows(LOCK_RUNNING, [event_ids], using=using)
-    taken = {tuple(row) for row in _rows(TAKE_BACK, _columns(running), using=using)}
+    ended = dict(zip(("events", "handlers", "sessions"), _columns(running), strict=True))
+    taken = {tuple(row) for row in _rows(TAKE_BACK, {"death": death, **ended}, using=using)}
     _run(REOPEN_RUNNING, [int(to_settle), [event_id for event_id, _ in taken]], using=using)
     return taken
+
+
+def reopen_strays(*, using: str) -> int:
+    """Make running events pending again of which no delivery runs; return how many.
+
+    A person may have discarded the delivery, or SQL may have made the event so.
+    """
+    return _run(REOPEN_STRAYS, using=using)
 
 
 # Unhandled events: a worker puts back those that its registry matches
@@ -835,10 +898,15 @@ def savepoint(sql: str, *, using: str) -> None:
 # Wake: the two advisory locks of the migration's trigger, and LISTEN
 
 LISTEN = "listen spark_outbox"
+UNLISTEN = "unlisten spark_outbox"
 
-OUTBOX_OID = "select 'spark_outbox_event'::regclass::oid::integer"
+OUTBOX_OID = "select to_regclass('spark_outbox_event')::oid::integer"
 
-TAKE_S = "select pg_try_advisory_lock_shared(7531002, %s)"
+# Of the table as it is now: it may have been dropped and restored since the last time.
+TAKE_S = """
+select pg_try_advisory_lock_shared(7531002, this), this
+from (select 'spark_outbox_event'::regclass::oid::integer) as outbox (this)
+"""
 LET_GO_OF_S = "select pg_advisory_unlock_shared(7531002, {oid})"
 # Whether no transaction that has emitted is still open.
 PROBE_K = """
@@ -851,9 +919,32 @@ def listen(*, using: str) -> None:
     _run(LISTEN, using=using)
 
 
+def unlisten(*, using: str) -> None:
+    _run(UNLISTEN, using=using)
+
+
+def outbox_oid(*, using: str) -> int | None:
+    """Return the OID of the table that this connection takes for the outbox; None if there is none."""
+    oid: int | None = value(OUTBOX_OID, using=using)
+    return oid
+
+
+def take_s(*, using: str) -> tuple[bool, int]:
+    """Hold S, unless somebody has it for himself; return whether we do, and of which table."""
+    ((held, oid),) = _rows(TAKE_S, using=using)
+    return held, oid
+
+
 # A worker's session, or where that is a pooler's, its transactions; see session.py
 
-NAME_SESSION = "set application_name = 'spark_worker'"
+NAME_SESSION = "set application_name = '{name}'"
+
+# No statement of a session that only holds a lock takes long; but it is idle for as long as it takes.
+KEEP_SESSION = """
+select set_config('idle_session_timeout', '0', false), set_config('statement_timeout', '0', false)
+"""
+
+SEND_TIMEOUT = "select set_config('tcp_user_timeout', %s, false)"
 
 BOUND_SESSION = """
 select
@@ -871,12 +962,22 @@ select
 """
 
 
-def name_session(*, using: str) -> None:
+def name_session(name: str = "spark_worker", *, using: Using) -> None:
     """Tell people whose session it is. Poolers keep this apart for each of their clients."""
-    _run(NAME_SESSION, using=using)
+    _run(NAME_SESSION.format(name=name), using=using)
 
 
-def bound_session(bounds: Mapping[str, str], *, using: str) -> None:
+def keep_session(*, using: Using) -> None:
+    """Have the server end the session for no reason but that its client is gone."""
+    _rows(KEEP_SESSION, using=using)
+
+
+def limit_send(milliseconds: str, *, using: str) -> None:
+    """Have the server wait so long for a client that reads nothing; "0" for as long as it is alive."""
+    _rows(SEND_TIMEOUT, [milliseconds], using=using)
+
+
+def bound_session(bounds: Mapping[str, str], *, using: Using) -> None:
     """Have the server end the session if its client is silent; `bounds` are libpq's parameters."""
     _rows(BOUND_SESSION, bounds, using=using)
 

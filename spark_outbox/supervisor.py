@@ -100,7 +100,8 @@ class Supervisor:
 
     A child that exits with 0 is done: it is started again at once, or not at all if `finite`. One
     that exits with EX_CONFIG would do so again: then all are stopped. Any other end is a crash, and
-    `on_crash` gets the events and handlers that the child had in hand, if any, and the cause.
+    `on_crash` gets the events and handlers that the child had in hand, if any, and the cause. `on_kill`
+    gets those of a child that did not stop in time, and was killed for it.
     `on_ready` is called when a child is ready and all have been.
     """
 
@@ -114,6 +115,7 @@ class Supervisor:
         finite: bool,
         on_ready: Callable[[], None],
         on_crash: Callable[[list[tuple[int, int]], str], None],
+        on_kill: Callable[[list[tuple[int, int]]], None] = lambda _: None,
     ) -> None:
         self._work = work
         self._slots = [Slot(number) for number in range(processes)]
@@ -122,6 +124,7 @@ class Supervisor:
         self._finite = finite
         self._on_ready = on_ready
         self._on_crash = on_crash
+        self._on_kill = on_kill
         self._stopping = False
         self._deadline = float("inf")
         self._exit_code = 0
@@ -219,8 +222,10 @@ class Supervisor:
             return
         cause = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
         in_hand = slot.in_hand()
-        if self._stopping and code == -signal.SIGKILL:
-            return  # we did that
+        if self._stopping and code == -signal.SIGKILL:  # we did that
+            if in_hand:
+                self._on_kill(in_hand)
+            return
         slot.crashes = slot.crashes + 1 if now - slot.started < HEALTHY else 1
         first, longest = RESTART_PAUSES
         slot.start_at = now + min(longest, first * 2 ** min(slot.crashes - 1, 16))

@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Callable
 
-from django.db import DatabaseError, DataError, Error, connections, transaction
+from django.db import DatabaseError, DataError, Error, OperationalError, connections, transaction
 
 from spark_outbox import conf, session, settle, store
 from spark_outbox.calls import Alarm, Calls, InHand
@@ -113,13 +113,15 @@ class Worker:
         self._detached = Detached(
             using=using,
             direct=self._direct,
+            wake=self._wake,
             dispatcher=self._dispatcher,
             registry=registry,
             clock=clock,
         )
         self._clock = clock
         self._stopping = False
-        self._session: object = None  # the psycopg connection that is prepared
+        self._session: tuple[object, object] | None = None  # the prepared psycopg connections
+        self._was_ready = False  # in any session
         self._put_back_at = 0.0  # when to look at unhandled events again
         self._first = ""  # the query that a batch begins with
         self._defers = False  # to workers of another release, as it left to them the last due events
@@ -158,11 +160,12 @@ class Worker:
                     finished = self._stopping and not self._detached.calls
         finally:
             calls.close()
+            self._detached.close()
         logger.info("Stopped on database %s.", self.using, extra={"database": self.using})
 
     def _work(self, drain: bool, once: bool) -> bool:
         """Claim, dispatch and settle until it is time to stop; return True if the work is done."""
-        while not self._stopping and connections[self.using].connection is self._session:
+        while not self._stopping and self._raw() == self._session:
             self._detached.settle()
             handled = self.handle_batch(sweep=once)
             self._detached.take_over()
@@ -194,7 +197,7 @@ class Worker:
             while handled := self._handle_or_narrow() or self.handle_batch(sweep=True):
                 total += handled
         finally:
-            self._detached.resign()
+            self._detached.close()
         return total
 
     def open(self) -> int:
@@ -262,6 +265,7 @@ class Worker:
 
     def _sleep(self) -> None:
         """Wait until there may be something to do; see `wake` for the protocol."""
+        self._detached.resign()
         pause = self._wake.fall_asleep()
         if self.handle_batch(sweep=True):
             return
@@ -280,7 +284,7 @@ class Worker:
             if notified or timeout != self.poll_interval or self._detached.has_ended:
                 break
             outlook = store.outlook(groups=self.groups, using=self.using)
-            if outlook.ready or outlook.ordered:
+            if outlook.ready or outlook.ordered or not self._wake.guards(outlook.oid):
                 break
         self._wake.let_go_with_next()
         if notified:
@@ -290,9 +294,8 @@ class Worker:
 
     def _set_up_session(self) -> None:
         """Connect, prepare the session and LISTEN, unless this has been done on this connection."""
-        connection = connections[self.using]
-        connection.ensure_connection()
-        if connection.connection is self._session:
+        connections[self.using].ensure_connection()
+        if self._raw() == self._session:
             return
         silence = self._longest_silence()
         version = session.set_up(self.using, direct=self._direct, idle_in_transaction=silence)
@@ -307,15 +310,29 @@ class Worker:
                 store.check_groups(self.groups, using=self.using)
             except DataError as error:
                 raise SettingsError(f"--groups {self.groups!r}: {error}") from error
+        self._check_direct()
         self._wake.listen()
-        self._detached.reconnected()
-        self._session = connection.connection
+        if self._detached.calls:
+            self._detached.identify()
+        self._session = self._raw()
+        self._was_ready = True
         self._put_back_unhandled()
         logger.info("Ready on database %s.", self.using, extra={"database": self.using})
         if self._on_ready is not None:
             self._on_ready(version)
 
+    def _check_direct(self) -> None:
+        """Raise SettingsError if what LISTENs is another database than the worker's; OperationalError
+        if that has only now become so: in a failover the two may change at different times."""
+        try:
+            session.check_direct(self.using, self._direct)
+        except SettingsError as error:
+            if self._was_ready:
+                raise OperationalError(str(error)) from error
+            raise
+
     def _check_handlers(self) -> None:
+        session.check(self.using, self._direct)
         detached = [handler.name for handler in self._registry.handlers if not handler.atomic]
         if detached and self._direct is None:
             raise SettingsError(
@@ -323,6 +340,11 @@ class Worker:
                 'the alias of a direct connection in SPARK_OUTBOX["LISTEN_DATABASE"]; or "" if the '
                 "worker's own is none of a pooler."
             )
+
+    def _raw(self) -> tuple[object, object]:
+        """Return the psycopg connections that we work on, and that LISTENs."""
+        direct = None if self._direct is None else connections[self._direct].connection
+        return connections[self.using].connection, direct
 
     def _longest_silence(self) -> float | None:
         """Return the seconds that may pass between two statements of a transaction; None if nobody
@@ -387,8 +409,10 @@ class Worker:
         """Do between batches what Django does between requests."""
         for connection in connections.all(initialized_only=True):
             connection.queries_log.clear()
-            if connection.connection is not self._session and connection.alias != self._direct:
+            if connection.connection not in (self._session or ()):
                 connection.close_if_unusable_or_obsolete()
+            elif not connection.autocommit:
+                connection.close()  # a callback has left it so, and nothing would be committed
 
     def _is_bloated(self) -> bool:
         if self._max_rss is None:

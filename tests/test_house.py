@@ -194,13 +194,13 @@ def test_the_table_has_the_indexes_that_the_design_names_and_no_more():
     with connection.cursor() as cursor:
         cursor.execute("select indexname from pg_indexes where tablename = 'spark_outbox_event'")
         assert sorted(name for (name,) in cursor.fetchall()) == [
+            "spark_outbox_event_aside",
             "spark_outbox_event_done",
             "spark_outbox_event_due",
             "spark_outbox_event_key",
             "spark_outbox_event_order",
             "spark_outbox_event_pkey",
             "spark_outbox_event_ready",
-            "spark_outbox_event_unhandled",
         ]
 
 

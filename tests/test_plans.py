@@ -98,7 +98,7 @@ def test_settling_finds_its_rows_by_their_ids(full_table):
 
 def test_groups_that_nobody_handles_are_read_off_their_index_one_by_one(full_table):
     nodes, pages = explain(store.UNHANDLED_GROUPS.format(groups=""), {"groups": None})
-    assert set(indexes(nodes)) == {"spark_outbox_event_unhandled"}
+    assert set(indexes(nodes)) == {"spark_outbox_event_aside"}
     assert pages < 20  # and not for each of the 20,000 events
 
 

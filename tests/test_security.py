@@ -453,8 +453,7 @@ def test_no_search_path_makes_the_outbox_run_what_is_not_its_own(
                 victim.execute(trap)
         listener.execute("listen spark_outbox")
         if sleeping:
-            oid = listener.execute("select 'spark_outbox_event'::regclass::oid::integer").fetchone()
-            listener.execute(store.TAKE_S, oid)
+            listener.execute(store.TAKE_S)
         victim.execute("insert into public.spark_outbox_event (key, event_group) values ('1', 'g')")
         for key in ("2", None):
             assert victim.execute("select public.spark_emit('g', %s)", [key]).fetchone()[0]

@@ -113,7 +113,7 @@ def terminate(rig: Rig, condition: str, times: int) -> None:
 @fault
 def terminate_workers(rig: Rig) -> None:
     """pg_terminate_backend on workers' connections."""
-    terminate(rig, "application_name = 'spark_worker'", 8)
+    terminate(rig, "starts_with(application_name, 'spark_worker')", 8)
 
 
 @fault
@@ -156,7 +156,7 @@ def refuse(rig: Rig) -> None:
             for _ in range(CONNECTIONS):
                 stack.enter_context(psycopg.connect(rig.server.url()))
         for _ in range(10):
-            terminate(rig, "application_name = 'spark_worker'", 1)
+            terminate(rig, "starts_with(application_name, 'spark_worker')", 1)
             with contextlib.suppress(psycopg.OperationalError):
                 stack.enter_context(psycopg.connect(rig.server.url()))
 

@@ -91,6 +91,11 @@ def sockets(event: Event) -> None:
     Handled.objects.create(key=event.key, handler="sockets", note=json.dumps(found))
 
 
+@handler(r"^detached_sockets$", name="detached sockets", atomic=False)
+def detached_sockets(event: Event) -> None:
+    sockets(event)
+
+
 # All ways to come to grief, each with what the event calls its secret in the message, or in a row.
 
 

@@ -148,7 +148,9 @@ class Command(BaseCommand):
             finite=finite,
             on_ready=lambda: systemd.notify("READY=1"),
             on_crash=lambda in_hand, cause: self._book_crash(in_hand, cause, options),
+            on_kill=lambda in_hand: self._book_crash(in_hand, "", options),
         )
+        ended_by: list[int] = []
         stops = (signal.SIGTERM, signal.SIGINT)
 
         def stop(*_: object) -> None:
@@ -159,13 +161,17 @@ class Command(BaseCommand):
 
         def stop_at_once(number: int, _: object) -> None:
             supervisor.kill()  # what was not committed is handled again: nothing is lost
-            signal.signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)
+            ended_by.append(number)
+            for each in stops:  # one more does not even wait until that is booked
+                signal.signal(each, signal.SIG_DFL)
 
         signal.signal(signal.SIGCHLD, lambda *_: None)  # it wakes the supervisor, who looks
         for each in stops:
             signal.signal(each, stop)
-        return supervisor.run()
+        code = supervisor.run()
+        if ended_by:
+            os.kill(os.getpid(), ended_by[0])
+        return code
 
     def _child(self, slot: Slot, ready: Callable[[], None], options: dict[str, Any]) -> int:
         """Be one of the worker processes; return its exit code."""
@@ -219,7 +225,8 @@ class Command(BaseCommand):
         )
 
     def _book_crash(self, in_hand: list[tuple[int, int]], cause: str, options: dict[str, Any]) -> None:
-        """Count a crash, if the database is there and answers: nobody is looked after meanwhile."""
+        """Count a crash, if the database is there and answers: nobody is looked after meanwhile. Without
+        a cause, put back what was stopped."""
         using = options["database"]
         session.set_bounds(using)
         alarm = Alarm()
