@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
-from django.db import Error, connections
+from django.db import Error, InterfaceError, OperationalError, connections
 
 from spark_outbox.errors import NotSettled
 
@@ -53,7 +53,7 @@ def refusals(*, using: str) -> Iterator[None]:
     try:
         yield
     except (Error, NotSettled) as error:
-        if raw.closed or _state(error).startswith(OUTAGES):
+        if raw.closed or _is_outage(error):
             raise
         raise Refused(error) from error
 
@@ -95,6 +95,13 @@ class Suspects:
             for event_id in event_ids:
                 self._times.pop(event_id, None)
                 self._convicted.discard(event_id)
+
+
+def _is_outage(error: BaseException) -> bool:
+    state = _state(error)
+    if not state:  # it is no answer of the server's: another connection could not be made, say
+        return isinstance(error, OperationalError | InterfaceError)
+    return state.startswith(OUTAGES)
 
 
 def _state(error: BaseException) -> str:

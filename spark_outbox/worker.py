@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from typing import Any
 
 from django.db import DataError, Error, OperationalError, connections, transaction
 
@@ -264,7 +265,8 @@ class Worker:
                 raise refused.error from None
             return self._narrow(batch, refused, sweep)
         except Error:
-            self._suspect(batch, self._in_hand.in_hand())
+            if self._is_cut_off():
+                self._suspect(batch, self._in_hand.in_hand())
             self._abandon()
             raise
         except BaseException:
@@ -312,8 +314,13 @@ class Worker:
             return 1
         return self.handle_batch(sweep=sweep)
 
+    def _is_cut_off(self) -> bool:
+        """Return whether the connection is lost on which a daemon has been working."""
+        raw: Any = None if self._session is None else self._session[0]
+        return raw is not None and raw.closed
+
     def _suspect(self, batch: Batch, in_hand: list[tuple[int, int]]) -> None:
-        """After an outage: if it has always come with the same event, it is the event's fault.
+        """After a lost connection: if that has always come with the same event, it is the event's fault.
 
         From now on events are handled one by one, so that the next one has a single suspect.
         """
