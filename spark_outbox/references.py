@@ -178,6 +178,7 @@ _HARMLESS = frozenset(
     date_trunc dense_rank every first_value floor greatest json_agg json_build_object jsonb_agg
     jsonb_build_object jsonb_build_array lag last_value lead least left length lower ltrim max md5
     min mod now nullif position power random rank replace right round row_number rtrim
+    spark_outbox_check_keys spark_outbox_emit_many spark_outbox_is_same
     statement_timestamp string_agg strpos substring sum to_char trim unnest upper
     """.split()  # noqa: SIM905
 )
