@@ -142,7 +142,7 @@ class Claims:
         reached = batch.events[: outcomes.reached]
         if not reached:
             return
-        if not (batch.elsewhere or outcomes.passed or self._ids):
+        if self._ids is None and not (batch.elsewhere or outcomes.passed):
             self.floor = reached[-1].id + 1
             self._turns.had_theirs({READY})
             return

@@ -366,19 +366,28 @@ class Worker:
         were handled instead, as there was something to do."""
         self._detached.resign()
         pause = self._wake.fall_asleep()
-        self._claims.rest()
-        goes_on = True
-        while goes_on and not self._stopping:
-            if handled := self.handle_batch():
-                return handled
-            goes_on = self._claims.goes_on
+        reason = "round"
+        while reason == "round" and not self._stopping:
+            self._claims.rest()
+            goes_on = True
+            while goes_on and not self._stopping:
+                if handled := self.handle_batch():
+                    return handled
+                goes_on = self._claims.goes_on
+            reason = self._wait(pause)
+        self._wake.let_go_with_next()
+        if reason == "notification":
+            self._claims.hurry()
+        return 0
+
+    def _wait(self, pause: float) -> str:
+        """Wait, with nothing to do, until there may be something; return why."""
         outlook = store.outlook(groups=self.groups, using=self.using)
         self._claims.expect(outlook.due_in)
-        notified = False
         while not self._stopping:
             may_put_back = outlook.unhandled and self._clock() >= self._put_back_at
             if may_put_back and self._put_back_unhandled():
-                break
+                return "put back"
             look = next_look(
                 outlook,
                 poll_interval=self.poll_interval,
@@ -387,16 +396,16 @@ class Worker:
                 round_in=self._claims.round_in,
                 defers=self._defers,
             )
-            notified = self._wake.wait(look.seconds)
-            if notified or look.reason != "poll" or self._detached.has_ended:
-                break
+            if self._wake.wait(look.seconds):
+                return "notification"
+            if self._detached.has_ended:
+                return "ended"
+            if look.reason != "poll":
+                return look.reason
             outlook = store.outlook(groups=self.groups, using=self.using)
             if outlook.ready or outlook.ordered or not self._wake.guards(outlook.oid):
-                break
-        self._wake.let_go_with_next()
-        if notified:
-            self._claims.hurry()
-        return 0
+                return "poll"
+        return "stop"
 
     # The session
 

@@ -327,6 +327,30 @@ def test_a_key_that_a_person_sets_free_is_found_among_many_that_are_blocked(own_
 
 
 @pytest.mark.usefixtures("small_looks")
+def test_after_a_look_at_many_keys_that_are_blocked_a_worker_comes_to_rest(own_registry):
+    own_registry.add_handler(note, group="")
+    fill(60, key="blocked", status="failed", events=2)
+    clock, waits = Clock(), []
+
+    def wait(seconds):
+        waits.append(seconds)
+        if seconds == HOUR and waits.count(HOUR) == 1:
+            emit("g", "key", ordering_key="o")
+            return True
+        clock.now += seconds
+        if seconds == HOUR or len(waits) > 20:
+            worker.stop()
+        return False
+
+    worker = Worker(clock=clock, poll_interval=HOUR)
+    worker._wake.wait = wait
+    worker.run()
+    assert handled() == ["key"]
+    assert waits[-1] == HOUR
+    assert len(waits) <= 6  # it has looked at all of them once more, and then no more
+
+
+@pytest.mark.usefixtures("small_looks")
 def test_many_keys_whose_retries_are_due_at_once_are_all_handled(own_registry):
     own_registry.add_handler(lambda event: None, group="", name="h")
     fill(60, key="retried", delay=-1, events=3)
