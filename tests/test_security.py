@@ -362,7 +362,7 @@ def test_the_worker_takes_over_what_another_had_detached_and_puts_back_what_nobo
 def test_a_worker_whose_role_may_not_says_what_it_lacks(logins):
     emit("probe", "key")
     with WorkerProcess("-v", "2", url=logins.url("viewer")) as worker:
-        eventually(lambda: "permission denied for table spark_outbox_event" in worker.output)
+        eventually(lambda: "permission denied for table spark_outbox_session" in worker.output)
     assert status() == "pending"
 
 
@@ -388,6 +388,10 @@ def works(event_id):
     yield partial(store.postpone, [Postponed(event_id, "x", False)])
     yield partial(store.take_back, [Running(event_id, "h", 1)], to_settle=False)
     yield partial(store.owe_again, [event_id], "h", [(event_id, "other")])
+    yield partial(store.enlist, 1, "w")
+    yield partial(store.fallen_workers, 2)
+    yield partial(store.note_call, [1], event_id, "h")
+    yield partial(store.dismiss, [1])
     yield from emits()
 
 
@@ -658,10 +662,32 @@ def test_what_goes_wrong_after_the_commit_neither_hurts_the_caller_nor_tells_of_
         with connection.cursor() as cursor:
             cursor.execute("drop function refuse cascade")
     assert status(SECRET) == "pending"
-    assert caplog.messages[-1] == (
-        "Events of database default could not be handled after the commit (ProgrammingError P0001)."
+    assert (
+        "can't be settled, and not be marked as failed either (ProgrammingError P0001)"
+        in (caplog.messages[-1])
     )
     assert SECRET not in caplog.text
     assert not any(record.exc_info for record in caplog.records)
+    Worker().drain()
+    assert status(SECRET) == "done"
+
+
+def test_events_that_cannot_even_be_claimed_after_the_commit_are_left_to_the_next_call(
+    own_registry, settings, caplog, logins
+):
+    settings.SPARK_OUTBOX = {"DISPATCH": "on_commit"}
+    own_registry.add_handler(lambda event: None, group="", name="h")
+    with connection.cursor() as cursor:
+        try:
+            with transaction.atomic():
+                emit("g", SECRET)
+                cursor.execute(f"set role {logins.names['emitter']}")
+        finally:
+            cursor.execute("reset role")
+    assert status(SECRET) == "pending"
+    assert caplog.messages[-1].startswith(
+        "Events of database default could not be handled after the commit (ProgrammingError: permission"
+    )
+    assert SECRET not in caplog.text
     Worker().drain()
     assert status(SECRET) == "done"

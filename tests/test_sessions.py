@@ -270,14 +270,14 @@ def test_a_crash_that_was_taken_over_already_is_not_counted_twice(own_registry):
     own_registry.add_handler(note, group="", name="h", atomic=False)
     event = leave_running()
     settle.take_over(using="default")
-    settle.book([(event.id, 0)], WorkerDied("It died."), own_registry, using="default")
+    settle.book([(event.id, 0)], WorkerDied("It died of signal SIGSEGV."), own_registry, using="default")
     assert deliveries() == {"h": ("pending", 1)}
 
 
 def test_a_crash_is_not_counted_by_a_take_over_as_well(own_registry):
     own_registry.add_handler(note, group="", name="h", atomic=False)
     event = leave_running()
-    settle.book([(event.id, 0)], WorkerDied("It died."), own_registry, using="default")
+    settle.book([(event.id, 0)], WorkerDied("It died of signal SIGSEGV."), own_registry, using="default")
     settle.take_over(using="default")
     assert deliveries() == {"h": ("pending", 1)}
     assert "SIGSEGV" in Delivery.objects.get().error
