@@ -76,7 +76,7 @@ class Calls:
     """
 
     def __init__(
-        self, concurrency: int, *, must_end: bool, alarm: Alarm | None, in_hand: InHand | None
+        self, concurrency: int, *, must_end: bool, alarm: Alarm | None, in_hand: InHand
     ) -> None:
         self.concurrency = concurrency
         self.must_end = must_end
@@ -157,15 +157,13 @@ class Calls:
         """
         loop = self._loop()
         task = loop.create_task(self._go_on(coroutine))
-        if self._in_hand is not None:
-            running = self._running.values()
-            self._in_hand.take_in_hand(*[(call.event.id, call.handler.number) for call in running])
+        running = self._running.values()
+        self._in_hand.take_in_hand(*[(call.event.id, call.handler.number) for call in running])
         try:
             return self._run_until_complete(loop, task)
         finally:
             self._stands_since = loop.time()
-            if self._in_hand is not None:
-                self._in_hand.put_down()
+            self._in_hand.put_down()
 
     async def _go_on(self, coroutine: Coroutine[Any, Any, T]) -> T:
         """Put timeouts off by as long as the loop stood still. Runs before any of them can strike."""

@@ -82,7 +82,7 @@ class Dispatcher:
         commit_interval: float,
         clock: Callable[[], float],
         alarm: Alarm | None = None,
-        in_hand: InHand | None = None,
+        in_hand: InHand,
         on_error: Callable[[Event, Handler, BaseException], None] | None = None,
         experience: Experience | None = None,
     ) -> None:
@@ -179,8 +179,7 @@ class Dispatcher:
         """Run a detached handler in no transaction of ours; or only start it, if it is async."""
         handler, event = call.handler, call.event
         started = self._clock()
-        if self._in_hand is not None:
-            self._in_hand.take_in_hand((event.id, handler.number))
+        self._in_hand.take_in_hand((event.id, handler.number))
         try:
             if handler.is_async and self.calls is not None:
                 event.load()
@@ -194,8 +193,7 @@ class Dispatcher:
                 raise
             call.error = raised
         finally:
-            if self._in_hand is not None:
-                self._in_hand.put_down()
+            self._in_hand.put_down()
         call.seconds = self._clock() - started
         call.ended = True
 
@@ -265,8 +263,7 @@ class Dispatcher:
         self, event: Event, handler: Handler, read: Callable[[Event], None], isolation: Isolation
     ) -> BaseException | None:
         """Check an event's payload, or load it, before `handler` is called; return what it raised."""
-        if self._in_hand is not None:
-            self._in_hand.take_in_hand((event.id, handler.number))
+        self._in_hand.take_in_hand((event.id, handler.number))
         isolation.begin("", READ_LIMIT)
         try:
             self._call_in_time(read, event, READ_LIMIT)
@@ -301,8 +298,7 @@ class Dispatcher:
         isolation: Isolation,
     ) -> Attempt | None:
         """Call one handler with one event; return None if it succeeded."""
-        if self._in_hand is not None:
-            self._in_hand.take_in_hand((event.id, handler.number))
+        self._in_hand.take_in_hand((event.id, handler.number))
         event.start_over()
         error, seconds = self._call(handler, event if handler.batch is None else [event], isolation)
         if error is None and not self._breakers.any:
@@ -446,8 +442,7 @@ class Dispatcher:
         """Call a batch handler."""
         handler = waiting[0].call.handler
         events = [call.event for _, call in waiting]
-        if self._in_hand is not None:
-            self._in_hand.take_in_hand(*[(event.id, handler.number) for event in events])
+        self._in_hand.take_in_hand(*[(event.id, handler.number) for event in events])
         error, seconds = self._call(handler, events, isolation)
         whole = () if isinstance(error, BatchFailed) else events
         lost: dict[int, Outcomes] = {}

@@ -10,6 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from django.db import Error, InterfaceError, OperationalError, connections
 
@@ -17,6 +18,10 @@ from spark_outbox.errors import NotSettled
 
 OUTAGES = ("08", "53", "57P", "58")
 """SQLSTATE of outages: connections, resources such as disk space, shutdown, system errors."""
+
+UNDEFINED = ("42P01", "42703", "42883")
+"""SQLSTATE of tables, columns and functions that are not there: if our own statement names them, and no
+trigger, the outbox is just being migrated or restored."""
 
 PASSING = ("40", "55P03", "57014")
 """SQLSTATE of refusals that may pass: serialization and deadlock, lock_timeout, a cancelled query."""
@@ -91,17 +96,26 @@ class Suspects:
 
     def clear(self, event_ids: Iterable[int]) -> None:
         """These events went well."""
-        if self._times:
-            for event_id in event_ids:
-                self._times.pop(event_id, None)
-                self._convicted.discard(event_id)
+        for event_id in event_ids:
+            self._times.pop(event_id, None)
+            self._convicted.discard(event_id)
+
+    def __bool__(self) -> bool:
+        return bool(self._times)
 
 
 def _is_outage(error: BaseException) -> bool:
     state = _state(error)
     if not state:  # it is no answer of the server's: another connection could not be made, say
         return isinstance(error, OperationalError | InterfaceError)
+    if state in UNDEFINED:
+        return not _diagnostic(error).context
     return state.startswith(OUTAGES)
+
+
+def _diagnostic(error: BaseException) -> Any:
+    cause: Any = error.__cause__ or error
+    return cause.diag
 
 
 def _state(error: BaseException) -> str:

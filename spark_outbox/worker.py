@@ -239,10 +239,7 @@ class Worker:
                 if self._dispatcher.has_room:
                     self._claims.make_room()
                 batch = self._claims.next(references, sweep=sweep, first=first)
-                if not batch.events:
-                    return 0
-                if self._dispatcher.passes_all(batch):
-                    self._claims.pass_by(batch)
+                if not batch.events or self._waits_for_room(batch):
                     return 0
                 self._in_hand.watch(batch, closely=self._claims.careful)
                 self._wake.wake_up()
@@ -274,8 +271,21 @@ class Worker:
             raise
         finally:
             references.close()
+        self._learn(batch, outcomes)
+        return outcomes.count
+
+    def _waits_for_room(self, batch: Batch) -> bool:
+        """Return whether nothing of a batch can be handled until an async call ends."""
+        waits = self._dispatcher.passes_all(batch)
+        if waits:
+            self._claims.pass_by(batch)
+        return waits
+
+    def _learn(self, batch: Batch, outcomes: Outcomes) -> None:
+        """After the commit: note how it went, and begin what outlives the transaction."""
         self._ask()
-        self._suspects.clear(outcomes.event_ids)
+        if self._suspects:
+            self._suspects.clear(outcomes.event_ids)
         self._dispatcher.release()
         self._claims.learn(batch, outcomes)
         if batch.elsewhere:
@@ -283,7 +293,6 @@ class Worker:
         self._log(batch, outcomes)
         if outcomes.calls:
             self._detached.begin(outcomes.calls)
-        return outcomes.count
 
     # When that fails
 

@@ -51,6 +51,7 @@ REFUSALS = {
     "read only": raising("25006"),
     "denied": raising("42501"),
     "internal": raising("XX000"),
+    "undefined": "perform from nowhere;",
     "not applied": NOT_APPLIED,
 }
 
@@ -77,7 +78,7 @@ def test_whatever_postgresql_refuses_to_settle_fails_alone(own_registry, caplog,
         way()
     assert statuses() == {"1": "done", "bad": "failed", "2": "done"}
     assert sorted(handled()) == ["1", "2"]
-    expected = "did not apply" if reason == "not applied" else "not this one"
+    expected = {"not applied": "did not apply", "undefined": "nowhere"}.get(reason, "not this one")
     assert expected in OutboxEvent.objects.get(key="bad").last_error
     assert "can't be settled" in caplog.text
     assert "Database default failed" not in caplog.text
@@ -213,6 +214,26 @@ def test_a_refused_commit_closes_no_connection_and_costs_no_running_call(own_reg
     assert Delivery.objects.get(handler="async").attempts == 1
     assert "failed (" not in caplog.text.replace("failed for good", "")
     assert "Took over" not in caplog.text
+
+
+def test_a_table_that_is_not_there_for_a_moment_is_no_events_fault(own_registry, caplog):
+    """As while the outbox is migrated, or restored."""
+
+    def retry(event):
+        if event.attempt == 1:
+            if not caplog.text:
+                with connect() as other:
+                    other.execute("alter table spark_outbox_delivery rename to away")
+            raise OSError
+
+    handler("", name="h", backoff=0.01)(retry)
+    with worker_thread():
+        emit("g", "key")
+        eventually(lambda: "Database default failed" in caplog.text)
+        with connect() as other:
+            other.execute("alter table away rename to spark_outbox_delivery")
+        eventually(lambda: status("key") == "done")
+    assert deliveries() == {"h": ("done", 2)}
 
 
 # Which outbox
