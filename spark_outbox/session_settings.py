@@ -55,16 +55,17 @@ class SessionSettings:
         """Note the settings, before a statement that may change them."""
         if not kind & (wire.SETS | wire.PIPELINE):
             return
-        status = connections[self._using].connection.pgconn.transaction_status
+        pgconn = connections[self._using].connection.pgconn
+        may_ask = pgconn.transaction_status in _SOUND and not pgconn.pipeline_status
         mentioned = _OWN_NAME.findall(sql if params is None else f"{sql} {params!r}")
         names = [name for name in (*_HIDDEN, *mentioned) if name not in self._named]
-        if status in _SOUND and (names or not self._is_known):
+        if may_ask and (names or not self._is_known):
             _ = self.limits  # before they change, too
             shown, named = store.settings(names, using=self._using)
             self._named |= named
             if not self._is_known:
                 self._shown, self._is_known = shown, True
-        elif names:  # inside of a pipeline nobody can ask
+        elif names:  # as in a pipeline: they come back empty
             self._named |= dict.fromkeys(names)
         if kind & wire.SETS and self._is_known:
             self.changed = True

@@ -10,11 +10,12 @@ from django.utils import timezone, translation
 from psycopg import sql
 from psycopg.rows import dict_row
 
-from spark_outbox import emit, emit_many, handler, store, wire
-from spark_outbox.isolation import MAX_SUBTRANSACTIONS, Isolation
+from spark_outbox import Event, emit, emit_many, handler, store, wire
+from spark_outbox.isolation import MAX_SUBTRANSACTIONS
 from spark_outbox.models import Delivery, OutboxEvent
 from spark_outbox.outcomes import timed_out
 from spark_outbox.policy import Policy
+from spark_outbox.replay import Selection, rehearse
 from spark_outbox.worker import Worker
 from tests.challenges.models import Challenge, Handled
 from tests.tools import (
@@ -409,21 +410,23 @@ RENAME = "update challenges_challenge set title = 'new'"
         lambda raw: raw.execute(RENAME),
         lambda raw: raw.cursor().executemany(RENAME + " where id > %s", [[0], [1]]),
         lambda raw: psycopg.ClientCursor(raw).execute(RENAME.encode()),
-        lambda raw: raw.execute(f"do $$ begin execute replace('{RENAME}', 'new', 'new'); end $$"),
+        lambda raw: raw.execute(
+            "do $do$ begin execute format($q$update %I set title = 'new'$q$, "
+            "'challenges_' || 'challenge'); end $do$"
+        ),
     ],
     ids=["execute", "executemany", "bytes", "do"],
 )
 def test_after_a_raw_write_instances_are_fetched_again(own_registry, rename):
     titles = []
 
-    @handler("^g$", name="look")
     def look(event):
         titles.append(event["challenge"].title)
-        rename(connection.connection)
-        titles.append(event["challenge"].title)
 
-    challenge = make_challenge("old")
-    emit("g", "key", challenge=challenge)
+    own_registry.add_handler(look, group="^g$", name="before")
+    own_registry.add_handler(lambda _: rename(connection.connection), group="^g$", name="rename")
+    own_registry.add_handler(look, group="^g$", name="after")
+    emit("g", "key", challenge=make_challenge("old"))
     Worker().drain()
     assert titles == ["old", "new"]
 
@@ -431,14 +434,17 @@ def test_after_a_raw_write_instances_are_fetched_again(own_registry, rename):
 def test_after_a_rollback_to_a_savepoint_instances_are_fetched_again(own_registry):
     titles = []
 
-    @handler("^g$", name="look")
     def look(event):
-        with contextlib.suppress(RuntimeError), transaction.atomic():
-            Challenge.objects.update(title="new")
-            titles.append(event["challenge"].title)
-            raise RuntimeError
         titles.append(event["challenge"].title)
 
+    @handler("^g$", name="change")
+    def change(event):
+        with contextlib.suppress(RuntimeError), transaction.atomic():
+            Challenge.objects.update(title="new")
+            look(event)
+            raise RuntimeError
+
+    own_registry.add_handler(look, group="^g$", name="look")
     emit("g", "key", challenge=make_challenge("old"))
     Worker().drain()
     assert titles == ["new", "old"]
@@ -497,9 +503,7 @@ SETTINGS = {
     "local role": "set local role pg_monitor",
     "user": "set session authorization pg_monitor",
     "read only": "set transaction read only",
-    "default read only": (
-        "set default_transaction_read_only = on; set default_transaction_deferrable = on"
-    ),
+    "default read only": "set default_transaction_read_only = on; set lock_timeout = 1",
     "statement_timeout": "set statement_timeout = 1",
     "local statement_timeout": "set local statement_timeout = 1",
     "lock_timeout": "set lock_timeout = 1",
@@ -555,9 +559,9 @@ SETTERS = {
 
 
 def look_around():
-    return {name: show(name) for name in LOOK} | {
-        name: show(name) or "" for name in ("app.tenant", "app.other")
-    }
+    own = {name: show(name) or "" for name in ("app.tenant", "app.other")}
+    session = {"session": run("select pg_backend_pid()")}  # nobody had to connect again
+    return {name: show(name) for name in LOOK} | own | session
 
 
 @pytest.mark.parametrize("how", SETTERS)
@@ -852,6 +856,7 @@ def test_a_query_of_a_handler_ends_with_the_projects_statement_timeout(own_regis
         assert "statement timeout" in delivery.error
 
 
+@pytest.mark.django_db(transaction=True, databases=["default", "other"])
 def test_behind_a_pooler_the_limit_is_lifted_for_each_transaction_alone(
     own_registry, project_limit, settings, monkeypatch
 ):
@@ -919,28 +924,18 @@ def test_an_alarm_that_rings_as_a_payload_is_read_charges_no_other_event(
     def check(event):
         if event.key == "bad" and not rings:
             monkeypatch.setattr(store, "savepoint", ring)
-            with monkeypatch.context() as patch:
-                patch.setattr(Isolation, "_combine", False, raising=False)
-                connection.connection.execute("select 1")
-
-    from spark_outbox.events import Event
+            connection.connection.execute("select 1")
 
     for name in ("check", "load"):
         original = getattr(Event, name)
         monkeypatch.setattr(
             Event, name, lambda event, original=original: (check(event), original(event))[1]
         )
-    calls = []
 
-    async def handle_later(event):
-        calls.append(event.key)
+    async def note_later(event):
         await Handled.objects.acreate(key=event.key, handler="async")
 
-    def handle(event):
-        calls.append(event.key)
-        note(event)
-
-    function = handle_later if is_async else handle
+    function = note_later if is_async else note
     own_registry.add_handler(function, group="^g$", name="h", policy=Policy(backoff=3600))
     own_registry.add_handler(note, group="^plain$", name="plain")
     for key in KEYS:
@@ -956,8 +951,6 @@ def test_an_alarm_that_rings_as_a_payload_is_read_charges_no_other_event(
 
 
 def test_a_rehearsal_ends_with_the_handler_that_costs_it_its_connection(own_registry):
-    from spark_outbox.replay import Selection, rehearse
-
     for key in "123":
         emit("g", key)
     own_registry.add_handler(note, group="", name="old")
