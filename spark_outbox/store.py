@@ -1299,7 +1299,12 @@ def restore_settings(
     limits: Sequence[str],
     using: str,
 ) -> None:
-    """Restore what `settings` has returned, where it is different now, and `limits`."""
+    """Restore what `settings` has returned, where it is different now, and `limits`.
+
+    In a round trip of its own before that, the handler's `statement_timeout` is lifted: it may leave no
+    time for more.
+    """
+    _past_wrappers(LIMIT_SESSION.format(milliseconds=0), using)
     sql = RESTORE_SETTINGS.format(
         shown=quote(json.dumps(shown, ensure_ascii=False)),
         named=quote(json.dumps(named, ensure_ascii=False)),
