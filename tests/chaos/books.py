@@ -120,7 +120,7 @@ class Books:
         return counts
 
     def _collisions(self) -> int:
-        return sum(file.read_text().count("once") for file in self._files.glob("*.collided"))
+        return sum(len(file.read_text().splitlines()) for file in self._files.glob("*.collided"))
 
     def outside(self, handler: str) -> list[Done]:
         file = self._files / f"{handler}.effects"

@@ -393,6 +393,10 @@ group by run order by count(*) desc limit 1
 """
 
 
+def collisions(rig: Rig) -> int:
+    return sum(len(file.read_text().splitlines()) for file in rig.files.glob("*.collided"))
+
+
 @fault
 def lagging_sequence(rig: Rig) -> None:
     """The sequence of ids put back, as by a restore or a cut-over to a replica that lags."""
@@ -401,8 +405,9 @@ def lagging_sequence(rig: Rig) -> None:
     time.sleep(0.5)  # what is emitted from now on is of new ordering keys
     ((before, _),) = rig.server.query(LONGEST_RUN)
     sequence = "pg_get_serial_sequence('spark_outbox_event', 'id')"
+    noticed = collisions(rig)
     rig.server.query(f"select setval({sequence}, %s)", [before])
-    time.sleep(0.3)
+    eventually(lambda: collisions(rig) > noticed)
     with rig.server.superuser() as connection, connection.transaction():
         connection.execute("lock table spark_outbox_event in share row exclusive mode")
         connection.execute(f"select setval({sequence}, (select max(id) from spark_outbox_event))")
