@@ -187,7 +187,7 @@ class Dispatcher:
                 return
             limit = handler.policy.limit()
             with apart(self._using, limit):
-                self._call_in_time(_in_its_own_context(handler), event, limit)
+                self._call_in_time(handler.call, event, limit)
         except BaseException as raised:
             if type(raised) is KeyboardInterrupt and not self.daemon:
                 raise
@@ -352,7 +352,10 @@ class Dispatcher:
         started = self._clock()
         isolation.begin(handler.name, limit)
         try:
-            self._call_in_time(_in_its_own_context(handler), argument, limit)
+            if limit is None:
+                copy_context().run(handler.call, argument)
+            else:
+                self._call_in_time(handler.call, argument, limit)
             isolation.end()
         except BaseException as raised:  # noqa: BLE001, whatever it raises is its delivery's fate
             error = self._undo(handler, argument, raised, isolation)
@@ -387,13 +390,18 @@ class Dispatcher:
     def _call_in_time(
         self, function: Callable[[Any], object], argument: Event | list[Event], limit: float | None
     ) -> None:
-        """Call a function, and interrupt it when its time is up."""
+        """Call a function, and interrupt it when its time is up.
+
+        In a copy of the context, so that the language and the time zone that it activates, like all
+        that it puts into context variables, end with it.
+        """
+        context = copy_context()
         if self._alarm is None or limit is None:
-            function(argument)
+            context.run(function, argument)
             return
         try:
             self._alarm.start(limit)
-            function(argument)
+            context.run(function, argument)
         finally:
             self._alarm.stop()
 
@@ -458,10 +466,7 @@ class Dispatcher:
 
     def _call_concurrently(self, side: Calls, isolation: Isolation, outcomes: Outcomes) -> None:
         """Call async handlers, and wait for those that are about as fast as the others."""
-        for (
-            opened,
-            call,
-        ) in self._concurrent:  # now: a running loop can't wait for the worker's connection
+        for opened, call in self._concurrent:  # now: a running loop can't wait for our connection
             call.error = self._read(call.event, call.handler, Event.load, isolation)
             call.ended = call.error is not None
             if isolation.lost and (attempt := self.conclude(call)) is not None:
@@ -484,13 +489,6 @@ class Dispatcher:
                 outcomes.calls.append(call)
             elif (attempt := self.conclude(call)) is not None:
                 opened.attempts[name] = attempt
-
-
-def _in_its_own_context(handler: Handler) -> Callable[[Any], object]:
-    """Return what calls a handler so that the language and the time zone that it activates, like all
-    that it puts into context variables, end with the call."""
-    context = copy_context()
-    return lambda argument: context.run(handler.call, argument)
 
 
 def explain(raised: BaseException, lost: str) -> BaseException:
