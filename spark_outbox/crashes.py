@@ -6,8 +6,8 @@ lives, and holds an advisory lock on its number. One that stops by itself delete
 
 A row that nobody holds the lock of tells of an unclean end. The worker that finds it handles as many
 events one by one as the dead one can have claimed. It writes each call into its own row before it makes
-it, on a connection of its own. So it does for an event whose handler has died with its process before.
-If it dies as well, the next one finds the call, and counts the attempt. Otherwise none is written.
+it, on a connection of its own. If that is what a worker dies of twice in a row, the next one counts the
+attempt. From then on each such end counts at once. Otherwise no call is written.
 """
 
 import logging
@@ -25,6 +25,10 @@ from spark_outbox.registry import Registry
 
 logger = logging.getLogger(__name__)
 
+TIMES = 2
+"""How often in a row workers die of a call, after one of which nobody knows what it died of, until that
+counts as an attempt."""
+
 
 class Watched(InHand):
     """One worker's note of what is in hand, which is written down while `watch` says so.
@@ -41,7 +45,8 @@ class Watched(InHand):
         self._session = 0
         self._private = PrivateConnection(direct or using)
         self._fallen: list[int] = []
-        self._is_watching = False
+        self._times: dict[tuple[int | None, str], int] = {}
+        self._is_watching = self._has_killed = False
         self._has_noted = False
 
     # The worker's row
@@ -59,10 +64,11 @@ class Watched(InHand):
         store.enlist(self._session, name, using=self._using)
         with transaction.atomic(using=self._using):
             fallen = store.fallen_workers(self._session, using=self._using)
-            noted = [each.session for each in fallen if each.event_id is not None]
-            store.note_call(noted, None, "", using=self._using)
-        for each in fallen:
+            counted = [each for each in fallen if each.times >= TIMES]
+            store.forget_call([each.session for each in counted], using=self._using)
+        for each in counted:
             self._count(each)
+        self._times = {(each.event_id, each.handler): each.times for each in fallen}
         self._fallen = [each.session for each in fallen]
         return bool(fallen)
 
@@ -94,22 +100,25 @@ class Watched(InHand):
             store.dismiss(self._fallen, using=self._using)
             self._fallen = []
             self._private.close()
-        self._is_watching = bool(self._session) and (bool(self._fallen) or batch.has_killed)
+            self._times = {}
+        self._has_killed = batch.has_killed
+        self._is_watching = bool(self._session) and (bool(self._fallen) or self._has_killed)
 
     def clear(self) -> None:
         """In the transaction that settles the batch: nothing of it is in hand any more."""
         if self._has_noted:
             self._has_noted = False
-            store.note_call([self._session], None, "", using=self._using)
+            store.forget_call([self._session], using=self._using)
 
     def take_in_hand(self, *called: tuple[int, int]) -> None:
         self._inner.take_in_hand(*called)
         if self._is_watching and len(called) == 1:
             ((event_id, number),) = called
             name = self._registry.handlers[number].name
+            times = TIMES if self._has_killed else self._times.get((event_id, name), 0) + 1
             self._has_noted = True
             try:
-                self._private.run(store.note_call, [self._session], event_id, name)
+                self._private.run(store.note_call, [self._session], event_id, name, times)
             except Error as error:  # the call is not at fault, and is made all the same
                 self._private.close()
                 context = {"event_id": event_id, "error": describe(error)}

@@ -178,6 +178,8 @@ class WorkerSession(models.Model):
     event_id = models.BigIntegerField(null=True, blank=True)
     """Of the call that it makes, if it looks closely; else NULL, and no handler."""
     handler = models.TextField(db_default="", blank=True)
+    times = models.IntegerField(db_default=0)
+    """How often in a row a worker has made this call, and noted it."""
 
     class Meta:
         db_table = "spark_outbox_session"

@@ -1007,18 +1007,18 @@ UNLOCK_WORKER = "select pg_advisory_unlock(7531004, %s)"
 
 ENLIST = """
 insert into spark_outbox_session (session, name) values (%s, %s)
-on conflict (session) do update set event_id = null, handler = ''
+on conflict (session) do update set event_id = null, handler = '', times = 0
 """
 
 DISMISS = "delete from spark_outbox_session where session = any(%s)"
 
 FALLEN_WORKERS = """
-select session, event_id, handler from spark_outbox_session
+select session, event_id, handler, times from spark_outbox_session
 where session <> %s and pg_try_advisory_xact_lock(7531004, session)
 """
 
 NOTE_CALL = """
-update spark_outbox_session set event_id = %(event_id)s, handler = %(handler)s
+update spark_outbox_session set event_id = %(event_id)s, handler = %(handler)s, times = %(times)s
 where session = any(%(sessions)s)
 """
 
@@ -1029,6 +1029,7 @@ class FallenWorker(NamedTuple):
     session: int
     event_id: int | None
     handler: str
+    times: int
 
 
 def lock_worker(session: int, *, using: str) -> bool:
@@ -1055,10 +1056,17 @@ def fallen_workers(session: int, *, using: str) -> list[FallenWorker]:
     return list(map(FallenWorker._make, _rows(FALLEN_WORKERS, [session], using=using)))
 
 
-def note_call(sessions: list[int], event_id: int | None, handler: str, *, using: Using) -> None:
-    """Note which call workers are making; None and no handler for none."""
-    params = {"sessions": sessions, "event_id": event_id, "handler": handler}
+def note_call(
+    sessions: list[int], event_id: int | None, handler: str, times: int, *, using: Using
+) -> None:
+    """Note which call workers are making, and how often in a row."""
+    params = {"sessions": sessions, "event_id": event_id, "handler": handler, "times": times}
     _run(NOTE_CALL, params, using=using)
+
+
+def forget_call(sessions: list[int], *, using: Using) -> None:
+    """Note that workers are making no call."""
+    note_call(sessions, None, "", 0, using=using)
 
 
 # Unhandled events: a worker puts back those that its registry matches

@@ -390,7 +390,7 @@ def works(event_id):
     yield partial(store.owe_again, [event_id], "h", [(event_id, "other")])
     yield partial(store.enlist, 1, "w")
     yield partial(store.fallen_workers, 2)
-    yield partial(store.note_call, [1], event_id, "h")
+    yield partial(store.note_call, [1], event_id, "h", 1)
     yield partial(store.dismiss, [1])
     yield from emits()
 

@@ -16,6 +16,7 @@ class Migration(migrations.Migration):
                 ("started_at", models.DateTimeField(db_default=RawSQL("statement_timestamp()", ()))),
                 ("event_id", models.BigIntegerField(blank=True, null=True)),
                 ("handler", models.TextField(blank=True, db_default="")),
+                ("times", models.IntegerField(db_default=0)),
             ],
             options={"db_table": "spark_outbox_session", "required_db_vendor": "postgresql"},
         ),
