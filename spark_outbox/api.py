@@ -11,7 +11,9 @@ from typing import Any, overload
 
 from django.db.models import Model
 
+from spark_outbox.callables import has_name_of_its_own, path_of
 from spark_outbox.emit import AnyEvent, emit, emit_many
+from spark_outbox.errors import RegistrationError
 from spark_outbox.events import Event
 from spark_outbox.registry import HandlerFunction, SourceFunction, registry
 
@@ -63,9 +65,26 @@ def only_new_events(iterable: Iterable[AnyEvent]) -> Iterator[Event]:
             yield stored
 
 
-def register_group_handler(*, group: str, handler: HandlerFunction) -> None:
-    """Have `handler` called with each event whose group the regex `group` is found in."""
-    registry.add_handler(handler, group=group)
+def register_group_handler(*, group: str, handler: HandlerFunction, name: str | None = None) -> None:
+    """Have `handler` called with each event whose group the regex `group` is found in.
+
+    Retries are kept under its `name`. By default that is its dotted path. Others can have the same path
+    if it is a partial, an object, an object's method, or made by a function. Its pattern follows then,
+    and a number if it is not the first of that path and pattern: so register such in the same order.
+    """
+    registry.add_handler(handler, group=group, name=_name(group, handler) if name is None else name)
+
+
+def _name(group: str, handler: HandlerFunction) -> str:
+    """Return a name that a handler has in every process."""
+    path = path_of(handler)
+    alike = [each for each in registry.handlers if path_of(each.function) == path]
+    of_group = [each for each in alike if each.pattern.pattern == group]
+    if any(each.function == handler for each in of_group):
+        raise RegistrationError(f"{path} is registered for {group!r} already.")
+    if has_name_of_its_own(handler) and (of_group or all(each.name != path for each in alike)):
+        return path
+    return f"{path}:{group}" + (f"#{len(of_group) + 1}" if of_group else "")
 
 
 def register_model_event_source(*, sender: type[Model], source: SourceFunction) -> None:

@@ -1,7 +1,8 @@
 """The event loop on which a worker's async handlers run, side by side.
 
-The loop only turns while the worker waits in one of the methods of `Calls`: for the calls of a batch,
-or, with calls left over from earlier batches, when it would sleep.
+The loop only turns while the worker is in one of the methods of `Calls`: it waits for the calls of a
+batch, lets those left over from earlier ones make a step between two batches, or would sleep. The time
+for which the loop stands still is not counted towards a call's timeout.
 """
 
 import asyncio
@@ -17,6 +18,12 @@ from spark_outbox.errors import HandlerTimeout
 from spark_outbox.outcomes import Call, timed_out
 
 T = TypeVar("T")
+
+PATIENCE = 1.25
+"""A call that blocks the loop is interrupted after so many times its timeout."""
+
+STEPS = 10
+"""How often the loop turns between two batches."""
 
 
 class Alarm(Protocol):
@@ -38,6 +45,28 @@ class InHand(Protocol):
     def rest(self) -> None:
         """Note that we do not, until `put_down`."""
 
+    def in_hand(self) -> list[tuple[int, int]]:
+        """Return what was taken in hand and not put down."""
+
+
+class Hand:
+    """The same for a worker that no supervisor looks after: a note in its own memory."""
+
+    def __init__(self) -> None:
+        self._called: tuple[tuple[int, int], ...] = ()
+
+    def take_in_hand(self, *called: tuple[int, int]) -> None:
+        self._called = called
+
+    def put_down(self) -> None:
+        self._called = ()
+
+    def rest(self) -> None:
+        pass
+
+    def in_hand(self) -> list[tuple[int, int]]:
+        return list(self._called)
+
 
 class Calls:
     """The calls of async handlers that are under way, at most `concurrency` of them.
@@ -47,7 +76,7 @@ class Calls:
     """
 
     def __init__(
-        self, concurrency: int, *, must_end: bool, alarm: Alarm | None, in_hand: InHand | None
+        self, concurrency: int, *, must_end: bool, alarm: Alarm | None, in_hand: InHand
     ) -> None:
         self.concurrency = concurrency
         self.must_end = must_end
@@ -55,6 +84,8 @@ class Calls:
         self._alarm = alarm
         self._in_hand = in_hand
         self._running: dict[asyncio.Task[None], Call] = {}
+        self._timeouts: dict[asyncio.Task[None], asyncio.Timeout] = {}
+        self._stands_since: float | None = None  # by the loop's clock
         self._runner: asyncio.Runner | None = None
 
     def __len__(self) -> int:
@@ -68,9 +99,12 @@ class Calls:
         loop = self._loop()
         self._turn(sync_to_async(_tidy)())
         for call in calls:
-            task = loop.create_task(_run(call))
+            timeout = asyncio.Timeout(None)
+            task = loop.create_task(_run(call, timeout))
             task.add_done_callback(self._running.pop)
+            task.add_done_callback(self._timeouts.pop)
             self._running[task] = call
+            self._timeouts[task] = timeout
 
     def wait_for(self, calls: Iterable[Call], *, first: float | None, others: float | None) -> None:
         """Run the loop until `calls` have ended; but for no longer than `first` seconds until one of
@@ -92,6 +126,11 @@ class Calls:
             task.cancel()
         if tasks:
             self._turn(_wait(set(tasks), 1.0, 1.0))
+
+    def turn(self) -> None:
+        """Let what is under way make a few steps, without waiting for anything."""
+        if self._running:
+            self._turn(_take_steps())
 
     def poll(self, descriptors: Iterable[int], seconds: float) -> set[int]:
         """Run the loop until a call has ended, or a file descriptor can be read; return which can."""
@@ -117,22 +156,31 @@ class Calls:
         turn of the loop puts off, and that rings when none has for longer than any may take.
         """
         loop = self._loop()
-        task = loop.create_task(coroutine)
-        if self._in_hand is not None:
-            running = self._running.values()
-            self._in_hand.take_in_hand(*[(call.event.id, call.handler.number) for call in running])
+        task = loop.create_task(self._go_on(coroutine))
+        running = self._running.values()
+        self._in_hand.take_in_hand(*[(call.event.id, call.handler.number) for call in running])
         try:
             return self._run_until_complete(loop, task)
         finally:
-            if self._in_hand is not None:
-                self._in_hand.put_down()
+            self._stands_since = loop.time()
+            self._in_hand.put_down()
+
+    async def _go_on(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        """Put timeouts off by as long as the loop stood still. Runs before any of them can strike."""
+        now = asyncio.get_running_loop().time()
+        if self._stands_since is not None:
+            for task, timeout in self._timeouts.items():
+                when = timeout.when()
+                if when is not None and not (timeout.expired() or task.done()):
+                    timeout.reschedule(when + now - self._stands_since)
+        return await coroutine
 
     def _run_until_complete(self, loop: asyncio.AbstractEventLoop, task: asyncio.Task[T]) -> T:
         limits = [call.handler.policy.limit() for call in self._running.values()]
         longest = max((limit for limit in limits if limit is not None), default=None)
         if self._alarm is None or longest is None:
             return loop.run_until_complete(task)
-        patience = longest * 1.25
+        patience = longest * PATIENCE
         self._alarm.start(patience)
         watchdog = loop.create_task(_put_off(self._alarm, patience))
         try:
@@ -145,16 +193,23 @@ class Calls:
         return task.result()
 
 
-async def _run(call: Call) -> None:
+async def _run(call: Call, timeout: asyncio.Timeout) -> None:
     started = time.monotonic()
-    timeout = asyncio.timeout(call.handler.policy.limit())
+    limit = call.handler.policy.limit()
     try:
         async with timeout:
+            if limit is not None:
+                timeout.reschedule(asyncio.get_running_loop().time() + limit)
             await call.handler.function(call.event)  # type: ignore[misc]
     except BaseException as error:  # noqa: BLE001, whatever a handler raises is its delivery's fate
         call.error = timed_out(error) if timeout.expired() else error
     call.seconds = time.monotonic() - started
     call.ended = True
+
+
+async def _take_steps() -> None:
+    for _ in range(STEPS):
+        await asyncio.sleep(0)
 
 
 async def _wait(tasks: set[asyncio.Task[None]], first: float | None, others: float | None) -> None:

@@ -7,13 +7,14 @@ from django.core import checks
 from django.core.checks import CheckMessage, Error, Tags, register
 from django.db import connections, router
 
-from spark_outbox import conf, store
+from spark_outbox import conf, session, store
 from spark_outbox.errors import SettingsError
 
 
 def register_checks() -> None:
     register(check_settings)
     register(check_vendor)
+    register(check_autocommit)
     register(check_databases, Tags.database)
 
 
@@ -21,16 +22,33 @@ def check_settings(**_: Any) -> list[CheckMessage]:
     try:
         settings = conf.current()
     except SettingsError as error:
-        return [Error(str(error), id="spark_outbox.E001")]
-    alias = settings.LISTEN_DATABASE
-    if alias and alias not in connections:
-        return [
-            Error(
-                f"SPARK_OUTBOX['LISTEN_DATABASE'] is {alias!r}, which is not in DATABASES.",
-                id="spark_outbox.E002",
-            )
-        ]
-    return []
+        return [Error(problem, id="spark_outbox.E001") for problem in str(error).splitlines()]
+    return [
+        Error(
+            f"SPARK_OUTBOX['LISTEN_DATABASE'] names {alias!r}, which is not in DATABASES.",
+            id="spark_outbox.E002",
+        )
+        for alias in settings.listen_aliases
+        if alias not in connections
+    ]
+
+
+def check_autocommit(**_: Any) -> list[CheckMessage]:
+    from spark_outbox.models import OutboxEvent
+
+    try:
+        settings = conf.current()
+    except SettingsError:
+        return []
+    alias = router.db_for_write(OutboxEvent)
+    found: list[CheckMessage] = []
+    for each in dict.fromkeys([alias, *settings.listen_aliases]):
+        if each in connections:
+            try:
+                session.check(each, None)
+            except SettingsError as error:
+                found.append(Error(str(error), id="spark_outbox.E004"))
+    return found
 
 
 def check_vendor(**_: Any) -> list[CheckMessage]:
@@ -65,6 +83,15 @@ def check_databases(databases: Sequence[str] | None = None, **_: Any) -> list[Ch
                     f"does {actual!r}.",
                     hint="manage.py migrate puts the trigger right.",
                     id="spark_outbox.W001",
+                )
+            )
+        if store.ids_are_behind(using=alias):
+            found.append(
+                Error(
+                    f"The sequence of the outbox's ids in database {alias!r} is behind the table: "
+                    "events can't be emitted.",
+                    hint=f"As the owner of the table: {store.PUT_IDS_RIGHT}",
+                    id="spark_outbox.E007",
                 )
             )
     return found

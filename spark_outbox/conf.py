@@ -1,6 +1,7 @@
 """The SPARK_OUTBOX setting as one frozen dataclass. The only module that reads django.conf.settings."""
 
 import difflib
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from datetime import timedelta
 from functools import cache
@@ -55,9 +56,10 @@ class Settings:
     POLL_INTERVAL: float = 60.0
     """Seconds after which a sleeping worker looks for events that no notification told it of."""
 
-    LISTEN_DATABASE: str | None = ""
+    LISTEN_DATABASE: str | Mapping[str, str | None] | None = ""
     """Alias of a direct connection for LISTEN, for workers behind a transaction pooler.
-    The empty string means the worker's own; None means no LISTEN at all: it polls."""
+    The empty string means the worker's own; None means no LISTEN at all: it polls.
+    With several outboxes, a dict of these by the alias of the outbox; "" for those not in it."""
 
     def __post_init__(self) -> None:
         for name in ("BACKOFF", "MAX_BACKOFF", "COMMIT_INTERVAL", "POLL_INTERVAL"):
@@ -73,26 +75,48 @@ class Settings:
             _whole_number(name, getattr(self, name))
         if self.BREAK_AFTER is not None:
             _whole_number("BREAK_AFTER", self.BREAK_AFTER)
-        if not (self.LISTEN_DATABASE is None or isinstance(self.LISTEN_DATABASE, str)):
-            raise _error("LISTEN_DATABASE", self.LISTEN_DATABASE, "a database alias or None")
+        given = self.LISTEN_DATABASE
+        each = [*given, *given.values()] if isinstance(given, Mapping) else [given]
+        if not all(alias is None or isinstance(alias, str) for alias in each):
+            raise _error(
+                "LISTEN_DATABASE", given, "a database alias or None, or a dict of these by alias"
+            )
 
     def direct(self, using: str) -> str | None:
         """Return the alias of the connection to `using` that is no pooler's; None if all are."""
-        return None if self.LISTEN_DATABASE is None else self.LISTEN_DATABASE or using
+        given = self.LISTEN_DATABASE
+        if isinstance(given, Mapping):
+            given = given.get(using, "")
+        return None if given is None else given or using
+
+    @property
+    def listen_aliases(self) -> list[str]:
+        """The database aliases that LISTEN_DATABASE names."""
+        given = self.LISTEN_DATABASE
+        each = [*given, *given.values()] if isinstance(given, Mapping) else [given]
+        return [alias for alias in each if alias]
 
 
 @cache
 def current() -> Settings:
-    """Return the settings in force. Raises SettingsError on an unknown name or a bad value."""
+    """Return the settings in force. Raises SettingsError that names all that is wrong with them."""
     given: Any = getattr(django_settings, "SPARK_OUTBOX", {})
     if not isinstance(given, dict):
         raise SettingsError(f"SPARK_OUTBOX must be a dict, not {type(given).__name__}.")
     known = [field.name for field in fields(Settings)]
-    for name in given:
+    problems = []
+    for name, value in given.items():
         if name not in known:
             close = difflib.get_close_matches(str(name).upper(), known, n=1)
             hint = f"Did you mean {close[0]!r}?" if close else f"Known names: {', '.join(known)}."
-            raise SettingsError(f"SPARK_OUTBOX has no setting {name!r}. {hint}")
+            problems.append(f"SPARK_OUTBOX has no setting {name!r}. {hint}")
+            continue
+        try:
+            Settings(**{name: value})
+        except SettingsError as error:
+            problems.append(str(error))
+    if problems:
+        raise SettingsError("\n".join(problems))
     return Settings(**given)
 
 

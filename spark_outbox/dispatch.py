@@ -9,7 +9,7 @@ from contextvars import copy_context
 from typing import Any, NamedTuple
 
 from spark_outbox import conf
-from spark_outbox.breaker import Breakers
+from spark_outbox.breaker import Breakers, Turn
 from spark_outbox.calls import Alarm, Calls, InHand
 from spark_outbox.errors import BatchFailed, BrokenTransaction, Discard, HandlerTimeout, Retry
 from spark_outbox.events import Event
@@ -23,10 +23,12 @@ from spark_outbox.outcomes import (
     judge,
     next_attempt,
     postponed_by_breaker,
+    turn_of,
+    worn_out,
 )
 from spark_outbox.policy import HOPELESS
 from spark_outbox.registry import Handler, Matching
-from spark_outbox.store import Attempt
+from spark_outbox.store import Attempt, Earlier
 
 logger = logging.getLogger(__name__)
 
@@ -53,6 +55,16 @@ class Deferred(NamedTuple):
     call: Call
 
 
+class Experience:
+    """What is known of one database's handlers: circuits, and who is slow. Threads may share it."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self.settings = conf.current()
+        self.breakers = Breakers(self.settings.BREAK_AFTER, clock)
+        self.slow: dict[str, float] = {}
+        """By name, the recent seconds of handlers that outlast the commit interval."""
+
+
 class Dispatcher:
     """Calls handlers, and remembers which of them are slow.
 
@@ -70,9 +82,11 @@ class Dispatcher:
         commit_interval: float,
         clock: Callable[[], float],
         alarm: Alarm | None = None,
-        in_hand: InHand | None = None,
+        in_hand: InHand,
         on_error: Callable[[Event, Handler, BaseException], None] | None = None,
+        experience: Experience | None = None,
     ) -> None:
+        experience = experience or Experience(clock)
         self._handlers_for = handlers_for
         self._using = using
         self._commit_interval = commit_interval
@@ -83,8 +97,8 @@ class Dispatcher:
         self.calls: Calls | None = None
         self.daemon = False  # if so, nobody presses Ctrl-C: a KeyboardInterrupt is the handler's own
         self._failed_head = conf.current().FAILED_HEAD
-        self._breakers = Breakers(conf.current().BREAK_AFTER, clock)
-        self._slow: dict[str, float] = {}  # handler name -> recent seconds, if above the interval
+        self._breakers = experience.breakers
+        self._slow = experience.slow
         self._start_batch()
 
     def _start_batch(self) -> None:
@@ -95,41 +109,62 @@ class Dispatcher:
         self._concurrent: list[Deferred] = []
 
     def dispatch(self, batch: Batch, isolation: Isolation, stopping: Callable[[], bool]) -> Outcomes:
-        """Run the handlers of one event after the other, until the commit interval is over."""
+        """Run the handlers of one event after the other, until the commit interval is over.
+
+        The note of what is in hand stays, for the caller to read if this raises.
+        """
         self._start_batch()
         outcomes = Outcomes()
         deadline = self._clock() + self._commit_interval
-        blocked: set[str] = set()
-        try:
-            for event in batch.events:
-                if event.ordering_key in blocked:
-                    outcomes.reached += 1
-                    continue
-                handlers = self._handlers_for(event.group)
-                if (self._slow or not handlers.are_plain) and self._must_wait(handlers):
-                    outcomes.cut = True
-                    break
-                is_open = self._handle(event, handlers, batch, isolation, outcomes)
+        blocked = outcomes.blocked
+        for event in batch.events:
+            if event.ordering_key in blocked:
                 outcomes.reached += 1
-                if event.ordering_key is not None and (
-                    is_open or outcomes.holds_up(event, self._failed_head)
-                ):
+                continue
+            handlers = self._handlers_for(event.group)
+            if self._slow and self._must_wait(handlers):
+                outcomes.cut = True
+                break
+            if not handlers.are_plain and self._lacks_room(handlers):
+                outcomes.passed.add(event.id)
+                outcomes.reached += 1
+                if event.ordering_key is not None:
                     blocked.add(event.ordering_key)
-                if (
-                    self._contended
-                    or isolation.full
-                    or outcomes.calls
-                    or self._clock() >= deadline
-                    or stopping()
-                ):
-                    outcomes.cut = True
-                    break
-            if self._open:
-                self._call_deferred(isolation, outcomes)
-        finally:
-            if self._in_hand is not None:
-                self._in_hand.put_down()
+                continue
+            is_open = self._handle(event, handlers, batch, isolation, outcomes)
+            outcomes.reached += 1
+            if event.ordering_key is not None and (
+                is_open or outcomes.holds_up(event, self._failed_head)
+            ):
+                blocked.add(event.ordering_key)
+            if (
+                self._contended
+                or isolation.full
+                or outcomes.calls
+                or self._clock() >= deadline
+                or stopping()
+            ):
+                outcomes.cut = True
+                break
+        if self._open:
+            self._call_deferred(isolation, outcomes)
         return outcomes
+
+    @property
+    def has_room(self) -> bool:
+        """Another async handler can be called."""
+        return self.calls is None or self.calls.room > 0
+
+    def turn(self) -> None:
+        """Let async calls that are under way make a step."""
+        if self.calls:
+            self.calls.turn()
+
+    def passes_all(self, batch: Batch) -> bool:
+        """Return whether all that a batch holds has to wait for room."""
+        if self.has_room:
+            return False
+        return all(self._lacks_room(self._handlers_for(event.group)) for event in batch.events)
 
     def release(self) -> None:
         """After the commit: what is under way goes on by itself."""
@@ -144,8 +179,7 @@ class Dispatcher:
         """Run a detached handler in no transaction of ours; or only start it, if it is async."""
         handler, event = call.handler, call.event
         started = self._clock()
-        if self._in_hand is not None:
-            self._in_hand.take_in_hand((event.id, handler.number))
+        self._in_hand.take_in_hand((event.id, handler.number))
         try:
             if handler.is_async and self.calls is not None:
                 event.load()
@@ -159,21 +193,22 @@ class Dispatcher:
                 raise
             call.error = raised
         finally:
-            if self._in_hand is not None:
-                self._in_hand.put_down()
+            self._in_hand.put_down()
         call.seconds = self._clock() - started
         call.ended = True
 
     def conclude(self, call: Call) -> Attempt | None:
         """Say what comes of a call that has ended; None if it succeeded."""
-        return self._judge(call.handler, call.event, call.error, call.seconds)
+        return self._judge(call.handler, call.event, call.turn, call.error, call.seconds)
 
     # One event
 
     def _must_wait(self, handlers: Sequence[Handler]) -> bool:
         """Return whether these handlers can't be called in this transaction, but in another."""
-        if self._slow and self._called and any(handler.name in self._slow for handler in handlers):
-            return True
+        return self._called and any(handler.name in self._slow for handler in handlers)
+
+    def _lacks_room(self, handlers: Sequence[Handler]) -> bool:
+        """Return whether these handlers can only be called when another call has ended."""
         if self.calls is None or self.calls.room > len(self._concurrent):
             return False
         return any(handler.is_async for handler in handlers)
@@ -201,11 +236,11 @@ class Dispatcher:
             if earlier is not None:
                 event.attempt = next_attempt(handler, earlier)
             if unreadable is not None:
-                attempt = self._judge(handler, event, unreadable, 0.0)
-            elif self._breakers.any and (wait := self._breakers.remaining(handler.name)):
+                attempt = self._judge(handler, event, turn_of(handler, earlier), unreadable, 0.0)
+            elif self._breakers.any and (wait := self._pause(handler, event, earlier)):
                 attempt = postponed_by_breaker(handler, event, wait)
             elif handler.is_plain or self._is_called_alone(handler, event):
-                attempt = self._deliver(handler, event, isolation)
+                attempt = self._deliver(handler, event, earlier, isolation)
             else:
                 deferred.append(handler)
                 continue
@@ -228,8 +263,7 @@ class Dispatcher:
         self, event: Event, handler: Handler, read: Callable[[Event], None], isolation: Isolation
     ) -> BaseException | None:
         """Check an event's payload, or load it, before `handler` is called; return what it raised."""
-        if self._in_hand is not None:
-            self._in_hand.take_in_hand((event.id, handler.number))
+        self._in_hand.take_in_hand((event.id, handler.number))
         isolation.begin("", READ_LIMIT)
         try:
             self._call_in_time(read, event, READ_LIMIT)
@@ -241,6 +275,12 @@ class Dispatcher:
             return error
         return None
 
+    def _pause(self, handler: Handler, event: Event, earlier: dict[str, Earlier] | None) -> float:
+        """Return the seconds for which an open circuit keeps the event waiting, or 0."""
+        turn = turn_of(handler, earlier)
+        by_hand = event.available_at is None and turn != "new"
+        return self._breakers.remaining(handler.name, event.id, turn, by_hand=by_hand)
+
     def _is_called_alone(self, handler: Handler, event: Event) -> bool:
         """Return whether a handler of lists, or an async one, is called with this event at once.
 
@@ -250,22 +290,29 @@ class Dispatcher:
             return self.calls is None and handler.atomic
         return handler.batch is not None and event.attempt > 1
 
-    def _deliver(self, handler: Handler, event: Event, isolation: Isolation) -> Attempt | None:
+    def _deliver(
+        self,
+        handler: Handler,
+        event: Event,
+        earlier: dict[str, Earlier] | None,
+        isolation: Isolation,
+    ) -> Attempt | None:
         """Call one handler with one event; return None if it succeeded."""
-        if self._in_hand is not None:
-            self._in_hand.take_in_hand((event.id, handler.number))
+        self._in_hand.take_in_hand((event.id, handler.number))
         event.start_over()
         error, seconds = self._call(handler, event if handler.batch is None else [event], isolation)
         if error is None and not self._breakers.any:
             return None
-        return self._judge(handler, event, error, seconds)
+        return self._judge(handler, event, turn_of(handler, earlier), error, seconds)
 
     def _judge(
         self,
         handler: Handler,
         event: Event,
+        turn: Turn,
         error: BaseException | None,
         seconds: float,
+        *,
         whole: Sequence[Event] = (),
     ) -> Attempt | None:
         """Tell the handler's circuit, and whoever wants to know, what came of a call; return it.
@@ -283,11 +330,11 @@ class Dispatcher:
         if self._on_error is not None:
             self._on_error(event, handler, error)
         if not isinstance(error, (Retry, Discard, *HOPELESS)):
-            pause = self._breakers.failed(handler.name, (whole[0] if whole else event).id)
+            pause = self._breakers.failed(handler.name, (whole[0] if whole else event).id, turn)
             if pause:
                 context = {"handler": handler.name, "seconds": round(pause)}
                 logger.warning(
-                    "Circuit of %(handler)s is open: it is not called for %(seconds)s s.",
+                    "Circuit of %(handler)s is open: its events wait %(seconds)s s, new ones less.",
                     context,
                     extra=context,
                 )
@@ -363,7 +410,7 @@ class Dispatcher:
             recent = (self._slow.get(name, seconds) + seconds) / 2
             self._slow[name] = recent
             if recent < self._commit_interval:
-                del self._slow[name]
+                self._slow.pop(name, None)
 
     # Several events
 
@@ -373,9 +420,11 @@ class Dispatcher:
         """Note calls for the end of the batch, or for after its commit; but call a full list."""
         self._open.append(opened)
         for handler in handlers:
-            call = Call(handler, opened.event.copy())
+            call = Call(handler, opened.event.copy(), turn=turn_of(handler, opened.earlier))
             call.event.attempt = next_attempt(handler, opened.earlier)
-            if not handler.atomic and outcomes.calls:  # one at a time: another pass calls it
+            if handler.outlives and handler.policy.is_exhausted(call.event.attempt - 1):
+                opened.attempts[handler.name] = worn_out(handler, call.event)
+            elif not handler.atomic and outcomes.calls:  # one at a time: another pass calls it
                 opened.owed = [other for other in opened.owed if other is not handler]
             elif not handler.atomic:
                 opened.attempts[handler.name] = begun(call)
@@ -401,13 +450,12 @@ class Dispatcher:
         """Call a batch handler."""
         handler = waiting[0].call.handler
         events = [call.event for _, call in waiting]
-        if self._in_hand is not None:
-            self._in_hand.take_in_hand(*[(event.id, handler.number) for event in events])
+        self._in_hand.take_in_hand(*[(event.id, handler.number) for event in events])
         error, seconds = self._call(handler, events, isolation)
         whole = () if isinstance(error, BatchFailed) else events
         lost: dict[int, Outcomes] = {}
         for opened, call in waiting:
-            attempt = self._judge(handler, call.event, error, seconds, whole)
+            attempt = self._judge(handler, call.event, call.turn, error, seconds, whole=whole)
             if attempt is not None:
                 opened.attempts[handler.name] = attempt
                 lost[call.event.id] = Open(

@@ -8,13 +8,16 @@ SparkOutboxError
 │   ├── InvalidEvent      the group, the key or an option is not acceptable
 │   ├── UnstorableValue   a payload value can't be stored; names its path and the cure
 │   ├── NotInTransaction  REQUIRE_ATOMIC is set and there is no transaction
-│   └── DuplicateKey      the key exists, and on_duplicate says that it must not
+│   ├── DuplicateKey      the key exists, and on_duplicate says that it must not
+│   └── IdCollision       another event has the id: the sequence is behind the table
 └── HandlingError         raised inside a handler
     ├── Retry             a handler's own word: not now, try me again
     ├── Discard           a handler's own word: leave it, this event needs nothing from me
     ├── BatchFailed       a batch handler's own word: some of my events failed
     ├── UnreadablePayload the stored payload is not one that emit() writes
     ├── WorkerDied        the handler took its worker process with it; raised by nobody, but recorded
+    ├── ConnectionLost    the connection was lost again and again while the handler ran; recorded, too
+    ├── NotSettled        PostgreSQL let the outbox's own UPDATE pass, but did not apply it
     ├── InstanceGone      the row that the payload refers to was deleted since
     └── BrokenTransaction the handler left the transaction in a state that can't be committed
 
@@ -65,6 +68,10 @@ class NotInTransaction(EmitError, RuntimeError):
 
 class DuplicateKey(EmitError, ValueError):
     pass
+
+
+class IdCollision(EmitError, RuntimeError):
+    """Not an IntegrityError: code that expects one for its own duplicates must not swallow it."""
 
 
 class HandlingError(SparkOutboxError):
@@ -120,6 +127,14 @@ class UnreadablePayload(HandlingError, ValueError):
 
 
 class WorkerDied(HandlingError):
+    pass
+
+
+class ConnectionLost(HandlingError):
+    pass
+
+
+class NotSettled(HandlingError, RuntimeError):
     pass
 
 

@@ -168,10 +168,12 @@ class Event(Mapping[str, Any]):
             raise InvalidEvent(f"This is no event: {error}") from error
 
     def copy(self) -> "Event":
-        """Return the stored event for another handler: what that one makes of the payload is its own."""
+        """Return the stored event for another handler: what that one makes of its values is its own."""
         event = copy.copy(self)
         if isinstance(self._payload, LazyPayload):
             event._payload = self._payload.copy()
+        if isinstance(self.headers, LazyPayload):
+            event.headers = self.headers.copy()
         return event
 
     def check(self) -> None:
@@ -184,14 +186,17 @@ class Event(Mapping[str, Any]):
                 part.check()
 
     def load(self) -> None:
-        """Decode a stored event's payload now, and fetch what it refers to."""
-        if isinstance(self.payload, LazyPayload):
-            self.payload.load()
+        """Decode a stored event's payload and headers now, and fetch what they refer to."""
+        for part in (self.payload, self.headers):
+            if isinstance(part, LazyPayload):
+                part.load()
 
     def start_over(self) -> None:
-        """Forget what was read of a stored event's payload: the next handler reads it anew."""
+        """Forget what was read of a stored event: the next handler reads it anew."""
         if isinstance(self._payload, LazyPayload):
             self._payload.start_over()
+        if isinstance(self.headers, LazyPayload):
+            self.headers.start_over()
 
     def __getitem__(self, name: str) -> Any:
         if name == "group":

@@ -269,6 +269,8 @@ class Isolation:
         kind = wire.kind(text)
         if kind:
             self._examine(kind, text, params)
+        else:
+            self._references.forget(text)  # it may call a function that writes
         self._through_django = True
         try:
             if self._touched:
@@ -298,6 +300,8 @@ class Isolation:
             kind, text, params = wire.sent(generator, self._raw)
             if kind:
                 self._examine(kind, text, params)
+            elif text:
+                self._references.forget(text)
         self._touch()
 
     def _after(self) -> None:

@@ -71,6 +71,7 @@ class OutboxEvent(models.Model):
 
     class Meta:
         db_table = "spark_outbox_event"
+        required_db_vendor = "postgresql"  # `migrate` passes over other databases
         verbose_name = "event"
         constraints = [
             # Not unique=True: that adds a second index, for LIKE, which each emit would pay for.
@@ -90,18 +91,28 @@ class OutboxEvent(models.Model):
             ),
             models.Index(
                 name="spark_outbox_event_due",
-                fields=["available_at"],
-                condition=Q(status="pending", available_at__isnull=False),
+                fields=["available_at", "id"],
+                condition=Q(status="pending", available_at__isnull=False, ordering_key__isnull=True),
+            ),
+            models.Index(
+                name="spark_outbox_event_ordered",
+                fields=["id"],
+                condition=Q(status="pending", available_at__isnull=True, ordering_key__isnull=False),
+            ),
+            models.Index(
+                name="spark_outbox_event_ordered_due",
+                fields=["available_at", "id"],
+                condition=Q(status="pending", available_at__isnull=False, ordering_key__isnull=False),
             ),
             models.Index(
                 name="spark_outbox_event_order",
                 fields=["ordering_key", "id"],
                 condition=Q(ordering_key__isnull=False, status__in=["pending", "running", "failed"]),
             ),
-            models.Index(
-                name="spark_outbox_event_unhandled",
-                fields=["group"],
-                condition=Q(status="unhandled"),
+            models.Index(  # one for both, which are few: each index is paid for at each emit
+                name="spark_outbox_event_aside",
+                fields=["status", "group"],
+                condition=Q(status__in=["unhandled", "running"]),
             ),
             models.Index(
                 name="spark_outbox_event_done", fields=["finished_at"], condition=Q(status="done")
@@ -137,6 +148,7 @@ class Delivery(models.Model):
 
     class Meta:
         db_table = "spark_outbox_delivery"
+        required_db_vendor = "postgresql"
         verbose_name_plural = "deliveries"
         constraints = [
             models.UniqueConstraint(
@@ -154,3 +166,22 @@ class Delivery(models.Model):
 
     def __str__(self) -> str:
         return f"{self.handler} of event {self.event_id}"
+
+
+class WorkerSession(models.Model):
+    """A worker that lives, or one that did not stop by itself; see crashes.py."""
+
+    session = models.IntegerField(primary_key=True)
+    """The number of an advisory lock that the worker holds while it lives."""
+    name = models.TextField()
+    started_at = models.DateTimeField(db_default=NOW)
+    event_id = models.BigIntegerField(null=True, blank=True)
+    """Of the call that it makes, if it looks closely; else NULL, and no handler."""
+    handler = models.TextField(db_default="", blank=True)
+
+    class Meta:
+        db_table = "spark_outbox_session"
+        required_db_vendor = "postgresql"
+
+    def __str__(self) -> str:
+        return self.name

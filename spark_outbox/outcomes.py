@@ -7,7 +7,8 @@ import traceback
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
-from spark_outbox.errors import HandlerTimeout
+from spark_outbox.breaker import Turn
+from spark_outbox.errors import HandlerTimeout, WorkerDied
 from spark_outbox.events import Event
 from spark_outbox.policy import Verdict
 from spark_outbox.registry import Handler
@@ -28,8 +29,21 @@ class Batch:
 
     events: Sequence[Event]
     elsewhere: int = 0
-    """How many of them, the first, were not in the ready queue: they are due, or ordered."""
+    """How many of them were not in the ready queue: they are due, or ordered."""
     earlier: dict[int, dict[str, Earlier]] = field(default_factory=dict)
+
+    @property
+    def has_killed(self) -> bool:
+        """A handler of the first event has died with its worker before: the event is handled alone."""
+        return any(each.died for each in self.earlier.get(self.events[0].id, {}).values())
+
+    def with_killers_alone(self) -> "Batch":
+        """Return the events before one that has killed its worker; or that alone, if it is first."""
+        for place, event in enumerate(self.events):
+            if any(each.died for each in self.earlier.get(event.id, {}).values()):
+                events = self.events[: max(1, place)]
+                return Batch(events, min(self.elsewhere, len(events)), self.earlier)
+        return self
 
     def owed(self, event: Event, handlers: Sequence[Handler]) -> list[Handler]:
         """Return the handlers that an event tried before owes: those due, or all that are pending if
@@ -58,6 +72,7 @@ class Call:
     """Under which its delivery is `running`, if it is detached, or has outlived its batch."""
     attempt: Attempt | None = None
     """What came of it, to be written."""
+    turn: Turn = "new"
 
 
 @dataclass(slots=True)
@@ -104,6 +119,10 @@ class Outcomes:
     """Of the running events: to begin or to go on with after the commit."""
     reached: int = 0
     """How many events of the batch were looked at."""
+    passed: set[int] = field(default_factory=set)
+    """Of those, events that were left as they are: there is no room for calls of async handlers."""
+    blocked: set[str] = field(default_factory=set)
+    """Ordering keys of which later events had to wait."""
     cut: bool = False
     """The batch ended before its last event, or might as well have."""
 
@@ -120,6 +139,12 @@ class Outcomes:
     def count(self) -> int:
         settled = (self.done, self.unhandled, self.ended, self.postponed, self.running)
         return sum(len(each) for each in settled)
+
+    @property
+    def event_ids(self) -> list[int]:
+        """The events that it counts."""
+        others = (self.ended, self.postponed, self.running)
+        return [*self.done, *self.unhandled, *(each[0] for several in others for each in several)]
 
     @property
     def leaves_to_others(self) -> bool:
@@ -187,6 +212,13 @@ def next_attempt(handler: Handler, earlier: dict[str, Earlier]) -> int:
     return max(earlier[handler.name].attempts, 0) + 1 if handler.name in earlier else 1
 
 
+def turn_of(handler: Handler, earlier: dict[str, Earlier] | None) -> Turn:
+    before = earlier.get(handler.name) if earlier else None
+    if before is None:
+        return "new"
+    return "retry" if before.attempts > 0 else "untried"
+
+
 def succeeded(call: Call) -> Attempt:
     duration = dt.timedelta(seconds=call.seconds)
     return Attempt(call.event.id, call.handler.name, "done", duration=duration)
@@ -208,6 +240,19 @@ def postponed_by_breaker(handler: Handler, event: Event, wait: float) -> Attempt
         delay=dt.timedelta(seconds=spread),
         counts=False,
     )
+
+
+def worn_out(handler: Handler, event: Event) -> Attempt:
+    """Return what stands for a call that is not made: there have been all attempts that the handler has.
+
+    Those by workers that are gone were counted by others, who may not have the handler to judge them by.
+    """
+    error = WorkerDied(
+        "There have been all attempts, and the worker that made the last one is gone. To try again, set "
+        "the delivery's attempts to 0."
+    )
+    event.attempt -= 1  # there is none of this number
+    return judge(handler, event, error, 0.0)._replace(counts=False)
 
 
 def judge(handler: Handler, event: Event, error: BaseException, seconds: float) -> Attempt:

@@ -3,6 +3,7 @@
 What JSON can't say is an object with the one key "$":
 
     {"$": ["datetime", "2026-01-31T12:00:00+00:00"]}
+    {"$": ["datetime", "2026-01-31T12:00:00+01:00", 0, "Europe/Zurich"]}     with its fold and its zone
     {"$": ["model", "shop.order", 5, "default"]}      a reference; see References
 
 A dict of the user's that has a key "$", or a key that JSON would change (5 would come back as "5"),
@@ -21,13 +22,15 @@ import json
 import math
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import cache, partial
 from typing import Any
+from zoneinfo import ZoneInfo, available_timezones
 
 from django.db import models, router
 from django.utils.functional import Promise
 
 from spark_outbox.errors import InstanceGone, UnreadablePayload, UnstorableValue
-from spark_outbox.references import References, locate
+from spark_outbox.references import Fetched, References, locate
 
 TAG = "$"
 MAX_DEPTH = 100
@@ -158,19 +161,23 @@ def _time(value: dt.time, place: Place) -> Any:
 
 
 def _moment(tag: str, value: dt.datetime | dt.time) -> Any:
+    zone = getattr(value.tzinfo, "key", None) if isinstance(value.tzinfo, ZoneInfo) else None
+    if isinstance(zone, str) and is_plain_text(zone):
+        return {TAG: [tag, value.isoformat(), value.fold, zone]}
     return {TAG: [tag, value.isoformat(), *([1] if value.fold else [])]}
 
 
-def _base64(value: bytes) -> str:
-    return base64.b64encode(value).decode("ascii")
+def _base64(value: bytes | bytearray | memoryview) -> str:
+    return base64.b64encode(bytes(value)).decode("ascii")
 
 
 def _instance(value: models.Model, place: Place) -> Any:
-    if value.pk is None or value._state.adding:
+    key = value.pk
+    if key is None or (isinstance(key, tuple) and None in key) or value._state.adding:
         raise _refuse(place, f"is an unsaved {value._meta.label}", "Call its save() before emit()")
     # Where it is written is where it is current: with a read replica, the primary.
     alias = router.db_for_write(type(value), instance=value)
-    return {TAG: ["model", value._meta.label_lower, encode(value.pk, place), alias]}
+    return {TAG: ["model", value._meta.label_lower, encode(key, place), alias]}
 
 
 def _refuse(place: Place, what: str, cure: str) -> UnstorableValue:
@@ -273,7 +280,7 @@ class LazyPayload(Mapping[str, Any]):
         if name not in self._values:
             if name in self._gone:
                 raise self._gone[name]
-            self._values[name] = self._decode(self._parsed()[name], self._references.get)
+            self._values[name] = self._read(self._parsed()[name])
         return self._values[name]
 
     def __iter__(self) -> Iterator[str]:
@@ -293,7 +300,7 @@ class LazyPayload(Mapping[str, Any]):
         """Decode everything now. A value whose instance is gone still says so when it is asked for."""
         for name in self._parsed():
             try:
-                self._values[name] = self._decode(self._parsed()[name], self._references.get)
+                self._values[name] = self._read(self._parsed()[name])
             except InstanceGone as error:
                 self._gone[name] = error
 
@@ -315,14 +322,8 @@ class LazyPayload(Mapping[str, Any]):
         """
         if self._document is None and not isinstance(self._text, str):
             return
-        try:
-            found = list(_references_in(self._parsed()))
-        except (UnreadablePayload, RecursionError):
-            return
-        for name, pk, where in found:
-            if (name, where) == (label, alias):
-                with contextlib.suppress(UnreadablePayload):
-                    yield self._decode(pk, _refuse_reference)
+        with contextlib.suppress(UnreadablePayload):
+            yield from _keys_in(self._parsed(), label, alias)
 
     def _parsed(self) -> dict[str, Any]:
         if self._document is None:
@@ -336,6 +337,12 @@ class LazyPayload(Mapping[str, Any]):
                 raise UnreadablePayload(f"The {self._root} must be an object in JSON, and not {kind}.")
             self._document = document
         return self._document
+
+    def _read(self, value: Any) -> Any:
+        if not isinstance(value, dict | list):
+            return value
+        beside = Fetched(partial(_keys_in, value))
+        return self._decode(value, partial(self._references.get, beside=beside))
 
     def _decode(self, value: Any, resolve: Resolve) -> Any:
         try:
@@ -377,15 +384,35 @@ def _decode_tag(tag: Any, content: list[Any], resolve: Resolve) -> Any:
     if tag == "model":
         label, pk, alias = content
         return resolve(label, decode(pk, _refuse_reference), alias)
-    inner, *fold = content
-    if fold:
-        return _DECODERS[tag](inner).replace(fold=fold[0])
+    inner, *of_a_moment = content
+    if of_a_moment:
+        fold, *zone = of_a_moment
+        moment = _DECODERS[tag](inner).replace(fold=fold)
+        return _in_zone(moment, zone[0]) if zone else moment
     match tag:
         case "dict":
             return {decode(key, resolve): decode(item, resolve) for key, item in inner}
         case "tuple" | "set" | "frozenset":
             return _COLLECTIONS[tag](decode(item, resolve) for item in inner)
     return _DECODERS[tag](inner)
+
+
+@cache
+def zones() -> frozenset[str]:
+    """Return the names of the time zones that this machine knows: no other is looked for by its name."""
+    return frozenset(available_timezones())
+
+
+def _in_zone(moment: Any, zone: str) -> Any:
+    """Return the moment by the clocks of `zone`; as it is, if this machine does not know the zone."""
+    if zone not in zones():
+        return moment
+    local = moment.replace(tzinfo=ZoneInfo(zone))
+    if local.utcoffset() == moment.utcoffset():
+        return local
+    # The zone's rules have changed since: what counts is the moment.
+    is_aware = isinstance(moment, dt.datetime) and moment.tzinfo is not None
+    return moment.astimezone(local.tzinfo) if is_aware else moment
 
 
 def _refuse_reference(label: Any, _pk: Any, _alias: Any) -> Any:
@@ -425,6 +452,15 @@ _DECODERS: dict[str, Callable[[Any], Any]] = {
     "uuid": uuid.UUID,
     "bytes": lambda text: base64.b64decode(text, validate=True),
 }
+
+
+def _keys_in(value: Any, label: str, alias: str) -> Iterator[Any]:
+    """Yield the keys of the model `label` that `value` refers to, but for those that can't be read."""
+    with contextlib.suppress(RecursionError):
+        for name, pk, where in list(_references_in(value)):
+            if (name, where) == (label, alias):
+                with contextlib.suppress(UnreadablePayload):
+                    yield decode(pk, _refuse_reference)
 
 
 def _references_in(value: Any) -> Iterator[tuple[Any, Any, Any]]:

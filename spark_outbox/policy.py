@@ -77,12 +77,16 @@ class Policy:
             return False
         return isinstance(error, self.discard_for) or self._is_hopeless(error)
 
+    def is_exhausted(self, attempts: int) -> bool:
+        """Return whether there have been all of the attempts that a handler has."""
+        return attempts >= (self.max_attempts or conf.current().MAX_ATTEMPTS)
+
     def judge(self, error: BaseException, attempt: int) -> Verdict:
         """Decide after the failed `attempt` (1-based)."""
         settings = conf.current()
         if isinstance(error, (Discard, *self.discard_for)):
             return Verdict("discarded")
-        if attempt >= (self.max_attempts or settings.MAX_ATTEMPTS):
+        if self.is_exhausted(attempt):
             return Verdict("failed")
         if isinstance(error, Retry) and isinstance(error.after, dt.datetime):
             return Verdict("pending", at=error.after)

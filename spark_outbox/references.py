@@ -2,14 +2,18 @@
 
 import contextlib
 import copy
-from collections.abc import Iterable, Iterator
+import datetime as dt
+import re
+import uuid
+from collections.abc import Callable, Iterable, Iterator
 from decimal import Decimal
 from itertools import islice
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from django.apps import apps
 from django.core.exceptions import ValidationError
-from django.db import connections, models
+from django.core.validators import DecimalValidator
+from django.db import connection, connections, models
 
 from spark_outbox.errors import InstanceGone, UnreadablePayload
 
@@ -18,66 +22,125 @@ MOST_KEYS = 10_000
 
 Source = tuple[type[models.Model], str]
 
+KeysOf = Callable[[str, str], Iterator[Any]]
+"""Takes a model's label and an alias; yields the primary keys of the rows that a payload refers to, but
+for those that can't be read."""
+
+IMMUTABLE = frozenset(
+    {type(None), bool, int, float, str, bytes, Decimal, uuid.UUID}
+    | {dt.date, dt.datetime, dt.time, dt.timedelta}
+)
+
 
 class Carrier(Protocol):
     """An event, as far as this module is concerned."""
 
     @property
     def payload(self) -> Any:
-        """It can `keys_of(label, alias)`: yield the primary keys of a model that it refers to, but for
-        those that can't be read."""
+        """It has a `keys_of`, see KeysOf."""
 
 
 class References:
     """The model instances that a batch's payloads refer to: one query a model, at first access.
 
     Every access hands out a copy of its own, so that what one handler does to an instance stays
-    with it. After a statement that may have changed a model's table its instances are fetched anew,
-    each when it is asked for; see `forget`.
+    with it. Instances of the database `using`, the worker's, are kept for the batch. After a statement
+    that may have changed a model's table they are fetched again, each when it is asked for; see
+    `forget`. Nobody sees what changes other databases, so their instances are not kept.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, using: str | None = None) -> None:
+        self._using = using
         self._events: list[Carrier] = []
-        self._fetched: dict[Source, dict[Any, models.Model]] = {}
+        self._kept = Fetched(self._keys_of)
 
     def add(self, events: Iterable[Carrier]) -> None:
         self._events += events
 
     def close(self) -> None:
-        """End the batch: whoever kept an event fetches for it alone from now on."""
+        """End the batch: an event that somebody kept is fetched for alone from now on."""
+        self._using = None
         self._events.clear()
-        self._fetched.clear()
+        self._kept.forget()
 
-    def get(self, label: str, pk: Any, alias: str) -> models.Model:
-        """Return the row as it is now. Raises InstanceGone, or UnreadablePayload for no such model."""
+    def get(self, label: str, pk: Any, alias: str, *, beside: "Fetched") -> models.Model:
+        """Return the row as it is now. Raises InstanceGone, or UnreadablePayload for no such model.
+
+        What is not kept for the batch is left to `beside`, which lasts as long as the reading of one
+        value.
+        """
         source, pk = locate(label, pk, alias)
-        if source not in self._fetched:
-            others = islice(self._keys_of(source), MOST_KEYS)
-            self._fetched[source] = _fetch(source, {pk, *others})
-        found = self._fetched[source]
-        if pk not in found:
-            found |= _fetch(source, {pk})
-        if pk not in found:
-            raise InstanceGone(
-                f"{source[0]._meta.label} {pk!r} in database {alias!r} is gone: "
-                "it was deleted after the event was emitted."
-            )
-        return copy.copy(found[pk])
+        return (self._kept if source[1] == self._using else beside).get(source, pk)
 
     def forget(self, sql: str | None = None) -> None:
-        """Drop the instances whose tables `sql` names; all of them without it."""
-        for (model, _), found in self._fetched.items():
-            tables = (parent._meta.db_table for parent in (model, *model._meta.get_parent_list()))
-            if sql is None or any(table in sql for table in tables):
-                found.clear()
+        """Drop the instances that a statement on the worker's connection may have changed: those whose
+        tables it names, unless it only reads; or all, if it calls what may write anything.
 
-    def _keys_of(self, source: Source) -> Iterator[Any]:
-        model, alias = source
+        What a trigger or a foreign key's cascade changes in other tables goes unnoticed.
+        """
+        self._kept.forget(sql)
+
+    def _keys_of(self, label: str, alias: str) -> Iterator[Any]:
         for event in self._events:
-            for pk in event.payload.keys_of(model._meta.label_lower, alias):
-                # What is wrong with another event's key is for that event to say.
-                with contextlib.suppress(UnreadablePayload):
-                    yield _key(model, pk)
+            yield from event.payload.keys_of(label, alias)
+
+
+class Fetched:
+    """Rows, fetched together with those of the same model that `keys_of` yields."""
+
+    def __init__(self, keys_of: KeysOf) -> None:
+        self._keys_of = keys_of
+        self._rows: dict[Source, dict[Any, Row]] = {}
+
+    def get(self, source: Source, pk: Any) -> models.Model:
+        """Return a copy of the row. Raises InstanceGone."""
+        if source not in self._rows:
+            others = islice(self._others(source), MOST_KEYS)
+            self._rows[source] = _fetch(source, {pk, *others})
+        rows = self._rows[source]
+        if pk not in rows:
+            rows |= _fetch(source, {pk})
+        if pk not in rows:
+            model, alias = source
+            raise InstanceGone(
+                f"{model._meta.label} {pk!r} in database {alias!r} is gone: "
+                "it was deleted after the event was emitted."
+            )
+        instance, is_flat = rows[pk]
+        if is_flat:
+            return copy.copy(instance)
+        try:
+            return copy.deepcopy(instance)
+        except Exception:  # noqa: BLE001, what can't be copied is handed out once, and fetched again
+            return rows.pop(pk)[0]
+
+    def forget(self, sql: str | None = None) -> None:
+        """Drop what `sql` may have changed; everything without it."""
+        if not self._rows:
+            return
+        sql = "" if sql is None else sql.replace('"', "").lower()
+        changes_anything = not sql or _changes_anything(sql)
+        if not changes_anything and sql.lstrip().startswith("select"):
+            return
+        for (model, _), rows in self._rows.items():
+            tables = (parent._meta.db_table for parent in (model, *model._meta.get_parent_list()))
+            if changes_anything or any(_bare(table) in sql for table in tables):
+                rows.clear()
+
+    def _others(self, source: Source) -> Iterator[Any]:
+        model, alias = source
+        for pk in self._keys_of(model._meta.label_lower, alias):
+            # What is wrong with another key is for the event to say that has it.
+            with contextlib.suppress(UnreadablePayload):
+                yield _key(model, pk)
+
+
+class Row(NamedTuple):
+    """A fetched row, which nobody may change."""
+
+    instance: models.Model
+    is_flat: bool
+    """A shallow copy shares nothing with it that could be changed."""
 
 
 def locate(label: Any, pk: Any, alias: Any) -> tuple[Source, Any]:
@@ -89,9 +152,51 @@ def locate(label: Any, pk: Any, alias: Any) -> tuple[Source, Any]:
     return (model, _alias(alias)), _key(model, pk)
 
 
-def _fetch(source: Source, keys: Iterable[Any]) -> dict[Any, models.Model]:
+def _fetch(source: Source, keys: Iterable[Any]) -> dict[Any, Row]:
     model, alias = source
-    return {row.pk: row for row in model._base_manager.using(alias).filter(pk__in=keys)}
+    rows = model._base_manager.using(alias).filter(pk__in=list(keys))
+    return {row.pk: Row(row, _is_flat(row)) for row in rows}
+
+
+def _is_flat(row: models.Model) -> bool:
+    state: Any = row._state
+    return not state.fields_cache and all(
+        type(value) in IMMUTABLE for value in vars(row).values() if value is not state
+    )
+
+
+# What is followed by a parenthesis: the table of an INSERT, or a name, perhaps a function's.
+_CALLED = re.compile(r"\binto\s+[\w.]+\s*\(|\b(\w+)\s*\(")
+# Keywords, and functions that only compute.
+_HARMLESS = frozenset(
+    """
+    all and any array as between by case cast conflict distinct else end except exists extract
+    filter from group having in intersect is join lateral like ilike limit not offset on or over
+    partition row select set similar some then union using values when where within bit char
+    character decimal double interval numeric time timestamp timestamptz varchar abs array_agg avg
+    bool_and bool_or ceil ceiling char_length clock_timestamp coalesce concat count date_part
+    date_trunc dense_rank every first_value floor greatest json_agg json_build_object jsonb_agg
+    jsonb_build_object jsonb_build_array lag last_value lead least left length lower ltrim max md5
+    min mod now nullif position power random rank replace right round row_number rtrim
+    spark_outbox_check_keys spark_outbox_emit_many spark_outbox_is_same
+    statement_timestamp string_agg strpos substring sum to_char trim unnest upper
+    """.split()  # noqa: SIM905
+)
+_ANYTHING = ("rollback", "do", "execute")
+"""How a statement begins that changes what it does not name."""
+
+
+def _changes_anything(sql: str) -> bool:
+    """Return whether a statement may change tables that it does not name."""
+    sql = sql.strip("; \n\t")
+    if ";" in sql or sql.startswith(_ANYTHING):
+        return True
+    return any(match[1] and match[1] not in _HARMLESS for match in _CALLED.finditer(sql))
+
+
+def _bare(table: str) -> str:
+    """Return a table's name without its schema, in lower case."""
+    return table.replace('"', "").rpartition(".")[2].lower()
 
 
 def _model(label: Any) -> type[models.Model]:
@@ -123,12 +228,28 @@ def _key(model: type[models.Model], pk: Any) -> Any:
 
 
 def _clean(field: Any, value: Any) -> Any:
+    """Return the value of a column; raise if PostgreSQL could not compare it with those of rows.
+
+    A field's validators and choices are for forms: there may be rows that they would refuse.
+    """
     while field.remote_field:  # a key that is a foreign key: the field that it holds the value of
         field = field.target_field
     if isinstance(value, Decimal) and not isinstance(field, models.DecimalField):
         raise TypeError("It is a Decimal.")  # int(Decimal("1e999999999")) would not return
-    cleaned = field.clean(value, None)
+    cleaned = field.to_python(value)
     hash(cleaned)
     if cleaned is None or (isinstance(cleaned, str) and b"\0" in cleaned.encode()):
         raise ValueError("No row can have it.")
+    if isinstance(field, models.IntegerField):
+        least, most = connection.ops.integer_field_range(field.get_internal_type())
+        if not least <= cleaned <= most:
+            raise ValueError("It is out of range.")
+    elif isinstance(field, models.DecimalField):
+        DecimalValidator(field.max_digits, field.decimal_places)(cleaned)
+    elif isinstance(field, models.CharField):
+        if field.max_length is not None and len(cleaned) > field.max_length:
+            raise ValueError("It is too long.")
+    elif isinstance(field, models.GenericIPAddressField):
+        for validate in field.default_validators:
+            validate(cleaned)
     return cleaned

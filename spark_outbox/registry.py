@@ -1,6 +1,5 @@
 """Which handlers get an event, and which sources speak for a model. Filled at import; runs no SQL."""
 
-import inspect
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -9,6 +8,7 @@ from typing import Any, TypeVar
 from asgiref.sync import async_to_sync
 from django.db.models import Model
 
+from spark_outbox import callables
 from spark_outbox.backoff import Backoff, Seconds
 from spark_outbox.errors import RegistrationError
 from spark_outbox.events import MAX_LENGTH, Event
@@ -16,8 +16,10 @@ from spark_outbox.policy import Exceptions, Policy
 
 HandlerFunction = Callable[[Any], object]
 """Takes an Event, or a list of them; returns nothing of interest, or a coroutine."""
-SourceFunction = Callable[[Any], Iterable[Event | Mapping[str, Any]]]
+SourceFunction = Callable[[Any], Iterable[Event | Mapping[str, Any]] | None]
 F = TypeVar("F", bound=Callable[..., object])
+M = TypeVar("M", bound=Model)
+R = TypeVar("R", bound=Iterable[Event | Mapping[str, Any]] | None)
 
 _MATCHED_GROUPS = 1024  # groups come from the database: the cache must not grow with them
 
@@ -38,12 +40,15 @@ class Handler:
     is_async: bool = False
     is_plain: bool = field(init=False)
     """Called with one event, in the batch's transaction, before the next one's turn."""
+    outlives: bool = field(init=False)
+    """Its calls may outlive the batch's transaction: then other workers can take over its deliveries."""
     call: HandlerFunction = field(init=False)
     """Runs the function in this thread to its end, also if it is async."""
 
     def __post_init__(self) -> None:
         is_plain = self.atomic and not self.is_async and self.batch is None
         object.__setattr__(self, "is_plain", is_plain)
+        object.__setattr__(self, "outlives", self.is_async or not self.atomic)
         call: Any = self.function
         object.__setattr__(self, "call", async_to_sync(call) if self.is_async else call)
 
@@ -91,14 +96,12 @@ class Registry:
         """
         if not callable(function):
             raise RegistrationError(f"A handler must be callable; {function!r} is not.")
-        if inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function):
+        if callables.is_generator(function):
             raise RegistrationError(
                 f"{function!r} is a generator: calling it would not run it. Write a function without "
                 "yield."
             )
-        is_async = inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(
-            getattr(function, "__call__", None)  # noqa: B004, an object may have an async one
-        )
+        is_async = callables.is_async(function)
         if batch is not None and (type(batch) is not int or batch < 1):
             raise RegistrationError(f"batch is the most events of a list, 1 or more, not {batch!r}.")
         if batch is not None and (is_async or not atomic):
@@ -106,6 +109,8 @@ class Registry:
                 "A handler with batch=… shares the worker's transaction: it can be neither async nor "
                 "have atomic=False."
             )
+        _check_argument(function, "the event" if batch is None else "the list of events")
+        _check_annotation(function, batch)
         try:
             pattern = re.compile(group)
         except (re.error, TypeError) as error:
@@ -114,10 +119,13 @@ class Registry:
             ) from error
         if name is None:
             name = dotted_path(function)
-            if any(h.name == name and h.function is function for h in self.handlers):
+            if any(h.name == name and h.function == function for h in self.handlers):
                 name = f"{name}:{group}"
         if not isinstance(name, str) or not 0 < len(name) <= MAX_LENGTH:
-            raise RegistrationError(f"A handler's name has 1 to {MAX_LENGTH} characters: {name!r}.")
+            raise RegistrationError(
+                f"A handler's name has 1 to {MAX_LENGTH} characters: {name!r}. "
+                "Give it another with name=…"
+            )
         if any(handler.name == name for handler in self.handlers):
             raise RegistrationError(
                 f"There is a handler {name!r} already. Retries are kept under a handler's name: "
@@ -132,14 +140,19 @@ class Registry:
 
     def add_source(self, function: SourceFunction, *, model: type[Model]) -> None:
         """Register `function` for saved instances of `model`, and for the sweep over all of them."""
-        if not (isinstance(model, type) and issubclass(model, Model)):
+        if not _is_model(model):
             raise RegistrationError(f"A source needs a model class, not {model!r}.")
         if not callable(function):
             raise RegistrationError(f"A source must be callable; {function!r} is not.")
+        if callables.is_async(function):
+            raise RegistrationError(
+                f"{function!r} is async, but a source is called by save(). Write a plain function."
+            )
+        _check_argument(function, "the instance")
         sources = self.sources.setdefault(model, [])
         if function in sources:
             raise RegistrationError(
-                f"{dotted_path(function)} is a source of {model._meta.label} already."
+                f"{callables.path_of(function)} is a source of {model._meta.label} already."
             )
         sources.append(function)
 
@@ -205,18 +218,45 @@ def handler(
     return register
 
 
-def source(model: type[Model]) -> Callable[[F], F]:
+def source(model: type[M]) -> Callable[[Callable[[M], R]], Callable[[M], R]]:
     """Decorate a generator function that yields the events of one instance of `model`.
 
-    It runs after every save, in the saver's transaction, and in `manage.py process_spark_sources`.
-    It may yield the same keys each time: each is handled once.
+    It runs after every save, in the saver's transaction, and in `manage.py process_spark_sources`;
+    for the instances of subclasses as well. It may yield the same keys each time: each is handled once.
     """
+    if not _is_model(model):
+        raise RegistrationError(f"Write @source(Model): it needs a model class, not {model!r}.")
 
-    def register(function: F) -> F:
-        registry.add_source(function, model=model)  # type: ignore[arg-type]
+    def register(function: Callable[[M], R]) -> Callable[[M], R]:
+        registry.add_source(function, model=model)
         return function
 
     return register
+
+
+def _is_model(model: object) -> bool:
+    """Return whether `model` is a model class, abstract or not; and not the base of them all."""
+    return isinstance(model, type) and issubclass(model, Model) and hasattr(model, "_meta")
+
+
+def _check_annotation(function: Callable[..., object], batch: int | None) -> None:
+    is_for_lists = callables.is_for_lists(function)
+    path = callables.path_of(function)
+    if batch is None and is_for_lists:
+        raise RegistrationError(
+            f"{path} is annotated for a list of events, but is called with one at a time. Give batch=…, "
+            "the most events of a list; or annotate it for an Event."
+        )
+    if batch is not None and is_for_lists is False:
+        raise RegistrationError(
+            f"{path} is annotated for one event, but with batch=… it takes a list. Annotate it for a "
+            "list[Event], or drop batch=…"
+        )
+
+
+def _check_argument(function: Callable[..., object], what: str) -> None:
+    if misfit := callables.misfit(function):
+        raise RegistrationError(f"{function!r} is called with one argument, {what}: {misfit}.")
 
 
 def dotted_path(function: Callable[..., object]) -> str:

@@ -19,6 +19,15 @@ from spark_outbox.registry import Handler, Registry
 
 CHUNK_SIZE = 1000
 
+NOT_DONE = {
+    "pending": "it is pending: its handlers are still to be called.",
+    "running": "it is running: a handler is at work on it.",
+    "failed": "it has failed, and is not done. To try it again, make it pending.",
+    "unhandled": "no handler has matched it, so it is not done. A worker that has one will handle it.",
+    "discarded": "it was discarded, and is not done. To have it handled, make it pending.",
+}
+"""Why an event in such a status is not replayed."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Selection:
@@ -38,6 +47,28 @@ class Selection:
         ):
             last = page[-1][0]
             yield [event_id for event_id, group in page if self.matches(group)]
+
+    def left_out(self, *, using: str) -> dict[str, str]:
+        """Return those of the `keys` that are not selected, and for each the reason."""
+        found = store.states_of_keys(list(self.keys), using=using) if self.keys else {}
+        reasons = {}
+        for key in self.keys:
+            if key not in found:
+                reasons[key] = "there is no such event."
+                continue
+            group, status, created_at = found[key]
+            if not self.matches(group):
+                reasons[key] = f"its group {group!r} is not one of {self.groups()}."
+            elif status != "done":
+                reasons[key] = NOT_DONE[status]
+            elif self.since is not None and created_at < self.since:
+                reasons[key] = f"it was emitted at {created_at.isoformat(timespec='seconds')}."
+        return reasons
+
+    def groups(self) -> str:
+        """Return how a person may read the conditions on groups."""
+        handled = f"the handler's, {self.handler.pattern.pattern!r}"
+        return f"{handled}, and --group {self.group!r}" if self.group else handled
 
     def matches(self, group: str) -> bool:
         return bool(self.handler.pattern.search(group) and re.search(self.group, group))
@@ -90,7 +121,7 @@ def rehearse(selection: Selection, *, using: str, limit: int) -> Rehearsal:
             outermost._from_testcase = True
         before = Counter(store.rows_written(using=using))
         for ids in selection.ids(using=using):
-            references = References()
+            references = References(using)
             rows = store.events_by_id(ids[: limit - done.events], using=using)
             events = Event.from_rows(rows, references)
             with (

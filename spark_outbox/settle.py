@@ -2,30 +2,39 @@
 
 import logging
 import os
-import random
 import socket
 import time
 from collections.abc import Container, Sequence
+from functools import partial
 
 from django.db import transaction
 
 from spark_outbox import store
-from spark_outbox.errors import WorkerDied
+from spark_outbox.dispatch import of_a_list
+from spark_outbox.errors import NotSettled, describe
 from spark_outbox.events import Event
 from spark_outbox.outcomes import Call, Open, Outcomes, as_text, judge, next_attempt
 from spark_outbox.references import References
+from spark_outbox.refusals import Refused, persevere, refusals
 from spark_outbox.registry import Registry
 from spark_outbox.store import Ended, Running
 
 logger = logging.getLogger(__name__)
+
+GONE = "spark_outbox.errors.WorkerDied: The worker that ran this handler is gone."
+"""The error of a delivery that another worker has taken over."""
 
 CRASH_PATIENCE = 5.0
 """Seconds to wait until the rows of a process that died are free."""
 
 
 def write(outcomes: Outcomes, *, session: int = 0, using: str) -> None:
-    """Write what became of claimed events; a lost claim is told, and overwrites nothing."""
-    applied = 0
+    """Write what became of claimed events. A lost claim is logged, and overwrites nothing.
+
+    Raises NotSettled if an event is still as it was claimed, though PostgreSQL raised no error: then
+    nothing may be committed, or the event would be handled again, and again.
+    """
+    applied = postponed = 0
     if outcomes.done:
         applied += store.finish(outcomes.done, "done", using=using)
     if outcomes.unhandled:
@@ -36,32 +45,112 @@ def write(outcomes: Outcomes, *, session: int = 0, using: str) -> None:
     if outcomes.running:
         applied += store.run(outcomes.running, using=using)
     if outcomes.postponed:
-        applied += store.postpone(outcomes.postponed, using=using)
+        postponed = store.postpone(outcomes.postponed, using=using)
+        applied += postponed
     if outcomes.ended:
         applied += store.end(outcomes.ended, using=using)
     if outcomes.retried:
         store.discard_deliveries(outcomes.retried, using=using)
     if applied != outcomes.count:
+        if store.count_pending(outcomes.event_ids, using=using) > postponed:
+            raise NotSettled(
+                "The outbox's own UPDATE did not apply to this event. Look for a trigger or a row-level "
+                "security policy on spark_outbox_event that keeps it from being changed."
+            )
         tell_lost(outcomes.count - applied)
 
 
-def write_alone(alone: dict[int, Outcomes], *, using: str) -> None:
-    """Write what became of events whose batch was rolled back; unless others have them by now."""
-    for event_id, outcomes in alone.items():
-        with transaction.atomic(using=using):
-            if store.claim_one(event_id, using=using):
-                write(outcomes, using=using)
+def write_alone(alone: dict[int, Outcomes], *, using: str) -> list[int]:
+    """Write what became of events whose batch was rolled back, each in a transaction of its own; unless
+    others have them by now. Return those that can't even be marked as failed."""
+    return [event_id for event_id in alone if not _write_one(event_id, alone[event_id], using)]
 
 
-def write_unsettled(event_id: int, error: BaseException, *, using: str) -> None:
-    """Let an event fail of which nothing else can be written: else it would be handled for ever."""
-    logger.error("Event %(event_id)s failed for good: it can't be settled.", {"event_id": event_id})
-    failed = Outcomes(ended=[Ended(event_id, "failed", as_text(error))])
-    write_alone({event_id: failed}, using=using)
+def _write_one(event_id: int, outcomes: Outcomes, using: str) -> bool:
+    try:
+        persevere(partial(_claim_and_write, event_id, outcomes, using), using=using)
+    except Refused as refused:
+        return write_unsettled(event_id, refused.error, using=using)
+    return True
+
+
+def _claim_and_write(event_id: int, outcomes: Outcomes, using: str) -> None:
+    with transaction.atomic(using=using):
+        if store.claim_one(event_id, using=using):
+            write(outcomes, using=using)
+
+
+def write_unsettled(event_id: int, error: BaseException, *, using: str) -> bool:
+    """Let an event fail of which nothing else can be written: else it would be handled for ever.
+
+    Return whether that is settled. If PostgreSQL refuses even that, nobody can settle the event.
+    """
+    unsettled = _unsettled(event_id, error)
+    try:
+        persevere(partial(_claim_and_write, event_id, unsettled, using), using=using)
+    except Refused as refused:
+        context = {"event_id": event_id, "error": describe(refused.error)}
+        logger.error(
+            "Event %(event_id)s can't be settled, and not be marked as failed either (%(error)s). "
+            "This worker passes it over until it is restarted.",
+            context,
+            extra=context,
+        )
+        return False
+    _log_unsettled(event_id, error)
+    return True
 
 
 def write_calls(calls: Sequence[Call], registry: Registry, *, using: str) -> None:
-    """Write what became of detached calls: of those that still are ours."""
+    """Write what became of detached calls: of those that still are ours.
+
+    If PostgreSQL refuses, of each by itself; an event that it refuses alone fails.
+    """
+    try:
+        persevere(partial(_write_calls, calls, registry, using), using=using)
+    except Refused as refused:
+        if len(calls) == 1:
+            _write_unsettled_call(calls[0], refused.error, using=using)
+        else:
+            for call in calls:
+                write_calls([call], registry, using=using)
+
+
+def _write_unsettled_call(call: Call, error: BaseException, *, using: str) -> None:
+    event_id = call.event.id
+
+    def take_back_and_write() -> None:
+        with transaction.atomic(using=using):
+            running = [Running(event_id, call.handler.name, call.session)]
+            if store.take_back(running, to_settle=True, using=using):
+                write(_unsettled(event_id, error), using=using)
+
+    try:
+        persevere(take_back_and_write, using=using)
+    except Refused as refused:
+        context = {"event_id": event_id, "error": describe(refused.error)}
+        logger.error(
+            "Event %(event_id)s can't be settled, and not be marked as failed either (%(error)s). "
+            "It stays running.",
+            context,
+            extra=context,
+        )
+    else:
+        _log_unsettled(event_id, error)
+
+
+def _unsettled(event_id: int, error: BaseException) -> Outcomes:
+    return Outcomes(ended=[Ended(event_id, "failed", as_text(error))])
+
+
+def _log_unsettled(event_id: int, error: BaseException) -> None:
+    context = {"event_id": event_id, "error": describe(error)}
+    logger.error(
+        "Event %(event_id)s failed for good: it can't be settled (%(error)s).", context, extra=context
+    )
+
+
+def _write_calls(calls: Sequence[Call], registry: Registry, using: str) -> None:
     with transaction.atomic(using=using):
         running = [Running(call.event.id, call.handler.name, call.session) for call in calls]
         taken = store.take_back(running, to_settle=True, using=using)
@@ -82,66 +171,111 @@ def write_calls(calls: Sequence[Call], registry: Registry, *, using: str) -> Non
 
 
 def take_over(*, session: int = 0, mine: Container[tuple[int, str]] = (), using: str) -> None:
-    """Put back what workers have begun that are gone.
+    """Put back what workers have begun that are gone, and running events of which nothing runs.
 
-    Of our own `session`, 0 if there is none, all but what is `mine`: if a connection was lost in the
-    commit, nobody knew that the rest has begun.
+    It counts as an attempt, since the handler may have taken its host with it. Whether that was the last
+    one is decided by a worker that has the handler, when it claims the event.
+    What is `mine` is left alone. The rest of our own `session`, 0 if there is none, has not begun, and
+    does not count: if a connection was lost in the commit, nobody knew of it.
     """
     for each in store.running_sessions(using=using):
-        ours = bool(session) and each == session
-        with transaction.atomic(using=using):
-            if not ours and not store.is_session_gone(each, using=using):
-                continue
-            running = store.running_of(each, using=using)
-            if ours:
-                running = [delivery for delivery in running if delivery[:2] not in mine]
-            taken = store.take_back(running, to_settle=False, using=using) if running else ()
-        if taken:
-            context = {"deliveries": len(taken)}
+        try:
+            with refusals(using=using):
+                _take_over(each, is_ours=bool(session) and each == session, mine=mine, using=using)
+        except Refused as refused:
+            context = {"session": each, "error": describe(refused.error)}
             logger.warning(
-                "Took over %(deliveries)s deliveries of a worker that is gone.", context, extra=context
+                "The deliveries of a worker that is gone can't be taken over (%(error)s).",
+                context,
+                extra=context,
             )
+    if strays := store.reopen_strays(using=using):
+        context = {"events": strays}
+        logger.warning(
+            "Reopened %(events)s running events of which no delivery runs.", context, extra=context
+        )
 
 
-def book_crash(
-    in_hand: Sequence[tuple[int, int]], cause: str, registry: Registry, *, using: str
+def _take_over(
+    session: int | None, *, is_ours: bool, mine: Container[tuple[int, str]], using: str
 ) -> None:
-    """Count the attempts that ended with a process; wait for the server to see that it is gone.
+    with transaction.atomic(using=using):
+        if not is_ours and not store.is_session_gone(session, using=using):
+            return
+        running = [each for each in store.running_of(session, using=using) if each[:2] not in mine]
+        death = "" if is_ours else GONE
+        taken = store.take_back(running, to_settle=False, death=death, using=using) if running else ()
+    if taken:
+        context = {"deliveries": len(taken)}
+        logger.warning(
+            "Took over %(deliveries)s deliveries of a worker that is gone.", context, extra=context
+        )
 
-    `in_hand` has pairs of an event's id and its handler's number.
+
+def book(
+    in_hand: Sequence[tuple[int, int]], error: BaseException | None, registry: Registry, *, using: str
+) -> None:
+    """Count attempts that ended with `error`, and with the connection on which they were made.
+
+    `in_hand` has pairs of an event's id and its handler's number. Waits for up to CRASH_PATIENCE until
+    the server sees that the connection is gone. Without an error nobody is to blame, as the process was
+    stopped: detached handlers are put back, and nothing is counted.
     """
     left = list(in_hand)
+    whole = len(left) > 1
     deadline = time.monotonic() + CRASH_PATIENCE
     while left and time.monotonic() < deadline:
         left = [
             (event_id, number)
             for event_id, number in left
-            if not write_crash(event_id, number, cause, registry, using=using)
+            if not _book_one(event_id, number, error, registry, whole=whole, using=using)
         ]
         if left:
             time.sleep(0.02)
-    if left:
-        events = {"event_ids": [event_id for event_id, _ in left]}
+    if left and error is not None:
+        events = {"event_ids": [event_id for event_id, _ in left], "error": type(error).__qualname__}
         logger.warning(
-            "Attempts that ended with their process could not be counted: events %(event_ids)s.",
+            "Attempts that ended with %(error)s could not be counted: events %(event_ids)s.",
             events,
             extra=events,
         )
 
 
-def write_crash(event_id: int, number: int, cause: str, registry: Registry, *, using: str) -> bool:
-    """Count an attempt that ended with its process; return whether that is settled, or to be tried
-    again: until the server has seen that the process is gone, its rows are locked."""
-    take_over(using=using)
+def _book_one(
+    event_id: int,
+    number: int,
+    error: BaseException | None,
+    registry: Registry,
+    *,
+    whole: bool,
+    using: str,
+) -> bool:
+    """Count one attempt; return whether that is settled, or to be tried again: until the server has seen
+    that the connection is gone, the event's row is locked, and the session is.
+
+    Whoever takes over a running delivery counts it, too. So this one is put back and counted in one
+    transaction, unless it has been taken over since the process died. An event that was in hand with
+    others, as a `whole`, need not be the one that is at fault: it is tried again by itself.
+    """
+    handler = registry.handlers[number]
     with transaction.atomic(using=using):
+        session, taken_over = store.held_by(event_id, handler.name, GONE, using=using)
+        if session is not None:
+            if not store.is_session_gone(session, using=using):
+                return False
+            running = Running(event_id, handler.name, session)
+            if not store.take_back([running], to_settle=error is not None, using=using):
+                return True  # taken over in this moment
+        if taken_over or error is None:
+            return True
         if not store.claim_one(event_id, using=using):
             return not store.is_unfinished(event_id, using=using)
         (row,) = store.events_by_id([event_id], using=using)
         event = Event.from_row(row, References())
-        handler = registry.handlers[number]
         earlier = store.deliveries([event_id], using=using).get(event_id, {})
         event.attempt = next_attempt(handler, earlier)
-        error = WorkerDied(f"The worker process died of {cause} while it ran this handler.")
+        if whole and handler.policy.is_final(error):
+            error = of_a_list(error)
         attempts = {handler.name: judge(handler, event, error, 0.0)}
         opened = Open(event, registry.handlers_for(event.group), [], earlier, attempts)
         write(opened.alone(), using=using)
@@ -151,8 +285,3 @@ def write_crash(event_id: int, number: int, cause: str, registry: Registry, *, u
 def tell_lost(count: int) -> None:
     lost = {"events": count}
     logger.warning("Lost the claim on %(events)s events.", lost, extra=lost)
-
-
-def new_session() -> int:
-    """Return a number for `store.lock_session` that is nobody's."""
-    return random.SystemRandom().randrange(1, 2**31)

@@ -1,45 +1,109 @@
 """Every SQL statement that spark_outbox runs, one constant each, next to what maps its rows.
 
-Functions run on the Django connection `using`, in whatever transaction it is in. Times are the
-database's. Outcomes are written under a guard, `status = 'pending'` on a row that this transaction
-has locked, and say how many rows they applied to.
+Functions run on the Django connection `using`, in whatever transaction it is in. It is an alias; some
+functions also take a connection that has none. Times are the database's. Outcomes are written under a
+guard, `status = 'pending'` on a row that this transaction has locked, and say how many rows they applied
+to.
 """
 
 import datetime as dt
 import itertools
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from functools import partial
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
-from django.db import connections
-from psycopg import ClientCursor
+from django.db import IntegrityError, connections
+from django.db.backends.base.base import BaseDatabaseWrapper
+from psycopg import ClientCursor, Connection
 from psycopg.errors import error_from_result
 from psycopg.pq import ExecStatus
 from psycopg.sql import quote
 
-from spark_outbox.errors import UnreadablePayload
+from spark_outbox.errors import IdCollision, UnreadablePayload
 from spark_outbox.events import StoredRow
 from spark_outbox.payload import MAX_STORED
 
+Using = str | BaseDatabaseWrapper
 
-def _run(sql: str, params: Any = None, *, using: str) -> int:
+# Which outbox: on a worker's connection the one that its search_path found first, by its schema,
+# whatever a handler makes of the search_path. Elsewhere the one that the caller's search_path finds.
+
+SCHEMA = """
+select relnamespace::regnamespace::text from pg_class where oid = to_regclass('spark_outbox_event')
+"""
+
+_schemas: "WeakKeyDictionary[Connection[Any], str]" = WeakKeyDictionary()
+_TABLE = re.compile(r"(?<![\w.])spark_outbox_(?:event|delivery|session)\b")
+
+
+def fix_schema(*, using: str) -> None:
+    """Have statements on this connection mean the outbox that its search_path finds now."""
+    (schema,) = _rows(SCHEMA, using=using)[0]
+    _schemas[connections[using].connection] = schema
+
+
+@contextmanager
+def fixed_schema(*, using: str) -> Iterator[None]:
+    """Do what `fix_schema` does, for the block, unless it has been done."""
+    connection = connections[using]
+    connection.ensure_connection()
+    raw = connection.connection
+    if raw in _schemas:
+        yield
+        return
+    fix_schema(using=using)
+    try:
+        yield
+    finally:
+        _schemas.pop(raw, None)
+
+
+def _addressed(sql: str, using: Using) -> str:
+    raw = _connection(using).connection
+    schema = None if raw is None else _schemas.get(raw)
+    return sql if schema is None else _qualified(sql, schema)
+
+
+@lru_cache(maxsize=512)
+def _qualified(sql: str, schema: str) -> str:
+    return _TABLE.sub(lambda table: f"{schema}.{table[0]}", sql)
+
+
+def _connection(using: Using) -> BaseDatabaseWrapper:
+    return connections[using] if isinstance(using, str) else using
+
+
+def _run(sql: str, params: Any = None, *, using: Using) -> int:
     """Run a statement; return how many rows it wrote."""
-    with connections[using].cursor() as cursor:
-        cursor.execute(sql, params)
+    with _connection(using).cursor() as cursor:
+        cursor.execute(_addressed(sql, using), params)
         return int(cursor.rowcount)
 
 
-def _rows(sql: str, params: Any = None, *, using: str) -> list[Any]:
-    with connections[using].cursor() as cursor:
+def _rows(sql: str, params: Any = None, *, using: Using) -> list[Any]:
+    return _rows_here(_addressed(sql, using), params, using=using)
+
+
+def _rows_here(sql: str, params: Any = None, *, using: Using) -> list[Any]:
+    """Do it in the outbox that the caller's search_path finds."""
+    with _connection(using).cursor() as cursor:
         cursor.execute(sql, params)
         return list(cursor.fetchall())
 
 
-def value(sql: str, params: Any = None, *, using: str) -> Any:
+def value(sql: str, params: Any = None, *, using: Using) -> Any:
     """Run a statement of this module; return the first value of its first row."""
     return _rows(sql, params, using=using)[0][0]
+
+
+def run_query(sql: str, *, using: str) -> None:
+    """Run a query of this module whose rows nobody needs."""
+    _rows(sql, using=using)
 
 
 def _columns(rows: Iterable[Sequence[Any]]) -> list[list[Any]]:
@@ -79,17 +143,16 @@ on conflict do nothing
 returning id, (extract(epoch from created_at) * 1000000)::bigint
 """
 
+# A function, which allots the ids in the order given, and writes in that of the keys.
 INSERT_MANY = """
-insert into spark_outbox_event
-    (key, event_group, payload, headers, ordering_key, available_at)
-select
-    key, event_group, payload, headers, ordering_key,
-    coalesce(available_at, statement_timestamp() + delay)
-from unnest(
+select spark_outbox_emit_many(
     %s::text[], %s::text[], %s::jsonb[], %s::jsonb[], %s::text[], %s::timestamptz[], %s::interval[]
-) as new (key, event_group, payload, headers, ordering_key, available_at, delay)
-on conflict do nothing
+)
 """
+
+# Of an INSERT that wrote nothing: whether a row of the key is the reason, or one of the same id.
+CHECK_KEY = "select spark_outbox_check_keys(array[%s::text])"
+PRIMARY_KEY = "spark_outbox_event_pkey"
 
 
 def insert(row: NewRow, *, using: str) -> tuple[int, int] | None:
@@ -98,13 +161,36 @@ def insert(row: NewRow, *, using: str) -> tuple[int, int] | None:
     Waits for a transaction that has written the same key and not ended yet.
     """
     is_ready = row[4:] == (None, None, None)
-    stored = _rows(INSERT_READY, row[:4], using=using) if is_ready else _rows(INSERT, row, using=using)
+    sql, params = (INSERT_READY, row[:4]) if is_ready else (INSERT, row)
+    stored = _rows_here(sql, params, using=using)
     return stored[0] if stored else None
 
 
 def insert_many(rows: Sequence[NewRow], *, using: str) -> int:
-    """Write events in one statement, in the order given; return how many were new."""
-    return _run(INSERT_MANY, _columns(rows), using=using)
+    """Write events in one statement, all or none of them; return how many were new.
+
+    Ids follow the order of `rows`. Raises IdCollision.
+    """
+    with _collisions():
+        return int(_rows_here(INSERT_MANY, _columns(rows), using=using)[0][0])
+
+
+def check_key(key: str, *, using: str) -> None:
+    """Raise IdCollision if there is no event of this key."""
+    with _collisions():
+        _rows_here(CHECK_KEY, [key], using=using)
+
+
+@contextmanager
+def _collisions() -> Iterator[None]:
+    """Raise IdCollision for what spark_outbox_check_keys() raises."""
+    try:
+        yield
+    except IntegrityError as error:
+        diagnostic = getattr(error.__cause__, "diag", None)
+        if diagnostic is None or diagnostic.constraint_name != PRIMARY_KEY:
+            raise
+        raise IdCollision(f"{diagnostic.message_primary} {diagnostic.message_hint}") from error
 
 
 # A function, so that who emits need not be allowed to read what others have emitted.
@@ -113,7 +199,7 @@ SAME_EVENT = "select spark_outbox_is_same(%s, %s, %s::jsonb)"
 
 def is_same(row: NewRow, *, using: str) -> bool:
     """Return whether the event that is stored under this key has this group and payload."""
-    return bool(value(SAME_EVENT, [row.key, row.group, row.payload], using=using))
+    return bool(_rows_here(SAME_EVENT, [row.key, row.group, row.payload], using=using)[0][0])
 
 
 # Claim
@@ -138,6 +224,16 @@ _COLUMNS = """
 LOWEST_ID = -(2**63) + 1
 """Of all but one: PostgreSQL takes the literal of the lowest bigint for no bigint."""
 
+
+class Due(NamedTuple):
+    """A place in the index of due events. The time is text, as PostgreSQL's range is not Python's."""
+
+    time: str
+    id: int
+
+
+EARLIEST = Due("-infinity", LOWEST_ID)
+
 # The array has it uncompressed. As text even that may be too large for PostgreSQL itself.
 LARGE_DOCUMENT = """
 select size, case when size <= %(limit)s then document::text end
@@ -150,7 +246,6 @@ from (
 CLAIM_READY = f"""
 select {_COLUMNS} from spark_outbox_event
 where status = 'pending' and available_at is null and ordering_key is null and id >= %(floor)s
-    {{groups}}
 order by id limit %(limit)s
 for no key update skip locked
 """
@@ -158,9 +253,23 @@ for no key update skip locked
 CLAIM_DUE = f"""
 select {_COLUMNS} from spark_outbox_event
 where status = 'pending' and available_at <= statement_timestamp() and ordering_key is null
-    {{groups}}
-order by available_at limit %(limit)s
+    and (available_at, id) > (%(time)s::timestamptz, %(id)s)
+order by available_at, id limit %(limit)s
 for no key update skip locked
+"""
+
+# The condition on time is checked again on the row that is locked: somebody may have postponed it.
+CLAIM_IDS = f"""
+select {_COLUMNS} from spark_outbox_event
+where id = any(%s) and status = 'pending'
+    and (available_at is null or available_at <= statement_timestamp())
+for no key update skip locked
+"""
+
+STILL_READY = """
+select id from spark_outbox_event
+where id = any(%s) and status = 'pending'
+    and (available_at is null or available_at <= statement_timestamp())
 """
 
 IS_UNFINISHED = """
@@ -173,22 +282,112 @@ where id = %s and status = 'pending'
 for no key update skip locked
 """
 
-_GROUPS = "and event_group ~ %(groups)s"
+_IS_MINE = "event_group ~ %(groups)s"
 
 
-def claim_ready(
-    floor: int, limit: int, *, groups: str | None, first: str = "", using: str
-) -> list[StoredRow]:
+def claim_ready(floor: int, limit: int, *, first: str = "", using: str) -> list[StoredRow]:
     """Lock up to `limit` ready events with an id of `floor` or more, lowest first.
 
     `first` is a query to run before that, in the same round trip where the driver can.
     """
-    return _claim(CLAIM_READY, using, first, floor=floor, limit=limit, groups=groups)
+    return _claim(CLAIM_READY, using, first, floor=floor, limit=limit)
 
 
-def claim_due(limit: int, *, groups: str | None, using: str) -> list[StoredRow]:
+def claim_due(limit: int, *, after: Due = EARLIEST, using: str) -> list[StoredRow]:
     """Lock up to `limit` delayed or failed events whose time has come, earliest first."""
-    return _claim(CLAIM_DUE, using, limit=limit, groups=groups)
+    return _claim(CLAIM_DUE, using, limit=limit, time=after.time, id=after.id)
+
+
+def claim_ids(ids: list[int], *, using: str) -> list[StoredRow]:
+    """Lock those of these events that are ready or due, and nobody else's; in the order of `ids`."""
+    rows = {row.id: row for row in _claim_ids(ids, using)}
+    return [rows[event_id] for event_id in ids if event_id in rows]
+
+
+def still_ready(ids: list[int], *, using: str) -> set[int]:
+    """Return those of these events that are ready or due, whoever holds them."""
+    return {event_id for (event_id,) in _rows(STILL_READY, [ids], using=using)}
+
+
+# Look for events that this worker can handle, a piece of the index at a time: those of other groups,
+# and those that wait for others of their ordering key, may be any number.
+
+
+class Position(NamedTuple):
+    """Where a piece ended: in the index of ready events, and in that of due ones."""
+
+    id: int = LOWEST_ID
+    due: Due = EARLIEST
+
+
+class Piece(NamedTuple):
+    """A bounded part of the index, read in its order. Locks nothing."""
+
+    candidates: list[Any]
+    """Ids of events that may be handled; or of ordered ones their keys, as often as they have events."""
+    end: Position
+    is_full: bool
+    """It has ended before the index did."""
+    oldest: int
+    """The oldest transaction that had written and not ended yet."""
+    next: int
+    """The transaction that comes after all that had written by then."""
+
+
+PIECE = 1000
+"""How many entries of each index one look reads."""
+
+READ_PIECE = """
+with ready as materialized (
+    select id, {what} as candidate, {mine} as is_mine from spark_outbox_event
+    where status = 'pending' and available_at is null and {kind} and id > %(id)s
+    order by id limit %(piece)s
+),
+due as materialized (
+    select available_at, id, {what} as candidate, {mine} as is_mine from spark_outbox_event
+    where status = 'pending' and {kind} and available_at <= statement_timestamp()
+        and (available_at, id) > (%(time)s::timestamptz, %(due_id)s)
+    order by available_at, id limit %(piece)s
+)
+select
+    array(select candidate from ready where is_mine order by id),
+    (select count(*) from ready), (select max(id) from ready),
+    array(select candidate from due where is_mine order by available_at, id),
+    (select count(*) from due), last.available_at::text, last.id,
+    pg_snapshot_xmin(now.snapshot)::text::bigint, pg_snapshot_xmax(now.snapshot)::text::bigint
+from (select pg_current_snapshot() as snapshot) as now
+left join lateral (
+    select available_at, id from due order by available_at desc, id desc limit 1
+) as last on true
+"""
+
+# Each has an index of ready events and one of due ones.
+UNORDERED = {"kind": "ordering_key is null", "what": "id"}
+ORDERED = {"kind": "ordering_key is not null", "what": "ordering_key"}
+
+
+def read_piece(after: Position, *, ordered: bool, groups: str | None, using: str) -> Piece:
+    """Read what comes `after` a position, up to PIECE ready and PIECE due events."""
+    params = {"id": after.id, "time": after.due.time, "due_id": after.due.id, "piece": PIECE}
+    sql = piece_sql(ordered=ordered, groups=groups)
+    (row,) = _rows(sql, {**params, "groups": groups}, using=using)
+    ready, ready_count, last_id, due, due_count, last_time, last_due_id, oldest, following = row
+    pairs = itertools.zip_longest(ready, due)
+    return Piece(
+        candidates=[each for pair in pairs for each in pair if each is not None],
+        end=Position(
+            after.id if last_id is None else last_id,
+            after.due if last_time is None else Due(last_time, last_due_id),
+        ),
+        is_full=PIECE in (ready_count, due_count),
+        oldest=oldest,
+        next=following,
+    )
+
+
+def piece_sql(*, ordered: bool, groups: str | None) -> str:
+    parts = ORDERED if ordered else UNORDERED
+    return READ_PIECE.format(mine="true" if groups is None else _IS_MINE, **parts)
 
 
 # Claim in order: of each ordering key the *head*, its lowest unfinished event, and what follows it.
@@ -199,81 +398,85 @@ UNFINISHED = {
     "skip": "status in ('pending', 'running')",
 }
 
-KEYS_AT_ONCE = 100
+KEYS_AT_ONCE = 200
+"""Of how many keys one look finds the heads."""
 
-# Jumps from key to key along the index, rather than reading all events of each.
-HEADS = """
-with recursive head as (
-    (
-        select ordering_key, id, event_group, status, available_at, 1 as turn
-        from spark_outbox_event
-        where ordering_key > %(after)s and {unfinished}
-        order by ordering_key, id limit 1
-    )
-    union all
-    select next.*, head.turn + 1 from head cross join lateral (
-        select ordering_key, id, event_group, status, available_at
-        from spark_outbox_event
-        where ordering_key > head.ordering_key and {unfinished}
-        order by ordering_key, id limit 1
-    ) as next
-    where head.turn < %(keys)s
-)
-select
-    id, ordering_key,
-    status = 'pending' and (available_at is null or available_at <= statement_timestamp()) {groups}
-from head order by turn
+_IS_READY = "status = 'pending' and (available_at is null or available_at <= statement_timestamp())"
+
+# With `=` a planner that knows of a key with many events would rather read the primary key, from the
+# first event ever. Between two bounds the order is that of one index alone.
+HEADS = f"""
+select head.id, head.ordering_key, head.is_ready, head.is_mine
+from unnest(%(keys)s::text[]) with ordinality as wanted (key, turn) cross join lateral (
+    select id, ordering_key, {_IS_READY} as is_ready, {{mine}} as is_mine
+    from spark_outbox_event
+    where ordering_key >= wanted.key and ordering_key <= wanted.key and {{unfinished}}
+    order by ordering_key, id limit 1
+) as head
+order by wanted.turn
 """
 
-RUNS = """
-select
-    id, ordering_key,
-    status = 'pending' and (available_at is null or available_at <= statement_timestamp()) {groups}
-from spark_outbox_event
-where ordering_key = any(%(keys)s) and {unfinished}
-order by ordering_key, id limit %(limit)s
-"""
-
-CLAIM_IDS = f"""
-select {_COLUMNS} from spark_outbox_event
-where id = any(%s) and status = 'pending'
-for no key update skip locked
+RUNS = f"""
+select run.id, run.ordering_key, run.is_ready
+from unnest(%(keys)s::text[]) with ordinality as wanted (key, turn) cross join lateral (
+    select id, ordering_key, {_IS_READY} and {{mine}} as is_ready
+    from spark_outbox_event
+    where ordering_key >= wanted.key and ordering_key <= wanted.key and {{unfinished}}
+    order by ordering_key, id limit %(limit)s
+) as run
+order by wanted.turn, run.id
 """
 
 
 class Ordered(NamedTuple):
-    """What a look at the ordering keys after some key came to."""
+    """What a look at some ordering keys came to. Those that have nothing to do are in none of these."""
 
     rows: list[StoredRow]
     """Locked: of each key a head and the events that follow it without a gap, in order."""
-    after: str
-    """From where to look next; empty if there are no further keys."""
-    held: bool
-    """There are heads that could be handled, but another transaction holds them."""
+    whole: set[str]
+    """Keys of which that is all there is."""
+    held: list[str]
+    """Keys whose head could be handled, but another transaction holds it."""
+    left: list[str]
+    """Keys whose head could be handled, but the limit was reached, or it is a new one by now."""
+    others: list[str]
+    """Keys whose head could be handled by a worker of other groups."""
 
 
-def claim_ordered(after: str, limit: int, *, failed: str, groups: str | None, using: str) -> Ordered:
-    """Lock about `limit` events that are next in their order, of up to KEYS_AT_ONCE keys.
+def claim_ordered(
+    keys: list[str], limit: int, *, failed: str, groups: str | None, using: str
+) -> Ordered:
+    """Lock about `limit` events of these keys that are next in their order: the same share of each.
 
     `failed` says what a failed head does to those behind it: `block`, or `skip`.
     """
+    parts = {"unfinished": UNFINISHED[failed], "mine": "true" if groups is None else _IS_MINE}
 
     def rows(sql: str, **params: Any) -> list[Any]:
-        filled = sql.format(unfinished=UNFINISHED[failed], groups="" if groups is None else _GROUPS)
-        return _rows(filled, {"groups": groups, **params}, using=using)
+        return _rows(sql.format(**parts), {"groups": groups, **params}, using=using)
 
-    found = rows(HEADS, after=after, keys=KEYS_AT_ONCE)
-    following = found[-1][1] if len(found) == KEYS_AT_ONCE else ""
-    ready = [event_id for event_id, _, is_ready in found if is_ready]
-    heads = {row.ordering_key: row for row in _claim_ids(ready[:limit], using)} if ready else {}
+    ready: dict[int, str] = {}
+    others: list[str] = []
+    for event_id, key, is_ready, is_mine in rows(HEADS, keys=keys):
+        if is_ready and is_mine:
+            ready[event_id] = key
+        elif is_ready:
+            others.append(key)
+    wanted = list(ready)[:limit]
+    left = list(ready.values())[limit:]
+    heads = {str(row.ordering_key): row for row in _claim_ids(wanted, using)} if wanted else {}
+    held = [ready[event_id] for event_id in wanted if ready[event_id] not in heads]
     if not heads:
-        return Ordered([], following, bool(ready))
+        return Ordered([], set(), held, left, others)
+    share = -(-limit // len(heads))
     runs: dict[str, list[int]] = {}
     ended: set[str] = set()
-    for event_id, key, is_ready in rows(RUNS, keys=list(heads), limit=limit + len(heads)):
+    seen: dict[str, int] = {}
+    for event_id, key, is_ready in rows(RUNS, keys=list(heads), limit=share + 1):
+        seen[key] = seen.get(key, 0) + 1
         if not is_ready or (key not in runs and event_id != heads[key].id):
             ended.add(key)  # a gap; or a lower id has been committed since, and is the head now
-        if key not in ended:
+        if key not in ended and seen[key] <= share:
             runs.setdefault(key, []).append(event_id)
     followers = [event_id for run in runs.values() for event_id in run[1:]]
     locked = {row.id: row for row in _claim_ids(followers, using)} if followers else {}
@@ -283,7 +486,36 @@ def claim_ordered(after: str, limit: int, *, failed: str, groups: str | None, us
         for run in runs.values()
         for event_id in itertools.takewhile(locked.__contains__, run)
     ]
-    return Ordered(claimed, following, len(heads) < len(ready[:limit]))
+    left += [key for key in heads if key not in runs]
+    unlocked = {key for key, run in runs.items() if not all(map(locked.__contains__, run))}
+    whole = {key for key in runs if seen[key] <= share} - ended - unlocked
+    return Ordered(claimed, whole, held, left, others)
+
+
+# To others, as the trigger does to those who sleep; see wake.py.
+WAKE_OTHERS = """
+select case when (
+    case when pg_try_advisory_xact_lock_shared(7531001, oid) then
+        case when pg_try_advisory_lock(7531002, oid) then pg_advisory_unlock(7531002, oid) end
+    end
+) is not true then pg_notify('spark_outbox', '') end
+from (select 'spark_outbox_event'::regclass::oid::integer as oid) as outbox
+"""
+
+
+def wake_others(*, using: str) -> None:
+    """Notify workers that sleep, when the transaction commits."""
+    _rows(WAKE_OTHERS, using=using)
+
+
+def hand_over(keys: list[str], *, failed: str, groups: str, using: str) -> bool:
+    """Wake workers of other groups if one of them can go on with one of these keys."""
+    parts = {"unfinished": UNFINISHED[failed], "mine": _IS_MINE}
+    heads = _rows(HEADS.format(**parts), {"keys": keys, "groups": groups}, using=using)
+    is_theirs = any(is_ready and not is_mine for _, _, is_ready, is_mine in heads)
+    if is_theirs:
+        wake_others(using=using)
+    return is_theirs
 
 
 def _claim_ids(ids: list[int], using: str) -> list[StoredRow]:
@@ -300,7 +532,7 @@ def claim_one(event_id: int, *, using: str) -> bool:
 
 
 def _claim(sql: str, using: str, first: str = "", **params: Any) -> list[StoredRow]:
-    sql = _with_groups(sql, params["groups"])
+    sql = _addressed(sql, using)
     with connections[using].cursor() as cursor:
         if not first:
             cursor.execute(sql, params)
@@ -347,56 +579,83 @@ def _large_document(column: str, event_id: int, using: str) -> str:
 
 
 def _with_groups(sql: str, groups: str | None) -> str:
-    return sql.format(groups="" if groups is None else _GROUPS)
+    return sql.format(groups="" if groups is None else f"and {_IS_MINE}")
 
 
 class Outlook(NamedTuple):
     """What a worker that found nothing to claim can expect."""
 
     ready: bool
-    """There are events it could not claim: another transaction holds their rows."""
+    """There are ready or due events, of any group: another transaction may hold their rows."""
     ordered: bool
-    """There are events with an ordering key, which may have to wait for others of it."""
+    """The same of events with an ordering key, which may have to wait for others of it."""
     due_in: float
-    """Seconds until the next delayed event; infinity if there is none."""
+    """Seconds until the next delayed event; infinity if there is none. With groups it may be less."""
     running: bool
-    """There are events that detached handlers are at work on, here or elsewhere."""
+    """There are events that detached handlers are at work on, here or elsewhere; or seem to be."""
     unhandled: bool
     """There are events that some worker had no handler for."""
+    oid: int
+    """The table's."""
 
 
-# The last one is a min(), since for exists() a planner may choose to read the table to its end.
+# The last ones are a min(), since for exists() a planner may choose to read the table to its end.
 OUTLOOK = """
 select
     exists (
         select from spark_outbox_event
-        where status = 'pending' and available_at is null and ordering_key is null {groups}
+        where status = 'pending' and available_at is null and ordering_key is null
     ) or exists (
         select from spark_outbox_event
         where status = 'pending' and available_at <= statement_timestamp() and ordering_key is null
-            {groups}
     ),
     exists (
         select from spark_outbox_event
-        where status = 'pending' and ordering_key is not null
-            and (available_at is null or available_at <= statement_timestamp()) {groups}
+        where status = 'pending' and available_at is null and ordering_key is not null
+    ) or exists (
+        select from spark_outbox_event
+        where status = 'pending' and available_at <= statement_timestamp() and ordering_key is not null
     ),
-    (
-        select
-            extract(epoch from nullif(min(available_at), 'infinity') - statement_timestamp())::float
-        from spark_outbox_event
-        where status = 'pending' and available_at > statement_timestamp() {groups}
-    ),
-    exists (select from spark_outbox_delivery where status = 'running'),
-    (select min(event_group) from spark_outbox_event where status = 'unhandled') is not null
+    extract(epoch from least({unordered}, {ordered}) - statement_timestamp())::float,
+    exists (select from spark_outbox_delivery where status = 'running')
+        or (select min(event_group) from spark_outbox_event where status = 'running') is not null,
+    (select min(event_group) from spark_outbox_event where status = 'unhandled') is not null,
+    'spark_outbox_event'::regclass::oid::integer
 """
+
+NEXT_DUE = """(
+    select nullif(min(available_at), 'infinity') from spark_outbox_event
+    where status = 'pending' and {kind} and available_at > statement_timestamp()
+)"""
+
+# Among the next that are due; if none of them is ours, the last of them is when to look again.
+NEXT_DUE_OF_GROUPS = f"""(
+    select nullif(
+        case
+            when bool_or(is_mine) then min(available_at) filter (where is_mine)
+            when count(*) = {PIECE} then max(available_at)
+        end,
+        'infinity'
+    )
+    from (
+        select available_at, {_IS_MINE} as is_mine from spark_outbox_event
+        where status = 'pending' and {{kind}} and available_at > statement_timestamp()
+        order by available_at, id limit {PIECE}
+    ) as next
+)"""
 
 
 def outlook(*, groups: str | None, using: str) -> Outlook:
-    ((ready, ordered, due_in, running, unhandled),) = _rows(
-        _with_groups(OUTLOOK, groups), {"groups": groups}, using=using
+    ((ready, ordered, due_in, running, unhandled, oid),) = _rows(
+        outlook_sql(groups=groups), {"groups": groups}, using=using
     )
-    return Outlook(ready, ordered, math.inf if due_in is None else due_in, running, unhandled)
+    return Outlook(ready, ordered, math.inf if due_in is None else due_in, running, unhandled, oid)
+
+
+def outlook_sql(*, groups: str | None) -> str:
+    next_due = NEXT_DUE if groups is None else NEXT_DUE_OF_GROUPS
+    unordered, ordered = (next_due.format(kind=parts["kind"]) for parts in (UNORDERED, ORDERED))
+    return OUTLOOK.format(unordered=unordered, ordered=ordered)
 
 
 CHECK_GROUPS = "select '' ~ %s"
@@ -461,11 +720,15 @@ class Earlier(NamedTuple):
     attempts: int
     due_for: float | None
     """Seconds, a day at the most, for which it has been due; None if it is not."""
+    died: bool
+    """It is to be tried again since its worker process died of it, or seemed to."""
 
     @property
     def due(self) -> bool:
         return self.due_for is not None
 
+
+COUNT_PENDING = "select count(*) from spark_outbox_event where id = any(%s) and status = 'pending'"
 
 _ONE_MORE = "least(greatest(attempts, 0), 2147483646) + 1"  # of an integer, whatever SQL has put there
 
@@ -553,10 +816,15 @@ select
             epoch from
             statement_timestamp() - greatest(available_at, statement_timestamp() - interval '1 day')
         )::float
-    end
+    end,
+    status = 'pending' and error like 'spark\\_outbox.errors.WorkerDied:%%'
 from spark_outbox_delivery
 where event_id = any(%s)
 """
+
+
+def count_pending(ids: list[int], *, using: str) -> int:
+    return int(value(COUNT_PENDING, [ids], using=using))
 
 
 def finish(ids: list[int], status: str, *, using: str) -> int:
@@ -602,13 +870,27 @@ def deliveries(event_ids: list[int], *, using: str) -> dict[int, dict[str, Earli
 
 
 # Running deliveries. Whoever runs them holds an advisory lock on `session`, a random number, for as
-# long as it is connected: who can take that lock knows that nobody is there any more.
+# long as it is connected: who can take that lock knows that nobody is there any more. A delivery whose
+# session is NULL is nobody's.
 
 LOCK_SESSION = "select pg_try_advisory_lock(7531003, %s)"
 UNLOCK_SESSION = "select pg_advisory_unlock(7531003, %s)"
 IS_SESSION_GONE = "select pg_try_advisory_xact_lock(7531003, %s)"
 
 RUNNING_SESSIONS = "select distinct session from spark_outbox_delivery where status = 'running'"
+
+# Not found in a race: an event and its delivery begin to run, and stop, in one transaction.
+REOPEN_STRAYS = """
+update spark_outbox_event set status = 'pending', available_at = statement_timestamp()
+where id in (
+    select id from spark_outbox_event as event
+    where status = 'running' and not exists (
+        select from spark_outbox_delivery
+        where event_id = event.id and status = 'running'
+    )
+    for no key update skip locked
+)
+"""
 
 LOCK_RUNNING = """
 select id from spark_outbox_event
@@ -617,13 +899,30 @@ order by id
 for no key update
 """
 
-TAKE_BACK = """
+# Of a worker that died, and did not just lose its connection to a server that was restarted.
+_DIED = """
+%(death)s <> '' and delivery.session is not null and delivery.attempted_at > pg_postmaster_start_time()
+"""
+
+TAKE_BACK = f"""
 update spark_outbox_delivery as delivery
-set status = 'pending', session = null, available_at = statement_timestamp()
-from unnest(%s::bigint[], %s::text[], %s::integer[]) as ended (event_id, handler, session)
+set status = 'pending', session = null, available_at = statement_timestamp(),
+    attempts = least(greatest(delivery.attempts, 0), 2147483646) + ({_DIED})::integer,
+    attempted_at = case when {_DIED} then statement_timestamp() else delivery.attempted_at end,
+    error = case when {_DIED} then %(death)s else delivery.error end,
+    traceback = case when {_DIED} then '' else delivery.traceback end
+from unnest(%(events)s::bigint[], %(handlers)s::text[], %(sessions)s::integer[])
+    as ended (event_id, handler, session)
 where delivery.event_id = ended.event_id and delivery.handler = ended.handler
     and delivery.session is not distinct from ended.session and delivery.status = 'running'
 returning delivery.event_id, delivery.handler
+"""
+
+HELD_BY = """
+select case when status = 'running' then coalesce(session, 0) end,
+    status = 'pending' and error = %s and attempted_at > statement_timestamp() - interval '10 seconds'
+from spark_outbox_delivery
+where event_id = %s and handler = %s
 """
 
 RUNNING_OF = """
@@ -646,12 +945,12 @@ class Running(NamedTuple):
     session: int | None
 
 
-def lock_session(session: int, *, using: str) -> bool:
+def lock_session(session: int, *, using: Using) -> bool:
     """Hold the lock of `session` for as long as this connection lives; False if somebody has it."""
     return bool(value(LOCK_SESSION, [session], using=using))
 
 
-def unlock_session(session: int, *, using: str) -> None:
+def unlock_session(session: int, *, using: Using) -> None:
     value(UNLOCK_SESSION, [session], using=using)
 
 
@@ -664,21 +963,102 @@ def is_session_gone(session: int | None, *, using: str) -> bool:
     return session is None or bool(value(IS_SESSION_GONE, [session], using=using))
 
 
+def held_by(event_id: int, handler: str, death: str, *, using: str) -> tuple[int | None, bool]:
+    """Return the session under which a delivery is running, None if it is not; and whether it has just
+    been taken over, with `death` as its error."""
+    found = _rows(HELD_BY, [death, event_id, handler], using=using)
+    return found[0] if found else (None, False)
+
+
 def running_of(session: int | None, *, using: str) -> list[Running]:
     return list(map(Running._make, _rows(RUNNING_OF, [session], using=using)))
 
 
-def take_back(running: Sequence[Running], *, to_settle: bool, using: str) -> set[tuple[int, str]]:
+def take_back(
+    running: Sequence[Running], *, to_settle: bool, death: str = "", using: str
+) -> set[tuple[int, str]]:
     """Make deliveries, and their events, pending again; return those to which it applied.
 
     It does not apply to those that another worker has taken over. Locks the events first. With
     `to_settle` it is in order to settle them, which counts the pass that they are in once more.
+    With `death`, the error to note, it counts as an attempt; but not if the server was restarted
+    since the deliveries have begun, as that ends all sessions.
     """
     event_ids = sorted({event_id for event_id, _, _ in running})
     _rows(LOCK_RUNNING, [event_ids], using=using)
-    taken = {tuple(row) for row in _rows(TAKE_BACK, _columns(running), using=using)}
+    ended = dict(zip(("events", "handlers", "sessions"), _columns(running), strict=True))
+    taken = {tuple(row) for row in _rows(TAKE_BACK, {"death": death, **ended}, using=using)}
     _run(REOPEN_RUNNING, [int(to_settle), [event_id for event_id, _ in taken]], using=using)
     return taken
+
+
+def reopen_strays(*, using: str) -> int:
+    """Make running events pending again of which no delivery runs; return how many.
+
+    A person may have discarded the delivery, or SQL may have made the event so.
+    """
+    return _run(REOPEN_STRAYS, using=using)
+
+
+# Workers' rows, which tell of an unclean end: see crashes.py
+
+LOCK_WORKER = "select pg_try_advisory_lock(7531004, %s)"
+UNLOCK_WORKER = "select pg_advisory_unlock(7531004, %s)"
+
+ENLIST = """
+insert into spark_outbox_session (session, name) values (%s, %s)
+on conflict (session) do update set event_id = null, handler = ''
+"""
+
+DISMISS = "delete from spark_outbox_session where session = any(%s)"
+
+FALLEN_WORKERS = """
+select session, event_id, handler from spark_outbox_session
+where session <> %s and pg_try_advisory_xact_lock(7531004, session)
+"""
+
+NOTE_CALL = """
+update spark_outbox_session set event_id = %(event_id)s, handler = %(handler)s
+where session = any(%(sessions)s)
+"""
+
+
+class FallenWorker(NamedTuple):
+    """A worker that did not stop by itself; and the call that it was making, if it has noted one."""
+
+    session: int
+    event_id: int | None
+    handler: str
+
+
+def lock_worker(session: int, *, using: str) -> bool:
+    """Hold the lock of a worker's row for as long as this connection lives; False if somebody has it."""
+    return bool(value(LOCK_WORKER, [session], using=using))
+
+
+def unlock_worker(session: int, *, using: str) -> None:
+    value(UNLOCK_WORKER, [session], using=using)
+
+
+def enlist(session: int, name: str, *, using: str) -> None:
+    """Write a worker's row; it has noted no call."""
+    _run(ENLIST, [session, name], using=using)
+
+
+def dismiss(sessions: list[int], *, using: str) -> None:
+    """Delete workers' rows."""
+    _run(DISMISS, [sessions], using=using)
+
+
+def fallen_workers(session: int, *, using: str) -> list[FallenWorker]:
+    """Return the other workers that are gone; nobody else finds them until the transaction ends."""
+    return list(map(FallenWorker._make, _rows(FALLEN_WORKERS, [session], using=using)))
+
+
+def note_call(sessions: list[int], event_id: int | None, handler: str, *, using: Using) -> None:
+    """Note which call workers are making; None and no handler for none."""
+    params = {"sessions": sessions, "event_id": event_id, "handler": handler}
+    _run(NOTE_CALL, params, using=using)
 
 
 # Unhandled events: a worker puts back those that its registry matches
@@ -749,6 +1129,10 @@ select event_id, handler, 'done' from unnest(%s::bigint[], %s::text[]) as other 
 on conflict do nothing
 """
 
+STATES_OF_KEYS = """
+select key, event_group, status, created_at from spark_outbox_event where key = any(%s)
+"""
+
 OWE = """
 insert into spark_outbox_delivery (event_id, handler, available_at)
 select event_id, %s, statement_timestamp() from unnest(%s::bigint[]) as owed (event_id)
@@ -779,6 +1163,11 @@ def done_events(
     """Return ids and groups of done events with a higher id than `last`, in order."""
     params = {"last": last, "since": since, "keys": keys, "limit": limit}
     return _rows(DONE_EVENTS, params, using=using)
+
+
+def states_of_keys(keys: list[str], *, using: str) -> dict[str, tuple[str, str, dt.datetime]]:
+    """Return the groups, statuses and creation times of the events with these keys."""
+    return {key: (group, *rest) for key, group, *rest in _rows(STATES_OF_KEYS, [keys], using=using)}
 
 
 def lock_done(ids: list[int], *, using: str) -> list[tuple[int, str]]:
@@ -923,10 +1312,15 @@ def restore_settings(
 # Wake: the two advisory locks of the migration's trigger, and LISTEN
 
 LISTEN = "listen spark_outbox"
+UNLISTEN = "unlisten spark_outbox"
 
-OUTBOX_OID = "select 'spark_outbox_event'::regclass::oid::integer"
+OUTBOX_OID = "select to_regclass('spark_outbox_event')::oid::integer"
 
-TAKE_S = "select pg_try_advisory_lock_shared(7531002, %s)"
+# Of the table as it is now: it may have been dropped and restored since the last time.
+TAKE_S = """
+select pg_try_advisory_lock_shared(7531002, this), this
+from (select 'spark_outbox_event'::regclass::oid::integer) as outbox (this)
+"""
 LET_GO_OF_S = "select pg_advisory_unlock_shared(7531002, {oid})"
 # Whether no transaction that has emitted is still open.
 PROBE_K = """
@@ -939,9 +1333,32 @@ def listen(*, using: str) -> None:
     _run(LISTEN, using=using)
 
 
+def unlisten(*, using: str) -> None:
+    _run(UNLISTEN, using=using)
+
+
+def outbox_oid(*, using: str) -> int | None:
+    """Return the OID of the table that this connection takes for the outbox; None if there is none."""
+    oid: int | None = value(OUTBOX_OID, using=using)
+    return oid
+
+
+def take_s(*, using: str) -> tuple[bool, int]:
+    """Hold S, unless somebody has it for himself; return whether we do, and of which table."""
+    ((held, oid),) = _rows(TAKE_S, using=using)
+    return held, oid
+
+
 # A worker's session, or where that is a pooler's, its transactions; see session.py
 
-NAME_SESSION = "set application_name = 'spark_worker'"
+NAME_SESSION = "set application_name = '{name}'"
+
+# No statement of a session that only holds a lock takes long; but it is idle for as long as it takes.
+KEEP_SESSION = """
+select set_config('idle_session_timeout', '0', false), set_config('statement_timeout', '0', false)
+"""
+
+SEND_TIMEOUT = "select set_config('tcp_user_timeout', %s, false)"
 
 BOUND_SESSION = """
 select
@@ -963,12 +1380,22 @@ SET_BY_TRANSACTION = ("client_connection_check_interval", "idle_in_transaction_s
 """What `silence_limit` sets, where the session is a pooler's."""
 
 
-def name_session(*, using: str) -> None:
+def name_session(name: str = "spark_worker", *, using: Using) -> None:
     """Tell people whose session it is. Poolers keep this apart for each of their clients."""
-    _run(NAME_SESSION, using=using)
+    _run(NAME_SESSION.format(name=name), using=using)
 
 
-def bound_session(bounds: Mapping[str, str], *, using: str) -> None:
+def keep_session(*, using: Using) -> None:
+    """Have the server end the session for no reason but that its client is gone."""
+    _rows(KEEP_SESSION, using=using)
+
+
+def limit_send(milliseconds: str, *, using: str) -> None:
+    """Have the server wait so long for a client that reads nothing; "0" for as long as it is alive."""
+    _rows(SEND_TIMEOUT, [milliseconds], using=using)
+
+
+def bound_session(bounds: Mapping[str, str], *, using: Using) -> None:
     """Have the server end the session if its client is silent; `bounds` are libpq's parameters."""
     _rows(BOUND_SESSION, bounds, using=using)
 
@@ -1009,6 +1436,23 @@ HAS_OUTBOX = "select to_regclass('spark_outbox_status') is not null"
 def has_outbox(*, using: str) -> bool:
     """Return whether the migrations of spark_outbox have run in this database."""
     return bool(value(HAS_OUTBOX, using=using))
+
+
+# For people. It never sets the sequence back. Migration 0007 has the same text.
+PUT_IDS_RIGHT = (
+    "select setval('spark_outbox_event_id_seq', "
+    "greatest(nextval('spark_outbox_event_id_seq'), max(id))) from spark_outbox_event;"
+)
+KNOWS_IDS = "select to_regprocedure('spark_outbox_ids_are_behind()') is not null"
+IDS_ARE_BEHIND = "select spark_outbox_ids_are_behind()"
+
+
+def ids_are_behind(*, using: str) -> bool:
+    """Return whether the sequence is yet to give out an id that an event has.
+
+    False before the migration that can tell: `migrate` itself runs the checks first.
+    """
+    return bool(value(KNOWS_IDS, using=using) and value(IDS_ARE_BEHIND, using=using))
 
 
 def wake_mode(*, using: str) -> str:

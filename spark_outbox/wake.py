@@ -48,7 +48,8 @@ class Wake:
     ) -> None:
         self._using = using
         self._poll = poll
-        self._oid = 0
+        self._oid = 0  # of the table whose S we have taken
+        self._listens = False
         self._holds_s = False
         self._is_leaving = False
         self._notified = False
@@ -70,15 +71,26 @@ class Wake:
 
     def listen(self) -> None:
         """Start to hear notifications, on a connection that is not in a transaction."""
-        self._holds_s = self._is_leaving = False
+        self._holds_s = self._is_leaving = self._listens = False
         if self._using is None:
             return
         connection = connections[self._using]
         connection.ensure_connection()
         # Without a handler of ours, psycopg would keep what arrives meanwhile for ever.
         connection.connection.add_notify_handler(self._on_notify)
-        self._oid = store.value(store.OUTBOX_OID, using=self._using)
         store.listen(using=self._using)
+        self._listens = True
+
+    def stop_listening(self) -> None:
+        """Hear nothing until `fall_asleep`, as nobody reads the connection meanwhile.
+
+        Notifications would fill the socket and then the server's queue of them; and after a while the
+        server would end the session, whose client does not seem to be alive.
+        """
+        if self._using is not None and self._listens:
+            self._listens = False
+            self.let_go()
+            store.unlisten(using=self._using)
 
     def fall_asleep(self) -> float:
         """Take S and probe K; return the seconds for which sleeping is safe, which may be infinity.
@@ -88,9 +100,12 @@ class Wake:
         self._notified = False
         if self._using is None:
             return math.inf
+        if not self._listens:
+            store.listen(using=self._using)
+            self._listens = True
         # Never waits for S: an emitter that was interrupted between the trigger's two calls holds
         # it for the rest of its session.
-        self._holds_s = store.value(store.TAKE_S, [self._oid], using=self._using)
+        self._holds_s, self._oid = store.take_s(using=self._using)
         if self._holds_s and store.value(store.PROBE_K, {"oid": self._oid}, using=self._using):
             self._pause = MIN_PAUSE
             return math.inf
@@ -98,6 +113,13 @@ class Wake:
         if self._pause < MAX_PAUSE:
             self.let_go()
         return self._pause
+
+    def guards(self, oid: int) -> bool:
+        """Return whether S, if held, is that of the outbox: of the table with this OID.
+
+        It is not after a restore that has dropped the table, whose trigger asks for another S.
+        """
+        return not self._holds_s or oid == self._oid
 
     def wake_up(self) -> None:
         """There is work: let S go, and start with the shortest pause when it is done."""

@@ -8,30 +8,27 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from typing import Any
 
-from django.db import DatabaseError, DataError, Error, connections, transaction
+from django.db import DataError, Error, OperationalError, connections, transaction
 
 from spark_outbox import conf, session, settle, store
-from spark_outbox.calls import Alarm, Calls, InHand
+from spark_outbox.calls import PATIENCE, Alarm, Calls, Hand, InHand
 from spark_outbox.claim import Claims
-from spark_outbox.detached import TAKE_OVER_INTERVAL, Detached
-from spark_outbox.dispatch import Dispatcher, TransactionLost
-from spark_outbox.errors import NotMigrated, SettingsError, describe
+from spark_outbox.crashes import Watched
+from spark_outbox.detached import Detached
+from spark_outbox.dispatch import Dispatcher, Experience, TransactionLost
+from spark_outbox.errors import ConnectionLost, NotMigrated, SettingsError, describe
 from spark_outbox.events import Event
 from spark_outbox.isolation import Isolation
 from spark_outbox.outcomes import Batch, Outcomes
 from spark_outbox.references import References
+from spark_outbox.refusals import TIMES, Refused, Suspects, refusals
 from spark_outbox.registry import Handler, Registry, registry
+from spark_outbox.rest import next_look
 from spark_outbox.wake import Wake, poll
 
 logger = logging.getLogger(__name__)
-
-HELD_POLL = 0.25
-"""Seconds between two looks at events that another transaction holds: its worker may have died."""
-
-DEFERENCE = 0.5
-"""Seconds by which a worker that has left deliveries to others lets them look at due events first: or
-else the nearest to the database would have every next look, too."""
 
 PUT_BACK_INTERVAL = 60.0
 """Seconds between two looks, of a worker with nothing to do, at what another had no handler for."""
@@ -41,8 +38,8 @@ PUT_BACK_CHUNK = 10_000
 SILENCE = 30.0
 """Seconds that a transaction may be idle beyond the timeouts of its handlers."""
 
-ABOUT_ROWS = ("22", "23", "44", "P0")
-"""Classes of SQLSTATE: of data, constraints and views, and of PL/pgSQL, so of triggers that refuse."""
+REFUSED_PAUSES = (0.1, 0.3)
+"""Seconds before an event is handled again whose settling was refused for what may pass."""
 
 RECONNECT_PAUSES = (0.1, 10.0)
 """The first and the longest pause, in seconds, while the database is away."""
@@ -58,7 +55,8 @@ class Worker:
     are under way. `run` returns after about `max_events`, or once the
     process has used more than `max_rss` MiB.
     `on_ready` is called with the server's version whenever a new session is prepared and LISTENs;
-    `on_error` with the event, the handler and what it raised.
+    `on_error` with the event, the handler and what it raised. `experience` is what other workers of this
+    process have learned about the handlers.
     """
 
     def __init__(
@@ -78,6 +76,7 @@ class Worker:
         max_rss: int | None = None,
         on_ready: Callable[[str], None] | None = None,
         on_error: Callable[[Event, Handler, BaseException], None] | None = None,
+        experience: Experience | None = None,
     ) -> None:
         settings = conf.current()
         commit_interval = commit_interval or settings.COMMIT_INTERVAL
@@ -95,46 +94,55 @@ class Worker:
         )
         self._isolation = Isolation(using)
         self._alarm = alarm
-        self._in_hand = in_hand
+        self._is_supervised = in_hand is not None
+        self._direct = settings.direct(using)  # it LISTENs, and holds the lock of our session
+        self._in_hand = Watched(in_hand or Hand(), registry, using=using, direct=self._direct)
         self._dispatcher = Dispatcher(
             registry.handlers_for,
             using=using,
             commit_interval=commit_interval,
             clock=clock,
             alarm=alarm,
-            in_hand=in_hand,
+            in_hand=self._in_hand,
             on_error=on_error,
+            experience=experience,
         )
         self._async_concurrency = async_concurrency or settings.ASYNC_CONCURRENCY
         self._events_left = max_events or math.inf
         self._max_rss = max_rss
-        self._direct = settings.direct(using)  # it LISTENs, and holds the lock of our session
         self._wake = Wake(None if settings.WAKE == "never" else self._direct, poll=self._poll)
         self._detached = Detached(
             using=using,
             direct=self._direct,
+            wake=self._wake,
             dispatcher=self._dispatcher,
             registry=registry,
             clock=clock,
+            on_settled=self._claims.revisit,
         )
         self._clock = clock
         self._stopping = False
-        self._session: object = None  # the psycopg connection that is prepared
+        self._session: tuple[object, object] | None = None  # the prepared psycopg connections
+        self._was_ready = False  # in any session
         self._put_back_at = 0.0  # when to look at unhandled events again
         self._first = ""  # the query that a batch begins with
         self._defers = False  # to workers of another release, as it left to them the last due events
         self._failures = 0  # of the database, in a row
+        self._suspects = Suspects()
+        self._convicted: list[tuple[int, int]] = []  # events and handlers to count an attempt for
 
     # The loop
 
     def run(self, *, drain: bool = False, once: bool = False) -> None:
         """Handle events until `stop` is called; with `drain`, until none is ready; or `once`, a batch.
 
-        Outlives the database: it reconnects with a growing pause. Raises NotMigrated if the
+        Outlives the database: it reconnects with a growing pause. With `drain` or `once` only from
+        when it has been there: who waits for the end is told what is wrong. Raises NotMigrated if the
         database has no outbox, SettingsError if PostgreSQL can't read `groups`.
         """
         self._check_handlers()
         session.set_bounds(self.using, self._direct)
+        session.leave_pools(self.using, self._direct)
         self._wake.open()
         self._dispatcher.daemon = True
         calls = Calls(
@@ -153,28 +161,35 @@ class Worker:
                     finished = self._work(drain, once) or self._stopping
                     if finished:
                         self._detached.finish()
+                        self._claims.leave()
+                        self._in_hand.resign()
                 except Error as error:
+                    if (drain or once) and not self._was_ready:
+                        raise
                     self._recover(error)
                     finished = self._stopping and not self._detached.calls
         finally:
             calls.close()
+            self._detached.close()
         logger.info("Stopped on database %s.", self.using, extra={"database": self.using})
 
     def _work(self, drain: bool, once: bool) -> bool:
         """Claim, dispatch and settle until it is time to stop; return True if the work is done."""
-        while not self._stopping and connections[self.using].connection is self._session:
+        while not self._stopping and self._raw() == self._session:
             self._detached.settle()
             handled = self.handle_batch(sweep=once)
             self._detached.take_over()
             if once:
                 return True
-            if not handled:
-                if not drain:
-                    self._sleep()
-                elif self._detached.calls:
-                    self._detached.finish()
-                elif not self.handle_batch(sweep=True):
+            if not handled and not drain:
+                handled = 0 if self._claims.goes_on else self._sleep()
+            elif not handled and self._detached.calls:
+                self._detached.finish()
+            elif not handled:
+                handled = self.handle_batch(sweep=True)
+                if not handled:
                     return True
+            self._dispatcher.turn()
             self._failures = 0
             self._events_left -= handled
             if self._events_left <= 0 or self._is_bloated():
@@ -189,12 +204,13 @@ class Worker:
         """
         self._check_handlers()
         total = 0
-        try:
-            self._detached.take_over()
-            while handled := self._handle_or_narrow() or self.handle_batch(sweep=True):
-                total += handled
-        finally:
-            self._detached.resign()
+        with store.fixed_schema(using=self.using):
+            try:
+                self._detached.take_over()
+                while handled := self.handle_batch() or self.handle_batch(sweep=True):
+                    total += handled
+            finally:
+                self._detached.close()
         return total
 
     def open(self) -> int:
@@ -210,36 +226,66 @@ class Worker:
         self._wake.interrupt()
 
     def handle_batch(self, *, sweep: bool = False) -> int:
-        """Claim, dispatch and settle in one transaction; return how many events that settled."""
-        references = References()
+        """Claim, dispatch and settle in one transaction; return how many events that settled.
+
+        If PostgreSQL refuses to settle them, they are handled again, one by one; an event that it
+        refuses alone fails. Raises what comes of an outage.
+        """
+        references = References(self.using)
         batch = Batch([])
         try:
-            with transaction.atomic(using=self.using):
+            with refusals(using=self.using), transaction.atomic(using=self.using):
                 first = self._wake.parting(self.using) or self._first
+                if self._dispatcher.has_room:
+                    self._claims.make_room()
                 batch = self._claims.next(references, sweep=sweep, first=first)
-                if not batch.events:
+                if not batch.events or self._waits_for_room(batch):
                     return 0
+                self._in_hand.watch(batch, closely=self._claims.careful)
                 self._wake.wake_up()
-                if self._in_hand is not None:  # what handlers do after the commit takes what it takes
+                if self._is_supervised:  # what handlers do after the commit takes what it takes
                     transaction.on_commit(self._in_hand.rest, using=self.using)
                 with self._isolation.batch(references, strict=self._claims.careful):
                     outcomes = self._dispatcher.dispatch(batch, self._isolation, self._is_stopping)
+                self._ask()
                 identity = self._detached.identify() if outcomes.calls else 0
                 settle.write(outcomes, session=identity, using=self.using)
+                self._claims.hand_over(batch, outcomes)
+                self._in_hand.clear()
         except TransactionLost as loss:
-            settle.write_alone(loss.alone, using=self.using)
+            self._ask()
+            self._claims.pass_over(settle.write_alone(loss.alone, using=self.using))
             return len(loss.alone)
-        except BaseException as error:
-            self._dispatcher.abandon()
-            if isinstance(error, DatabaseError) and self._is_connected():
-                if self._is_at_fault(batch, error):
-                    settle.write_unsettled(batch.events[0].id, error, using=self.using)
-                    return 1
-                self._claims.doubt(batch)  # it was an event's fault, and nobody can tell whose
+        except Refused as refused:
+            self._abandon()
+            if not batch.events:
+                raise refused.error from None
+            return self._narrow(batch, refused, sweep)
+        except Error:
+            if self._is_cut_off():
+                self._suspect(batch, self._in_hand.in_hand())
+            self._abandon()
+            raise
+        except BaseException:
+            self._abandon()
             raise
         finally:
             references.close()
+        self._learn(batch, outcomes)
+        return outcomes.count
+
+    def _waits_for_room(self, batch: Batch) -> bool:
+        """Return whether nothing of a batch can be handled until an async call ends."""
+        waits = self._dispatcher.passes_all(batch)
+        if waits:
+            self._claims.pass_by(batch)
+        return waits
+
+    def _learn(self, batch: Batch, outcomes: Outcomes) -> None:
+        """After the commit: note how it went, and begin what outlives the transaction."""
         self._ask()
+        if self._suspects:
+            self._suspects.clear(outcomes.event_ids)
         self._dispatcher.release()
         self._claims.learn(batch, outcomes)
         if batch.elsewhere:
@@ -247,7 +293,71 @@ class Worker:
         self._log(batch, outcomes)
         if outcomes.calls:
             self._detached.begin(outcomes.calls)
-        return outcomes.count
+
+    # When that fails
+
+    def _abandon(self) -> None:
+        """The transaction is rolled back: nothing of it is in hand any more."""
+        self._ask()
+        self._dispatcher.abandon()
+
+    def _narrow(self, batch: Batch, refused: Refused, sweep: bool) -> int:
+        """After PostgreSQL has refused to settle a batch: find the event that is at fault."""
+        event = batch.events[0]
+        if not self._claims.careful or len(batch.events) > 1:
+            context = {"events": len(batch.events), "error": describe(refused.error)}
+            logger.warning(
+                "PostgreSQL refused to settle %(events)s events (%(error)s): they are handled alone.",
+                context,
+                extra=context,
+            )
+            self._claims.doubt(batch)
+        elif refused.may_pass and not self._suspects.is_at_fault(event.id):
+            self._wake.pause(random.uniform(*REFUSED_PAUSES))  # noqa: S311
+        elif refused.may_pass:
+            settle.book(self._calls_of(batch), refused.error, self._registry, using=self.using)
+            return 1
+        else:
+            if not settle.write_unsettled(event.id, refused.error, using=self.using):
+                self._claims.pass_over([event.id])
+            return 1
+        return self.handle_batch(sweep=sweep)
+
+    def _is_cut_off(self) -> bool:
+        """Return whether the connection is lost on which a daemon has been working."""
+        raw: Any = None if self._session is None else self._session[0]
+        return raw is not None and raw.closed
+
+    def _suspect(self, batch: Batch, in_hand: list[tuple[int, int]]) -> None:
+        """After a lost connection: if that has always come with the same event, it is the event's fault.
+
+        From now on events are handled one by one, so that the next one has a single suspect.
+        """
+        if not batch.events:
+            return
+        if not in_hand and len(batch.events) == 1:
+            in_hand = self._calls_of(batch)
+        at_fault = {event_id for event_id in dict(in_hand) if self._suspects.is_at_fault(event_id)}
+        self._convicted = [called for called in in_hand if called[0] in at_fault]
+        self._claims.doubt(batch)
+
+    def _calls_of(self, batch: Batch) -> list[tuple[int, int]]:
+        """Return the calls that the only event of a batch owes, as they are noted in `InHand`."""
+        (event,) = batch.events
+        handlers = self._registry.handlers_for(event.group)
+        owed = batch.owed(event, handlers) if event.id in batch.earlier else handlers
+        return [(event.id, handler.number) for handler in owed]
+
+    def _book_convicted(self) -> None:
+        """Count an attempt for what has cost the worker its connection, now that it has another."""
+        convicted, self._convicted = self._convicted, []
+        if convicted:
+            error = ConnectionLost(
+                f"The worker's database connection was lost {TIMES} times in a row while this handler "
+                "ran: by a limit such as transaction_timeout, by pg_terminate_backend(), or since the "
+                "server can't bear its query. The server's log says why."
+            )
+            settle.book(convicted, error, self._registry, using=self.using)
 
     # Its steps
 
@@ -260,39 +370,58 @@ class Worker:
                 done = {"event_id": event.id, "group": event.group, "attempt": event.attempt}
                 logger.debug("Dispatched event %(event_id)s of group %(group)r.", done, extra=done)
 
-    def _sleep(self) -> None:
-        """Wait until there may be something to do; see `wake` for the protocol."""
+    def _sleep(self) -> int:
+        """Wait until there may be something to do; see `wake` for the protocol. Return how many events
+        were handled instead, as there was something to do."""
+        self._detached.resign()
         pause = self._wake.fall_asleep()
-        if self.handle_batch(sweep=True):
-            return
+        reason = "round"
+        while reason == "round" and not self._stopping:
+            self._claims.rest()
+            goes_on = True
+            while goes_on and not self._stopping:
+                if handled := self.handle_batch():
+                    return handled
+                goes_on = self._claims.goes_on
+            reason = self._wait(pause)
+        self._wake.let_go_with_next()
+        if reason == "notification":
+            self._claims.hurry()
+        return 0
+
+    def _wait(self, pause: float) -> str:
+        """Wait, with nothing to do, until there may be something; return why."""
         outlook = store.outlook(groups=self.groups, using=self.using)
         self._claims.expect(outlook.due_in)
-        notified = False
         while not self._stopping:
             may_put_back = outlook.unhandled and self._clock() >= self._put_back_at
             if may_put_back and self._put_back_unhandled():
-                break
-            held = HELD_POLL if outlook.ready or self._claims.held else math.inf
-            running = TAKE_OVER_INTERVAL if outlook.running else math.inf
-            due_in = outlook.due_in + (DEFERENCE if self._defers else 0)
-            timeout = min(pause, self.poll_interval, due_in, held, running)
-            notified = self._wake.wait(timeout)
-            if notified or timeout != self.poll_interval or self._detached.has_ended:
-                break
+                return "put back"
+            look = next_look(
+                outlook,
+                poll_interval=self.poll_interval,
+                pause=pause,
+                held=self._claims.held or (outlook.ready and self.groups is None),
+                round_in=self._claims.round_in,
+                defers=self._defers,
+            )
+            if self._wake.wait(look.seconds):
+                return "notification"
+            if self._detached.has_ended:
+                return "ended"
+            if look.reason != "poll":
+                return look.reason
             outlook = store.outlook(groups=self.groups, using=self.using)
-            if outlook.ready or outlook.ordered:
-                break
-        self._wake.let_go_with_next()
-        if notified:
-            self._claims.hurry()
+            if outlook.ready or outlook.ordered or not self._wake.guards(outlook.oid):
+                return "poll"
+        return "stop"
 
     # The session
 
     def _set_up_session(self) -> None:
         """Connect, prepare the session and LISTEN, unless this has been done on this connection."""
-        connection = connections[self.using]
-        connection.ensure_connection()
-        if connection.connection is self._session:
+        connections[self.using].ensure_connection()
+        if self._raw() == self._session:
             return
         silence = self._longest_silence()
         version = session.set_up(self.using, direct=self._direct, idle_in_transaction=silence)
@@ -302,20 +431,38 @@ class Worker:
                 f"Database {self.using!r} has no outbox. Run: manage.py migrate spark_outbox"
                 + ("" if self.using == "default" else f" --database {self.using}")
             )
+        store.fix_schema(using=self.using)
         if self.groups is not None:
             try:
                 store.check_groups(self.groups, using=self.using)
             except DataError as error:
                 raise SettingsError(f"--groups {self.groups!r}: {error}") from error
+        self._check_direct()
         self._wake.listen()
-        self._detached.reconnected()
-        self._session = connection.connection
+        if self._detached.calls:
+            self._detached.identify()
+        self._session = self._raw()
+        self._was_ready = True
+        if self._in_hand.enlist():
+            self._claims.look_closely()
+        self._book_convicted()
         self._put_back_unhandled()
         logger.info("Ready on database %s.", self.using, extra={"database": self.using})
         if self._on_ready is not None:
             self._on_ready(version)
 
+    def _check_direct(self) -> None:
+        """Raise SettingsError if what LISTENs is another database than the worker's; OperationalError
+        if that has only now become so: in a failover the two may change at different times."""
+        try:
+            session.check_direct(self.using, self._direct)
+        except SettingsError as error:
+            if self._was_ready:
+                raise OperationalError(str(error)) from error
+            raise
+
     def _check_handlers(self) -> None:
+        session.check(self.using, self._direct)
         detached = [handler.name for handler in self._registry.handlers if not handler.atomic]
         if detached and self._direct is None:
             raise SettingsError(
@@ -324,18 +471,24 @@ class Worker:
                 "worker's own is none of a pooler."
             )
 
+    def _raw(self) -> tuple[object, object]:
+        """Return the psycopg connections that we work on, and that LISTENs."""
+        direct = None if self._direct is None else connections[self._direct].connection
+        return connections[self.using].connection, direct
+
     def _longest_silence(self) -> float | None:
         """Return the seconds that may pass between two statements of a transaction; None if nobody
         knows, since a handler has no timeout or nothing would interrupt it."""
-        handlers = [h for h in self._registry.handlers if h.atomic and not h.is_async]
-        limits = [None if self._alarm is None else handler.policy.limit() for handler in handlers]
+        handlers = [handler for handler in self._registry.handlers if handler.atomic]
+        if self._direct is not None:  # async calls outlive their batch, rather than be waited for
+            handlers = [handler for handler in handlers if not handler.is_async]
+        limits = [None if self._alarm is None else longest_run(handler) for handler in handlers]
         known = [limit for limit in limits if limit is not None]
         return sum(known) + SILENCE if len(known) == len(limits) else None
 
     def _poll(self, descriptors: list[int], seconds: float) -> set[int]:
         """Wait until a file descriptor can be read; meanwhile async handlers go on."""
-        if self._in_hand is not None:
-            self._in_hand.rest()
+        self._in_hand.rest()
         calls = self._dispatcher.calls
         readable = calls.poll(descriptors, seconds) if calls else poll(descriptors, seconds)
         self._ask()
@@ -343,8 +496,7 @@ class Worker:
 
     def _ask(self) -> None:
         """From now on the database has to answer in time, or the supervisor ends this process."""
-        if self._in_hand is not None:
-            self._in_hand.put_down()
+        self._in_hand.put_down()
 
     def _put_back_unhandled(self) -> bool:
         """Make events ready that had no handler: old workers may meet new groups first, also after
@@ -387,8 +539,10 @@ class Worker:
         """Do between batches what Django does between requests."""
         for connection in connections.all(initialized_only=True):
             connection.queries_log.clear()
-            if connection.connection is not self._session and connection.alias != self._direct:
+            if connection.connection not in (self._session or ()):
                 connection.close_if_unusable_or_obsolete()
+            elif not connection.autocommit:
+                connection.close()  # a callback has left it so, and nothing would be committed
 
     def _is_bloated(self) -> bool:
         if self._max_rss is None:
@@ -396,30 +550,18 @@ class Worker:
         unit = 1024 * 1024 if sys.platform == "darwin" else 1024
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss > self._max_rss * unit
 
-    def _handle_or_narrow(self) -> int:
-        """Handle a batch; if its commit fails, handle its first event alone."""
-        was_careful = self._claims.careful
-        try:
-            return self.handle_batch()
-        except DatabaseError:
-            if was_careful:
-                raise
-            return self.handle_batch()
-
     def _is_stopping(self) -> bool:
         return self._stopping
 
-    def _is_at_fault(self, batch: Batch, error: Error) -> bool:
-        """Return whether it is plain that a batch could not be settled because of its only event."""
-        state = getattr(error.__cause__, "sqlstate", None) or ""
-        return self._claims.careful and len(batch.events) == 1 and state.startswith(ABOUT_ROWS)
 
-    def _is_connected(self) -> bool:
-        raw = connections[self.using].connection
-        return raw is not None and not raw.closed
+def longest_run(handler: Handler) -> float | None:
+    """Return the seconds after which a call is interrupted; None if never."""
+    limit = handler.policy.limit()
+    return limit * PATIENCE if limit is not None and handler.is_async else limit
 
 
 _draining = threading.local()
+_experience: dict[str, Experience] = {}
 
 
 def drain_after_commit(using: str, **_: object) -> None:
@@ -433,7 +575,7 @@ def drain_after_commit(using: str, **_: object) -> None:
         return
     aliases.add(using)
     try:
-        Worker(using=using).drain()
+        Worker(using=using, experience=_experience_of(using)).drain()
     except Exception as error:  # noqa: BLE001, logged
         context = {"database": using, "error": describe(error)}
         logger.error(
@@ -443,3 +585,17 @@ def drain_after_commit(using: str, **_: object) -> None:
         )
     finally:
         aliases.discard(using)
+
+
+def _experience_of(using: str) -> Experience | None:
+    """Return what this process has learned at earlier commits, in any thread.
+
+    None within a TestCase, whose tests must not see each other's circuits; nothing else handles events
+    inside of a transaction.
+    """
+    if connections[using].in_atomic_block:
+        return None
+    known = _experience.get(using)
+    if known is None or known.settings is not conf.current():
+        known = _experience[using] = Experience(time.monotonic)
+    return known

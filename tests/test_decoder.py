@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from spark_outbox import events, payload, references
 from spark_outbox.errors import InstanceGone, UnreadablePayload
 from spark_outbox.models import OutboxEvent
-from spark_outbox.payload import LazyPayload, encode
+from spark_outbox.payload import LazyPayload, encode, zones
 from spark_outbox.references import References
 from spark_outbox.testing import drain
 from tests.probe.models import Named
@@ -45,6 +45,7 @@ NEARLY = {
     "set": [[{"$": ["decimal", "sNaN"]}], [[]], "ab"],
     "dict": [[[[], 1]], [[1, 2, 3]], {"ab": 1}],
 }
+ZONES = ["Europe/Zurich", "UTC", "Europe/Atlantis", "antigravity", "../etc", "", 5, None]
 ROWS = [
     ["challenges.challenge", 1],
     ["challenges.challenge", 3],
@@ -70,6 +71,12 @@ def tags(inner):
         nearly,
         st.tuples(names, inner | contents | st.lists(inner, max_size=3) | pairs),
         st.tuples(names, contents, inner | st.sampled_from([0, 1])),
+        st.tuples(
+            st.sampled_from(["datetime", "time"]),
+            contents,
+            st.sampled_from([0, 1]),
+            st.sampled_from(ZONES) | inner,
+        ),
         st.tuples(st.just("timedelta"), st.lists(st.integers(-(10**10), 10**10), max_size=8)),
         st.tuples(st.just("model"), st.sampled_from(LABELS), keys, aliases),
         st.tuples(st.just("model"), inner, inner, inner),
@@ -95,6 +102,7 @@ def fuzzed():
     Named.objects.create(name="no")
     make_challenge(pk=1)
     User.objects.create(pk=2)
+    zones()  # looks for the package tzdata, once
     with connection.cursor() as cursor:
         cursor.execute("create temporary table probe_nowhere (id bigint)")
 
@@ -115,6 +123,8 @@ class NoImports:
 @example({"$": ["model", "challenges.challenge", {"$": ["decimal", "1e999999999999"]}, "default"]})
 @example({"$": ["model", "challenges.challenge", {"$": ["model", *ROWS[0], "default"]}, "default"]})
 @example({"$": ["model", "os.path", "/etc/passwd", "default"]})
+@example({"$": ["datetime", "2026-01-01T00:00:00+00:00", 0, "antigravity"]})
+@example({"$": ["datetime", "0001-01-01T00:00:00+23:00", 0, "UTC"]})
 def test_any_json_is_decoded_or_unreadable_and_nothing_is_imported_for_it(fuzzed, document):
     neighbour = {"a": {"$": ["model", "challenges.challenge", 1, "default"]}}
     of_a_batch = References()

@@ -1,5 +1,7 @@
 """Porting from django-spark: its README's example, with nothing changed but the import."""
 
+import functools
+import io
 import subprocess
 import sys
 from datetime import date, timedelta
@@ -8,10 +10,13 @@ import pytest
 from django.contrib.auth.models import User
 from django.core import mail
 from django.core.mail import EmailMessage
+from django.core.management import CommandError, call_command
 from django.db import transaction
 
 from spark_outbox import api
+from spark_outbox.errors import RegistrationError
 from spark_outbox.models import OutboxEvent
+from spark_outbox.registry import registry
 from spark_outbox.testing import drain
 from tests.challenges.models import Challenge
 
@@ -114,9 +119,9 @@ def test_the_readmes_example_sends_its_mails_once(registered):
         drain()
     assert [body.rpartition("/")[2] for body, _ in mails()] == [
         "challenge_created",
-        "challenge_ended",
-        "challenge_ends_2d",
         "challenge_inactivity_2d",
+        "challenge_ends_2d",
+        "challenge_ended",
     ]
 
 
@@ -141,6 +146,121 @@ def test_handlers_are_listed_as_pairs_of_pattern_and_function(registered):
 def test_one_handler_may_be_registered_for_several_patterns(registered):
     api.register_group_handler(handler=send_challenge_mails, group=r"^something_else")
     assert len(api.HANDLERS) == 2
+
+
+class Mailer:
+    def __init__(self, sender=""):
+        self.sender = sender
+
+    def send(self, event):
+        """Do nothing."""
+
+    def __call__(self, event):
+        """Do nothing."""
+
+
+def make_handler(_template):
+    def handle(event):
+        """Do nothing."""
+
+    return handle
+
+
+def register_all(handlers, group=r"^challenge"):
+    for handler in handlers:
+        api.register_group_handler(handler=handler, group=group)
+
+
+def names():
+    return [handler.name for handler in registry.handlers]
+
+
+HERE = "tests.test_django_spark"
+
+
+@pytest.mark.parametrize(
+    ("make", "name"),
+    [
+        (lambda: functools.partial(make_handler("")), "make_handler.<locals>.handle"),
+        (lambda: functools.partial(send_challenge_mails), "send_challenge_mails"),
+        (lambda: functools.partial(Mailer()), "Mailer"),
+        (lambda: make_handler(""), "make_handler.<locals>.handle"),
+        (lambda: Mailer(), "Mailer"),
+        (lambda: Mailer().send, "Mailer.send"),
+        (lambda: lambda event: None, "<lambda>.<locals>.<lambda>"),
+    ],
+)
+def test_handlers_without_a_name_of_their_own_are_named_by_pattern_and_order(own_registry, make, name):
+    handlers = [make() for _ in range(3)]
+    expected = [f"{HERE}.{name}:^challenge{end}" for end in ("", "#2", "#3")]
+    for _ in range(2):  # as in another process
+        register_all(handlers)
+        register_all(handlers[:1], group="^other")
+        assert names() == [*expected, f"{HERE}.{name}:^other"]
+        own_registry.clear()
+    register_all([make() for _ in range(3)])
+    assert names() == expected
+
+
+def test_a_name_does_not_depend_on_handlers_of_other_patterns(own_registry):
+    register_all([make_handler("a")], group="^a")
+    register_all([make_handler("b")], group="^b")
+    both = names()
+    own_registry.clear()
+    register_all([make_handler("b")], group="^b")
+    assert names() == both[1:]
+
+
+def test_a_function_keeps_its_own_name_and_is_registered_once_for_a_pattern(own_registry):
+    register_all([send_challenge_mails])
+    assert names() == [f"{HERE}.send_challenge_mails"]
+    mailer = Mailer()
+    for handler in (send_challenge_mails, mailer, mailer.send):
+        register_all([handler], group="^b")
+        with pytest.raises(RegistrationError, match="already"):
+            register_all([handler], group="^b")
+
+
+def test_functions_that_a_decorator_has_made_alike_are_told_apart_by_their_patterns(own_registry):
+    def decorate(function):
+        return functools.wraps(function)(lambda event: function(event))
+
+    for group in ("^a", "^b"):
+        register_all([decorate(send_challenge_mails)], group=group)
+    assert names() == [f"{HERE}.send_challenge_mails", f"{HERE}.send_challenge_mails:^b"]
+
+
+def test_handlers_may_be_given_names(own_registry):
+    for name in ("first", "second"):
+        api.register_group_handler(
+            handler=functools.partial(send_challenge_mails), group="^a", name=name
+        )
+    assert names() == ["first", "second"]
+
+
+def test_what_has_no_name_handles_events_and_is_retried(own_registry):
+    seen = []
+
+    class Handler:
+        def __call__(self, event):
+            seen.append(event.key)
+
+    register_all([Handler(), functools.partial(seen.append), seen.append, Handler().__call__], group="")
+    api.process_events([{"group": "g", "key": "k"}])
+    drain()
+    assert [each if isinstance(each, str) else each.key for each in seen] == ["k"] * 4
+
+
+def test_sources_without_a_name_are_swept_and_reported(registered):
+    def broken(_how, challenge):
+        raise ValueError
+
+    make_challenge()
+    api.register_model_event_source(sender=Challenge, source=functools.partial(broken, 1))
+    err = io.StringIO()
+    with pytest.raises(CommandError):
+        call_command("process_spark_sources", stderr=err, stdout=io.StringIO())
+    assert "broken raised ValueError" in err.getvalue()
 
 
 def test_an_event_offers_what_django_sparks_events_did(own_registry):

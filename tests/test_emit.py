@@ -2,11 +2,14 @@
 
 import asyncio
 import contextlib
+import random
 import threading
 from datetime import datetime, timedelta
+from functools import partial
+from typing import get_args, get_type_hints
 
 import pytest
-from asgiref.sync import sync_to_async
+from asgiref.sync import async_to_sync, sync_to_async
 from django.db import DatabaseError, IntegrityError, connection, connections, transaction
 from django.utils import timezone
 
@@ -14,6 +17,7 @@ from spark_outbox import Event, aemit, aemit_many, emit, emit_many
 from spark_outbox.errors import InvalidEvent, NotInTransaction
 from spark_outbox.events import MAX_LENGTH, time_ordered_key
 from spark_outbox.models import OutboxEvent
+from tests.challenges.models import Handled
 from tests.tools import PATIENCE, connect, eventually
 
 committed = pytest.mark.django_db(transaction=True)
@@ -228,6 +232,63 @@ def test_async_code_emits():
     assert OutboxEvent.objects.count() == 8
 
 
+def emit_beside_a_ledger_row(key, fails):
+    with transaction.atomic():
+        Handled.objects.create(key=key)
+        emit("group", key)
+        if fails:
+            raise ZeroDivisionError
+
+
+@committed
+def test_a_cancelled_task_leaves_both_the_row_and_its_event_or_neither():
+    """With the pattern of the README, whenever the task is cancelled."""
+    dice = random.Random(29)
+
+    async def run(number):
+        task = asyncio.create_task(
+            sync_to_async(emit_beside_a_ledger_row)(f"{number}", fails=dice.random() < 0.1)
+        )
+        for _ in range(dice.randrange(300)):
+            await asyncio.sleep(0)
+        task.cancel()
+        (outcome,) = await asyncio.gather(task, return_exceptions=True)
+        return outcome
+
+    async def run_all():
+        outcomes = await asyncio.gather(*map(run, range(200)))
+        await sync_to_async(connections.close_all)()  # runs after all that is under way
+        return outcomes
+
+    outcomes = asyncio.run(run_all())
+    rows = list(Handled.objects.order_by("id").values_list("key", flat=True))
+    assert rows == list(OutboxEvent.objects.order_by("id").values_list("key", flat=True))
+    assert any(isinstance(outcome, asyncio.CancelledError) for outcome in outcomes)
+    # Who was not cancelled knows what came of it. Who was may have committed nevertheless.
+    finished = {f"{number}" for number, outcome in enumerate(outcomes) if outcome is None}
+    assert finished <= set(rows)
+
+
+@committed
+def test_require_atomic_says_in_async_code_what_to_do_there(settings):
+    settings.SPARK_OUTBOX = {"REQUIRE_ATOMIC": True}
+
+    async def stream():
+        yield {"group": "group"}
+
+    for attempt in (
+        partial(aemit, "group", "key"),
+        partial(aemit_many, [{"group": "group"}]),
+        partial(aemit_many, stream()),
+    ):
+        with pytest.raises(NotInTransaction, match=r"transaction\.atomic.*sync_to_async\(function\)"):
+            async_to_sync(attempt)()
+    async_to_sync(sync_to_async(emit_beside_a_ledger_row))("key", fails=False)
+    with transaction.atomic():  # the thread, and so the connection, of the block
+        assert async_to_sync(aemit)("group", "in the block")
+    assert OutboxEvent.objects.count() == 2
+
+
 # From SQL
 
 
@@ -311,6 +372,18 @@ def test_an_event_that_makes_no_sense_is_refused_with_the_cure(event, message):
 def test_options_beside_a_whole_event_are_refused():
     with pytest.raises(InvalidEvent, match="not both"):
         emit(Event("group", "key"), delay=5)
+
+
+def test_on_duplicate_is_typed_as_what_it_takes():
+    for function in (emit, aemit):
+        assert get_args(get_type_hints(function)["on_duplicate"]) == ("ignore", "raise", "check")
+
+
+@pytest.mark.django_db
+@pytest.mark.parametrize("group", [5, None, b"g", ["g"]])
+def test_a_group_that_is_no_text_is_named_also_beside_options(group):
+    with pytest.raises(InvalidEvent, match=rf"a group, which is text, .* {type(group).__name__}: "):
+        emit(group, "x", n=1)
 
 
 @committed

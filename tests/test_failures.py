@@ -12,9 +12,8 @@ import pytest
 from django.db import connection, transaction
 from django.utils import timezone
 
-from spark_outbox import Discard, Retry, emit, emit_many, handler
+from spark_outbox import Discard, Retry, emit, handler
 from spark_outbox.backoff import delay
-from spark_outbox.breaker import Breakers
 from spark_outbox.errors import DuplicateKey, InvalidEvent, RegistrationError
 from spark_outbox.management.alarm import Alarm
 from spark_outbox.models import Delivery, OutboxEvent
@@ -596,88 +595,6 @@ def test_the_settings_have_a_timeout_for_all(own_registry, settings):
     emit("g", "key")
     Worker(alarm=Alarm()).drain()
     assert deliveries() == {"h": ("pending", 1), "patient": ("done", 1)}
-
-
-# Circuit breakers
-
-
-def test_a_circuit_opens_after_failures_on_different_events_in_a_row_for_growing_pauses():
-    clock = Clock()
-    breakers = Breakers(3, clock)
-    assert not breakers.any
-    assert [breakers.failed("h", event) for event in (1, 1, 1, 2)] == [0, 0, 0, 0]
-    assert breakers.failed("h", 3) == 5
-    assert breakers.remaining("h") == 5
-    assert breakers.remaining("other") == 0
-    assert [breakers.failed("h", event) for event in range(4, 20)] == [0] * 16  # were called before
-    for pause in (10, 20, 40, 80, 160, 300, 300):
-        clock.now += 300
-        assert breakers.remaining("h") == 0  # the probe
-        assert breakers.remaining("h") == 5  # and no other
-        assert breakers.failed("h", 20) == pause
-        assert breakers.remaining("h") == pause
-    clock.now += 300
-    assert breakers.succeeded("h")
-    assert not breakers.any
-    assert [breakers.failed("h", event) for event in (1, 2)] == [0, 0]
-    assert not breakers.succeeded("h")  # it was not open
-    assert [breakers.failed("h", event) for event in (3, 4)] == [0, 0]
-    assert [Breakers(None, clock).failed("h", event) for event in range(50)] == [0] * 50
-
-
-def test_a_dead_mail_server_does_not_burn_the_attempts_of_all_events(own_registry, caplog):
-    clock, calls, down = Clock(), [], [True]
-
-    def mail(event):
-        calls.append(event.key)
-        if down[0]:
-            raise ConnectionRefusedError
-
-    own_registry.add_handler(mail, group="", name="mail")
-    own_registry.add_handler(note, group="", name="other")
-    emit_many({"group": "g", "key": f"{n:03}"} for n in range(100))
-    worker = Worker(clock=clock)
-    worker.drain()
-    assert calls == [f"{n:03}" for n in range(10)]
-    assert Handled.objects.count() == 100  # nobody else had to wait
-    mails = Delivery.objects.filter(handler="mail", status="pending")
-    assert sorted(mails.values_list("attempts", flat=True)) == [0] * 90 + [1] * 10
-    assert mails.filter(error__contains="its circuit is open").count() == 90
-    assert "Circuit of mail is open: it is not called for 5 s." in caplog.text
-
-    make_ready()
-    worker.drain()
-    assert len(calls) == 10  # not yet
-    clock.now += 6
-    make_ready()
-    worker.drain()
-    assert len(calls) == 11  # the probe
-    assert "it is not called for 10 s" in caplog.text
-
-    clock.now += 11
-    down[0] = False
-    make_ready()
-    worker.drain()
-    assert len(calls) == 111
-    assert "Circuit of mail is closed again." in caplog.text
-    assert set(statuses().values()) == {"done"}
-    assert sorted(Delivery.objects.filter(handler="mail").values_list("attempts", flat=True)) == (
-        [1] * 90 + [2] * 9 + [3]
-    )
-    assert Handled.objects.count() == 100
-
-
-def test_retry_and_discard_open_no_circuit(own_registry):
-    calls = []
-
-    def speak(event):
-        calls.append(event.key)
-        raise Discard if event["discard"] else Retry
-
-    own_registry.add_handler(speak, group="")
-    emit_many({"group": "g", "key": f"{n}", "discard": n % 2 == 0} for n in range(40))
-    Worker().drain()
-    assert len(calls) == 40
 
 
 # Unhandled

@@ -137,7 +137,7 @@ def test_what_a_host_that_was_cut_off_finds_out_too_late_is_dropped(server, netw
     (delivery,) = server.query(
         "select status, attempts, worker from spark_outbox_delivery where handler = 'detached'"
     )
-    assert delivery == ("done", 1, f"{socket.gethostname()}:{pid}")
+    assert delivery == ("done", 2, f"{socket.gethostname()}:{pid}")
 
 
 def test_a_host_that_is_cut_off_in_its_sleep_notices_and_is_woken_when_it_is_back(server, network):

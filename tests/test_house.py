@@ -184,6 +184,10 @@ def test_functions_pin_their_search_path():
         assert cursor.fetchone() == (1,)
     assert found == {
         "spark_emit": ["search_path=pg_catalog, public, pg_temp"],
+        "spark_outbox_check_keys": ["search_path=pg_catalog, public, pg_temp"],
+        "spark_outbox_emit_many": ["search_path=pg_catalog, public, pg_temp"],
+        "spark_outbox_ids_are_behind": ["search_path=pg_catalog, public, pg_temp"],
+        "spark_outbox_close_circuit": ["search_path=pg_catalog, public, pg_temp"],
         "spark_outbox_is_same": ["search_path=pg_catalog, public, pg_temp"],
         "spark_outbox_wake": ["search_path=pg_catalog, pg_temp"],
     }
@@ -194,13 +198,15 @@ def test_the_table_has_the_indexes_that_the_design_names_and_no_more():
     with connection.cursor() as cursor:
         cursor.execute("select indexname from pg_indexes where tablename = 'spark_outbox_event'")
         assert sorted(name for (name,) in cursor.fetchall()) == [
+            "spark_outbox_event_aside",
             "spark_outbox_event_done",
             "spark_outbox_event_due",
             "spark_outbox_event_key",
             "spark_outbox_event_order",
+            "spark_outbox_event_ordered",
+            "spark_outbox_event_ordered_due",
             "spark_outbox_event_pkey",
             "spark_outbox_event_ready",
-            "spark_outbox_event_unhandled",
         ]
 
 

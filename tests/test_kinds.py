@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import signal
 import threading
+import time
 
 import pytest
 from asgiref.sync import sync_to_async
@@ -13,6 +14,7 @@ from spark_outbox import BatchFailed, Discard, Retry, aemit, emit, emit_many, ha
 from spark_outbox.errors import InstanceGone, RegistrationError, SettingsError
 from spark_outbox.management.alarm import Alarm
 from spark_outbox.models import Delivery, OutboxEvent
+from spark_outbox.policy import Policy
 from spark_outbox.supervisor import Slot
 from spark_outbox.testing import drain
 from spark_outbox.worker import Worker
@@ -282,6 +284,124 @@ def test_events_of_one_ordering_key_are_one_at_a_time_also_if_async(own_registry
     work()
     assert order == [f"{n}" for n in range(10)]
     assert gauge.peak == 1
+
+
+def test_an_async_call_goes_on_while_its_worker_is_busy(own_registry):
+    """Also if it takes many steps, and the worker never sleeps."""
+    steps = []
+
+    @handler("^call$", name="call", timeout=0.5, max_attempts=1)
+    async def call(event):
+        for step in range(20):
+            await asyncio.sleep(0.001)
+            steps.append(step)
+
+    @handler("^busy$", name="busy")
+    def stay_busy(event):
+        time.sleep(0.01)
+        if not OutboxEvent.objects.filter(key="call", status="done").exists():
+            emit("busy")  # so that the worker never sleeps
+
+    with worker_thread(commit_interval=0.01):
+        with transaction.atomic():  # in one batch, which does not wait for the call
+            emit("call", "call")
+            emit("busy")
+        eventually(lambda: status("call") == "done")
+    assert len(steps) == 20
+
+
+def test_the_time_in_which_the_event_loop_stood_still_is_not_the_handlers(own_registry):
+    @handler("^call$", name="call", timeout=0.2, max_attempts=1)
+    async def call(event):
+        await asyncio.sleep(0.1)
+
+    @handler("^slow$", name="slow")
+    def slow(event):
+        time.sleep(0.4)  # twice as long as the call may take
+
+    with worker_thread(commit_interval=0.01):
+        with transaction.atomic():
+            emit("call", "call")
+            for _ in range(4):
+                emit("slow")
+        eventually(lambda: status("call") in {"done", "failed"})
+    assert status("call") == "done"
+
+
+@pytest.mark.parametrize("delay", [None, -1])
+@pytest.mark.parametrize("ordered", [False, True])
+@pytest.mark.parametrize("groups", [None, "^(call|plain)$"])
+def test_events_behind_async_ones_that_wait_for_room_are_handled(own_registry, delay, ordered, groups):
+    release, calls = threading.Event(), []
+
+    @handler("^call$", name="call")
+    async def call(event):
+        calls.append(event.key)
+        while not release.is_set():
+            await asyncio.sleep(0.005)
+
+    own_registry.add_handler(note, group="^plain$")
+
+    def emit_some(group, count):
+        for n in range(count):
+            emit(group, f"{group} {n:02}", delay=delay, ordering_key=f"{group} {n}" if ordered else None)
+
+    with worker_thread(async_concurrency=2, batch_size=4, groups=groups):
+        wait_until_asleep()
+        emit_some("call", 30)
+        eventually(lambda: len(calls) == 2)
+        emit_some("plain", 30)
+        eventually(lambda: len(handled()) == 30)
+        assert len(calls) == 2
+        emit("plain", "later")  # and it is woken by what comes
+        eventually(lambda: len(handled()) == 31)
+        release.set()
+        wait_until_done(61)  # as there is room, the others have their turn
+    assert len(calls) == len(set(calls)) == 30
+
+
+def test_async_events_of_one_ordering_key_that_wait_for_room_keep_their_order(own_registry):
+    release, calls = threading.Event(), []
+
+    @handler("", name="call")
+    async def call(event):
+        calls.append(event.key)
+        while event.group == "slow" and not release.is_set():
+            await asyncio.sleep(0.005)
+
+    with worker_thread(async_concurrency=1):
+        emit("slow", "slow")
+        eventually(lambda: status("slow") == "running")
+        for n in range(10):
+            emit("g", f"{n}", ordering_key="o")
+        release.set()
+        wait_until_done(11)
+    assert calls == ["slow", *(f"{n}" for n in range(10))]
+
+
+@pytest.mark.parametrize(
+    ("direct", "timeouts", "seconds"),
+    [
+        ("", {"plain": 10, "async": 100}, 40),  # its calls outlive the batch
+        (None, {"plain": 10, "async": 100}, 165),  # the batch waits for its calls
+        (None, {"plain": 10, "async": None}, None),
+        (None, {"plain": None, "async": 100}, None),
+        (None, {"async": 60}, 105),
+    ],
+)
+def test_the_server_bears_silence_for_as_long_as_a_batch_may_wait(
+    own_registry, settings, direct, timeouts, seconds
+):
+    settings.SPARK_OUTBOX = {"LISTEN_DATABASE": direct}
+
+    async def call(event):
+        pass
+
+    for name, timeout in timeouts.items():
+        function = call if name == "async" else note
+        own_registry.add_handler(function, group="", name=name, policy=Policy(timeout=timeout))
+    assert Worker(alarm=Alarm())._longest_silence() == seconds
+    assert Worker()._longest_silence() is None  # nothing would interrupt them
 
 
 @pytest.mark.django_db(transaction=False)
@@ -630,6 +750,17 @@ def test_in_peoples_tests_detached_handlers_run_too(own_registry):
     assert (status(), handled()) == ("done", ["key", "async"])
 
 
+LOCK = "select pid from pg_stat_activity where application_name = 'spark_worker lock'"
+
+
+def cut_off():
+    """End the sessions of the worker that runs the calling handler: that of its lock as well."""
+    with connect() as other:
+        pids = [connection.connection.info.backend_pid, *(pid for (pid,) in other.execute(LOCK))]
+        for pid in pids:
+            other.execute("select pg_terminate_backend(%s, 10000)", [pid])
+
+
 def test_a_cut_off_worker_settles_what_nobody_has_taken_over(own_registry):
     """The outage is over before anybody noticed: the work is not lost, and not done twice."""
     calls = []
@@ -637,9 +768,7 @@ def test_a_cut_off_worker_settles_what_nobody_has_taken_over(own_registry):
     @handler("", name="h", atomic=False)
     def run(event):
         calls.append(event.attempt)
-        with connect() as other:
-            pid = connection.connection.info.backend_pid
-            other.execute("select pg_terminate_backend(%s, 10000)", [pid])
+        cut_off()
 
     emit("g", "key")
     work()
@@ -655,9 +784,7 @@ def test_a_cut_off_worker_that_is_replaced_cannot_overwrite_its_successor_s_outc
     def run(event):
         calls.append(event.attempt)
         if len(calls) == 1:
-            with connect() as other:
-                pid = connection.connection.info.backend_pid
-                other.execute("select pg_terminate_backend(%s, 10000)", [pid])
+            cut_off()
             successor = threading.Thread(target=in_a_thread)
             successor.start()
             successor.join(PATIENCE)
@@ -676,9 +803,9 @@ def test_a_cut_off_worker_that_is_replaced_cannot_overwrite_its_successor_s_outc
 
     emit("g", "key")
     work()
-    assert calls == [1, 1]  # an outage burns no attempt
+    assert calls == [1, 2]  # it looks as if the first had taken its worker with it
     assert status() == "done"
-    assert deliveries() == {"h": ("done", 1)}
+    assert deliveries() == {"h": ("done", 2)}
     assert "too late" not in Delivery.objects.get().traceback
     assert any("Lost the claim" in record.message for record in caplog.records)
 
@@ -756,7 +883,7 @@ def test_kill_9_frees_a_running_delivery_to_another_worker(flags, group):
             eventually(lambda: status() == "done")
             (pid,) = {int(handled.note) for handled in Handled.objects.filter(handler="after")}
             assert second.owns(pid)
-    assert deliveries() == {group[6:]: ("done", 1), "sibling": ("done", 1)}  # nobody counted a death
+    assert deliveries() == {group[6:]: ("done", 2), "sibling": ("done", 1)}  # a death is an attempt
     assert Handled.objects.filter(handler="sibling").count() == 1
 
 
@@ -769,7 +896,7 @@ def test_a_stopped_worker_lets_a_detached_handler_finish_and_burns_no_attempt_if
         assert status() == "running"
         worker.signal(signal.SIGTERM)
         assert worker.wait() == 0
-    assert deliveries() == {"detached": ("running", 0), "sibling": ("done", 1)}
+    assert deliveries() == {"detached": ("pending", 0), "sibling": ("done", 1)}
     with WorkerProcess() as worker:
         worker.wait_until_ready()
         flags.wait()

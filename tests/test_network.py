@@ -4,11 +4,13 @@ import contextlib
 import json
 import os
 import signal
+import socket
 from concurrent.futures import ThreadPoolExecutor
 
 import psycopg
 import pytest
 from django.db import connection
+from psycopg.conninfo import conninfo_to_dict
 
 from spark_outbox import emit, emit_many, session, store
 from spark_outbox.models import Delivery, OutboxEvent
@@ -63,9 +65,9 @@ def assert_it_is_woken(worker):
 # The bounds of a worker's connections
 
 
-def sockets(*, url, **environment):
+def sockets(group="sockets", *, url, **environment):
     """Return what a worker process has set on its sockets, by alias."""
-    emit("sockets", "sockets")
+    emit(group, "sockets")
     with WorkerProcess("--drain", url=url, **environment) as worker:
         assert worker.wait() == 0, worker.output
     found = json.loads(Handled.objects.get().note)
@@ -86,10 +88,37 @@ def test_a_worker_bounds_all_of_its_connections(proxy):
     assert sockets(url=proxy.url, **environment) == {"default": expected, "direct": expected}
 
 
-def test_bounds_of_the_project_s_own_come_first(proxy):
+@pytest.mark.parametrize("group", ["sockets", "detached_sockets"])
+def test_bounds_of_the_project_s_own_come_first(proxy, group):
     url = f"{proxy.url} keepalives_idle=77 tcp_user_timeout=99000"
     expected = as_numbers(session.BOUNDS | {"keepalives_idle": 77, "tcp_user_timeout": 99_000})
-    assert sockets(url=url) == {"default": expected}
+    assert sockets(group, url=url) == {"default": expected}
+
+
+def test_a_detached_handler_may_pause_in_what_it_reads_or_writes(proxy):
+    """`tcp_user_timeout` ends a connection whose other side does not read, though it is alive."""
+    expected = as_numbers(session.BOUNDS | {"tcp_user_timeout": 0})
+    assert sockets("detached_sockets", url=proxy.url) == {"default": expected}
+
+
+def test_the_bounds_are_back_after_it(proxy, monkeypatch):
+    options = conninfo_to_dict(proxy.url)
+    monkeypatch.setitem(connection.settings_dict, "HOST", options["host"])
+    monkeypatch.setitem(connection.settings_dict, "PORT", options["port"])
+    monkeypatch.setitem(connection.settings_dict, "OPTIONS", {})
+    connection.close()
+    session.set_bounds("default")
+    session.set_up("default", direct="default", idle_in_transaction=None)
+
+    def limit():
+        with socket.socket(fileno=os.dup(connection.connection.fileno())) as end:
+            return end.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT)
+
+    assert limit() == 15_000
+    with session.patience("default", direct=True):
+        assert limit() == 0
+    assert limit() == 15_000
+    connection.close()
 
 
 def test_a_service_has_its_bounds_in_its_own_file(proxy, tmp_path):

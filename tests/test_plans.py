@@ -5,7 +5,8 @@ import json
 import pytest
 from django.db import connection, transaction
 
-from spark_outbox import store
+from spark_outbox import emit, store
+from spark_outbox.worker import Worker
 
 pytestmark = pytest.mark.django_db
 
@@ -15,6 +16,8 @@ select gen_random_uuid(), 'g', %(status)s, case when %(status)s = 'done' then no
     now() + %(delay)s * interval '1 second', case when %(keys)s > 0 then 'key ' || number %% %(keys)s end
 from generate_series(1, %(count)s) as number
 """
+
+FROM_THE_FIRST = {"id": store.LOWEST_ID, "time": "-infinity"}
 
 
 @pytest.fixture(scope="module")
@@ -60,9 +63,7 @@ def kinds(nodes):
 
 @pytest.mark.parametrize("floor", [0, 115_000])
 def test_the_claim_reads_the_ready_index_in_its_order(full_table, floor):
-    nodes, pages = explain(
-        store.CLAIM_READY.format(groups=""), {"floor": floor, "limit": 500, "groups": None}
-    )
+    nodes, pages = explain(store.CLAIM_READY, {"floor": floor, "limit": 500})
     assert indexes(nodes) == ["spark_outbox_event_ready"]
     assert kinds(nodes) == {"Limit", "LockRows", "Index Scan"}  # and so without a sort
     assert nodes[0]["Actual Rows"] == 100
@@ -70,20 +71,59 @@ def test_the_claim_reads_the_ready_index_in_its_order(full_table, floor):
 
 
 def test_the_claim_of_due_rows_does_not_read_those_that_are_delayed(full_table):
-    nodes, pages = explain(store.CLAIM_DUE.format(groups=""), {"limit": 100, "groups": None})
+    nodes, pages = explain(store.CLAIM_DUE, {"limit": 100, **FROM_THE_FIRST})
     assert indexes(nodes) == ["spark_outbox_event_due"]
     assert "Sort" not in kinds(nodes)
     assert nodes[0]["Actual Rows"] == 0
     assert pages < 10
 
 
-def test_the_heads_of_ordering_keys_are_found_by_jumping_from_key_to_key(full_table):
-    sql = store.HEADS.format(unfinished=store.UNFINISHED["block"], groups="")
-    nodes, pages = explain(sql, {"after": "", "keys": store.KEYS_AT_ONCE, "groups": None})
+def test_the_heads_of_ordering_keys_are_found_by_one_descent_for_each(full_table):
+    sql = store.HEADS.format(unfinished=store.UNFINISHED["block"], mine="true")
+    nodes, pages = explain(sql, {"keys": [f"key {n}" for n in range(50)]})
     assert set(indexes(nodes)) == {"spark_outbox_event_order"}
     assert "Seq Scan" not in kinds(nodes)
     assert nodes[0]["Actual Rows"] == 50
     assert pages < 500  # a few for each key, and not for each of its 100 events
+
+
+def test_a_run_of_ordered_events_is_read_no_further_than_asked(full_table):
+    sql = store.RUNS.format(unfinished=store.UNFINISHED["block"], mine="true")
+    nodes, pages = explain(sql, {"keys": [f"key {n}" for n in range(50)], "limit": 2})
+    assert set(indexes(nodes)) == {"spark_outbox_event_order"}
+    assert nodes[0]["Actual Rows"] == 100
+    assert pages < 500
+
+
+def test_the_head_of_a_key_with_many_events_is_not_looked_for_among_all_that_are_done(look):
+    let_wait(status="done")
+    with connection.cursor() as cursor:
+        cursor.execute(
+            "insert into spark_outbox_event (key, event_group, ordering_key) "
+            "select number, 'g', 'hot' from generate_series(1, 10000) as number"
+        )
+    analyze()
+    worker = Worker()
+    for _ in range(20):
+        handled, rows = look(worker)
+        assert handled >= 16
+        assert rows < 2 * store.PIECE + 10 * handled
+
+
+@pytest.mark.parametrize(
+    ("ordered", "groups", "names"),
+    [
+        (True, None, {"spark_outbox_event_ordered", "spark_outbox_event_ordered_due"}),
+        (True, "^g$", {"spark_outbox_event_ordered", "spark_outbox_event_ordered_due"}),
+        (False, "^g$", {"spark_outbox_event_ready", "spark_outbox_event_due"}),
+    ],
+)
+def test_a_piece_is_read_off_its_index_in_its_order(full_table, ordered, groups, names):
+    sql = store.piece_sql(ordered=ordered, groups=groups)
+    nodes, pages = explain(sql, {"piece": 100, "due_id": 0, "groups": groups, **FROM_THE_FIRST})
+    assert set(indexes(nodes)) == names
+    assert "Seq Scan" not in kinds(nodes)
+    assert pages < 200  # of 5,000 ordered events, or 100 ready ones: no more than the piece
 
 
 def test_settling_finds_its_rows_by_their_ids(full_table):
@@ -98,13 +138,130 @@ def test_settling_finds_its_rows_by_their_ids(full_table):
 
 def test_groups_that_nobody_handles_are_read_off_their_index_one_by_one(full_table):
     nodes, pages = explain(store.UNHANDLED_GROUPS.format(groups=""), {"groups": None})
-    assert set(indexes(nodes)) == {"spark_outbox_event_unhandled"}
+    assert set(indexes(nodes)) == {"spark_outbox_event_aside"}
     assert pages < 20  # and not for each of the 20,000 events
 
 
-def test_a_worker_that_looks_before_it_sleeps_reads_little(full_table):
-    nodes, pages = explain(store.OUTLOOK.format(groups=""), {"groups": None})
+@pytest.mark.parametrize("groups", [None, "^g$", "^other$"])
+def test_a_worker_that_looks_before_it_sleeps_reads_little(full_table, groups):
+    nodes, pages = explain(store.outlook_sql(groups=groups), {"groups": groups})
     assert "Seq Scan" not in {
         node["Node Type"] for node in nodes if node.get("Relation Name") == "spark_outbox_event"
     }
-    assert pages < 50
+    assert pages < (50 if groups is None else 50 + store.PIECE)  # of 10,000 delayed events
+
+
+# The cost of a whole look, in rows that it reads, however many events wait
+
+
+@pytest.fixture
+def look(own_registry):
+    """What runs a worker's look, and returns how many events it handled and how many rows it read."""
+    own_registry.add_handler(lambda event: None, group="", name="h")
+    with connection.cursor() as cursor:
+        cursor.execute("truncate spark_outbox_event cascade")  # and back when the test ends
+
+    def rows_read():
+        with connection.cursor() as cursor:
+            cursor.execute(
+                "select sum(seq_tup_read + idx_tup_fetch) from pg_stat_xact_user_tables "
+                "where relname = 'spark_outbox_event'"
+            )
+            return int(cursor.fetchone()[0] or 0)
+
+    def measure(worker, **options):
+        before = rows_read()
+        handled = worker.handle_batch(**options)
+        return handled, rows_read() - before
+
+    return measure
+
+
+WAITING = """
+insert into spark_outbox_event (key, event_group, status, available_at, ordering_key)
+select %(group)s || gen_random_uuid(), %(group)s, %(status)s, now() + %(delay)s * interval '1 second',
+    case when %(ordered)s then %(status)s || number end
+from generate_series(1, 10000) as number
+"""
+
+
+def let_wait(group="g", *, status="pending", delay=None, ordered=False):
+    with connection.cursor() as cursor:
+        params = {"group": group, "status": status, "delay": delay, "ordered": ordered}
+        cursor.execute(WAITING, params)
+
+
+def analyze():
+    with connection.cursor() as cursor:
+        cursor.execute("analyze spark_outbox_event")
+
+
+def test_ordering_keys_that_have_nothing_to_do_cost_a_look_nothing(look):
+    let_wait(status="pending", delay=3600, ordered=True)
+    let_wait(status="failed", ordered=True)
+    let_wait(status="running", ordered=True)
+    analyze()
+    worker = Worker()
+    assert look(worker, sweep=True) <= (0, 10)
+    emit("g", "key", ordering_key="o")
+    handled, rows = look(worker)
+    assert handled == 1
+    assert rows < 20
+
+
+def test_events_behind_blocked_heads_cost_each_look_no_more_than_a_piece(look):
+    let_wait(status="failed", ordered=True)
+    let_wait(status="failed", ordered=True)
+    with connection.cursor() as cursor:  # half of them: ten thousand that wait behind ten thousand
+        cursor.execute(
+            "update spark_outbox_event set status = 'pending' "
+            "where id in (select max(id) from spark_outbox_event group by ordering_key)"
+        )
+    analyze()
+    worker = Worker()
+    while worker.handle_batch() or worker._claims.goes_on:
+        pass
+    most = 2 * store.PIECE + 2 * store.KEYS_AT_ONCE
+    for number in range(3):
+        emit("g", f"{number}", ordering_key="o")
+        handled, rows = look(worker)
+        assert handled == 1  # though none of the others was looked at again
+        assert rows < most
+    emit("other", "unordered")
+    assert look(worker) < (1, most)
+
+
+@pytest.mark.parametrize("ordered", [False, True])
+@pytest.mark.parametrize("delay", [None, -1, 3600])
+def test_events_of_other_groups_cost_each_look_no_more_than_a_piece(look, ordered, delay):
+    let_wait("theirs", delay=delay, ordered=ordered)
+    analyze()
+    worker = Worker(groups="^ours$")
+    while worker.handle_batch() or worker._claims.goes_on:
+        pass
+    emit("theirs", ordering_key="o" if ordered else None)
+    handled, rows = look(worker)
+    assert handled == 0
+    assert rows < 2 * store.PIECE
+    emit("ours", ordering_key="p" if ordered else None)
+    handled, rows = look(worker)
+    assert handled == 1
+    assert rows < 2 * store.PIECE
+
+
+@pytest.mark.parametrize("count", [1, 100])
+def test_whether_keys_are_there_is_read_off_their_index(full_table, count):
+    with connection.cursor() as cursor:
+        cursor.execute(
+            "select array_agg(key) from (select key from spark_outbox_event limit %s)", [count]
+        )
+        ((keys,),) = cursor.fetchall()
+    for _ in range(8):  # so often that the plan is kept, which then knows no number of keys
+        _, pages = explain("select spark_outbox_check_keys(%s)", [keys])
+    assert pages < 10 + 5 * count
+
+
+def test_whether_the_sequence_is_behind_is_read_off_the_last_id(full_table):
+    for _ in range(2):  # the first time it also reads the catalogue
+        _, pages = explain(store.IDS_ARE_BEHIND, [])
+    assert pages < 20

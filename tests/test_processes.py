@@ -5,27 +5,35 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
+import time
 from pathlib import Path
 
 import psycopg
 import pytest
+from django.db import connection
 
 from spark_outbox import emit, emit_many
 from spark_outbox.models import Delivery, OutboxEvent
 from tests import postgres
 from tests.challenges.models import Handled
 from tests.tools import (
+    PATIENCE,
     WorkerProcess,
     conninfo,
+    deliveries,
     eventually,
     manage,
     start_a_handler,
     status,
+    statuses,
     wait_until_asleep,
     wait_until_done,
 )
 
 pytestmark = pytest.mark.django_db(transaction=True)
+
+TROUBLE = "tests.probe tests.trouble"
 
 
 # Starting
@@ -115,7 +123,7 @@ def test_verbosity_2_logs_the_life_of_the_worker():
 # Stopping
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_lets_the_handler_in_hand_finish_commits_and_exits_0(flags, number):
     with WorkerProcess() as worker:
         worker.wait_until_ready()
@@ -155,6 +163,78 @@ def test_a_signal_that_comes_just_before_a_wait_ends_it(where, told):
             assert worker.wait() == 0
 
 
+def test_a_terminal_that_goes_away_may_say_so_twice(flags):
+    with WorkerProcess() as worker:
+        worker.wait_until_ready()
+        start_a_handler(flags)
+        for _ in range(2):
+            os.killpg(worker.process.pid, signal.SIGHUP)
+        assert worker.message() == "STOPPING=1"
+        os.killpg(worker.process.pid, signal.SIGHUP)
+        flags.go.touch()
+        assert worker.wait() == 0
+    assert status() == "done"
+
+
+def test_under_nohup_a_worker_outlives_its_terminal(flags):
+    with WorkerProcess(within=["nohup"]) as worker:
+        worker.wait_until_ready()
+        start_a_handler(flags)
+        os.killpg(worker.process.pid, signal.SIGHUP)
+        flags.go.touch()
+        eventually(lambda: status() == "done")
+        worker.signal(signal.SIGTERM)
+        assert worker.message() == "STOPPING=1"
+        assert worker.wait() == 0
+
+
+def test_the_first_ctrl_c_tells_what_is_waited_for(flags):
+    with WorkerProcess("--processes", "2") as worker:
+        worker.wait_until_ready()
+        start_a_handler(flags)
+        os.killpg(worker.process.pid, signal.SIGINT)
+        assert worker.message() == "STOPPING=1"
+        flags.go.touch()
+        assert worker.wait() == 0
+        waits = f"Waiting for tests.probe.handlers.probe on event {OutboxEvent.objects.get().id};"
+        assert f"{waits} press Ctrl-C again to stop at once (nothing is lost)." in worker.output
+
+
+def test_a_process_that_ends_runs_what_any_other_runs(flags, tmp_path):
+    """As one of gunicorn does: exporters flush in functions that they gave to atexit before the fork."""
+    ended = tmp_path / "ended"
+    ended.mkdir()
+    with WorkerProcess("--max-events", "1", EXTRA_APPS=TROUBLE, ENDED_IN=str(ended)) as worker:
+        worker.wait_until_ready()
+        wait_until_asleep()
+        pid = start_a_handler(flags)
+        flags.go.touch()
+        eventually((ended / f"{pid}").exists)
+        worker.wait_until_ready()
+        worker.signal(signal.SIGTERM)
+        assert worker.wait() == 0
+        assert (ended / f"{worker.process.pid}").exists()
+        assert len(list(ended.iterdir())) == 3
+
+
+def test_a_process_that_ends_waits_for_threads_of_handlers(flags, tmp_path):
+    with WorkerProcess("--drain", EXTRA_APPS=TROUBLE) as worker:
+        emit("leaves_a_thread", "key", **flags.payload, ended=str(tmp_path / "ended"))
+        eventually(lambda: status() == "done")
+        assert not (tmp_path / "ended").exists()
+        flags.go.touch()
+        assert worker.wait() == 0
+        assert (tmp_path / "ended").exists()
+
+
+def test_a_process_that_does_not_come_to_its_end_is_killed(flags):
+    with WorkerProcess("--drain", "--shutdown-timeout", "0.1", EXTRA_APPS=TROUBLE) as worker:
+        emit("leaves_a_thread", "key", **flags.payload, ended="")
+        assert worker.wait() == 1
+        assert "A worker process does not end in time, and is killed." in worker.output
+    assert status() == "done"
+
+
 def test_a_sleeping_worker_stops_at_once():
     with WorkerProcess("--poll-interval", "3600") as worker:
         worker.wait_until_ready()
@@ -175,6 +255,84 @@ def test_a_handler_past_its_timeout_is_interrupted_in_the_worker_process(flags):
 
 
 # Dying
+
+
+@pytest.mark.parametrize("milliseconds", [0, 2, 5])
+def test_a_child_that_is_killed_as_its_supervisor_is_stopped_has_had_an_attempt(flags, milliseconds):
+    """As systemd does if one process of a cgroup runs out of memory."""
+    with WorkerProcess() as worker:
+        worker.wait_until_ready()
+        os.kill(start_a_handler(flags), signal.SIGKILL)
+        time.sleep(milliseconds / 1000)
+        worker.signal(signal.SIGTERM)
+        assert worker.wait() == 0
+    assert (status(), OutboxEvent.objects.get().attempts) == ("pending", 1)
+    assert "died of signal SIGKILL" in Delivery.objects.get().error
+
+
+def test_code_that_heeds_no_timeout_is_killed_and_has_had_an_attempt():
+    kinds = ["async", "detached", "list", "plain"]
+    with WorkerProcess("--processes", "4", EXTRA_APPS=TROUBLE) as worker:
+        worker.wait_until_ready()
+        for kind in kinds:
+            emit(f"stuck_{kind}", kind)
+        eventually(lambda: statuses() == dict.fromkeys(kinds, "failed"))
+        emit("probe", "after")
+        eventually(lambda: status("after") == "done")
+        worker.signal(signal.SIGTERM)
+        assert worker.wait() == 0
+        assert "died of" not in worker.output
+    assert deliveries() == {f"stuck {kind}": ("failed", 1) for kind in kinds}
+    for delivery in Delivery.objects.all():
+        assert "HandlerTimeout: The handler ran longer than its timeout" in delivery.error
+
+
+def test_code_that_heeds_no_timeout_is_killed_also_if_the_worker_is_to_stop():
+    emit("stuck_plain", "key")
+    with WorkerProcess(EXTRA_APPS=TROUBLE) as worker:
+        worker.wait_until_ready()
+        worker.signal(signal.SIGTERM)
+        assert worker.wait() == 0
+    assert status() in ("failed", "pending")  # pending if it had not been begun
+    assert OutboxEvent.objects.get().attempts == (status() == "failed")
+
+
+def test_a_list_that_ends_its_process_for_good_takes_no_innocent_events_with_it():
+    emit_many({"group": "crash_list", "key": key} for key in ("one", "bad", "two"))
+    with WorkerProcess(EXTRA_APPS=TROUBLE) as worker:
+        worker.wait_until_ready()
+        eventually(lambda: statuses() == {"one": "done", "bad": "failed", "two": "done"})
+
+
+def test_a_handler_that_ends_its_process_is_counted_also_when_draining():
+    emit("leak_end", "key", secret="none")
+    with WorkerProcess("--drain") as worker:
+        assert worker.wait() == 0
+    assert OutboxEvent.objects.get().attempts > 0
+
+
+def test_a_process_that_a_handler_forks_does_not_keep_the_locks_of_a_killed_worker(flags):
+    with WorkerProcess(EXTRA_APPS=TROUBLE) as worker:
+        worker.wait_until_ready()
+        start_a_handler(flags, "forks")
+        (pid,) = worker.children()
+        os.kill(pid, signal.SIGKILL)
+        # Counted, and tried again, while the handler's own child is there.
+        eventually(lambda: OutboxEvent.objects.get().attempts == 1)
+        assert not flags.go.exists()
+        flags.go.touch()
+        eventually(lambda: status() == "done")
+    assert Handled.objects.count() == 1
+
+
+def test_processes_that_a_handler_forks_have_connections_and_signals_of_their_own(flags):
+    emit("children", "key", **flags.payload)
+    with WorkerProcess("--drain", EXTRA_APPS=TROUBLE) as worker:
+        assert worker.wait() == 0
+    assert status() == "done"
+    first, of_child, last = Handled.objects.order_by("handler", "id").values_list("note", flat=True)
+    assert first != of_child
+    assert last == f"{-signal.SIGTERM}"
 
 
 def test_kill_9_between_handler_and_commit_leaves_neither_writes_nor_done_mark(flags):
@@ -287,6 +445,27 @@ def test_a_child_that_is_killed_is_replaced_and_its_attempt_counted(flags):
         assert worker.process.poll() is None
     assert [handled.note == str(pid) for handled in Handled.objects.all()] == [False]
     assert Delivery.objects.get().attempts == 2
+
+
+def test_with_a_pool_processes_share_no_connection_and_have_one_each():
+    pool = {"DJANGO_SETTINGS_MODULE": "tests.pooled"}
+    with WorkerProcess("--processes", "3", **pool) as worker:
+        worker.wait_until_ready()
+        for n in range(2):
+            emit("probe_crash", f"crash {n}")
+        eventually(lambda: set(statuses().values()) == {"failed"})
+        emit_many({"group": "probe", "key": f"{n}"} for n in range(300))
+        wait_until_done(300)
+        wait_until_asleep(3)
+        with connection.cursor() as cursor:
+            cursor.execute(
+                "select count(*) from pg_stat_activity where application_name = 'spark_worker' and "
+                "datname = current_database()"
+            )
+            assert cursor.fetchone() == (3,)
+        worker.signal(signal.SIGTERM)
+        assert worker.wait() == 0
+    assert Handled.objects.values("key").distinct().count() == Handled.objects.count() == 300
 
 
 def test_a_handler_that_does_not_stop_in_time_is_killed(flags):
@@ -418,7 +597,7 @@ def test_without_the_tables_the_worker_says_what_to_run(own_server):
     assert manage("migrate", "spark_outbox", "zero", url=url).returncode == 0
     try:
         with WorkerProcess(url=url) as worker:
-            assert worker.wait() == 1
+            assert worker.wait() == os.EX_CONFIG
             assert "Run: manage.py migrate spark_outbox" in worker.output
     finally:
         manage("migrate", url=url)
@@ -470,6 +649,59 @@ def test_the_unit_says_what_the_worker_does():
     text = UNIT.read_text()
     for line in ("Type=notify", "Restart=always", "KillMode=mixed", "spark_worker"):
         assert line in text
+    assert f"RestartPreventExitStatus={os.EX_CONFIG}" in text
+    assert "OOMPolicy=continue" in text
+
+
+SUPERVISE = """
+import os, signal, sys, time
+from pathlib import Path
+from spark_outbox.supervisor import SIGNALS, Supervisor
+
+folder = Path(sys.argv[1])
+
+def say(line):
+    with (folder / "log").open("a") as log:
+        log.write(line + "\\n")
+
+def await_file(name):
+    while not (folder / name).exists():
+        time.sleep(0.001)
+
+def work(slot, ready):
+    if slot.number == 0 and not (folder / "reconnected").exists():
+        ready()
+        ready()
+        (folder / "reconnected").touch()
+        return 0  # by the time that it is started again, the supervisor has read both
+    if slot.number == 0:
+        (folder / "go").touch()
+    else:
+        await_file("go")
+        say("the second is ready")
+        ready()
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+    signal.pause()
+
+def on_ready():
+    say("READY")
+    supervisor.kill()
+
+supervisor = Supervisor(
+    work, processes=2, shutdown_timeout=30, answer_timeout=30, finite=False, on_ready=on_ready,
+    on_crash=print,
+)
+signal.signal(signal.SIGCHLD, lambda *_: None)
+sys.exit(supervisor.run())
+"""
+
+
+def test_ready_waits_for_each_process_however_often_another_connects(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-c", SUPERVISE, tmp_path], cwd=postgres.ROOT, timeout=PATIENCE, check=False
+    )
+    assert done.returncode == 0
+    assert (tmp_path / "log").read_text().splitlines() == ["the second is ready", "READY"]
 
 
 def test_ready_is_sent_once_listen_stands_and_stopping_on_the_way_out():

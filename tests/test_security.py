@@ -17,10 +17,10 @@ from asgiref.sync import async_to_sync
 from django.core.management import CommandError, call_command
 from django.db import ProgrammingError, connection, transaction
 from psycopg.conninfo import make_conninfo
-from psycopg.errors import InsufficientPrivilege
+from psycopg.errors import InsufficientPrivilege, UniqueViolation
 
 from spark_outbox import aemit, emit, emit_many, source, store
-from spark_outbox.errors import DuplicateKey
+from spark_outbox.errors import DuplicateKey, IdCollision
 from spark_outbox.models import Delivery, OutboxEvent
 from spark_outbox.store import Attempt, Begun, Ended, NewRow, Postponed, Running
 from spark_outbox.worker import Worker
@@ -140,6 +140,24 @@ def test_the_emitter_emits_in_every_way(logins):
     assert OutboxEvent.objects.filter(status="pending").count() == 14
 
 
+def test_the_emitter_is_told_of_an_id_that_is_taken(logins):
+    taken = emit("g", "key").id
+    with connection.cursor() as cursor:
+        cursor.execute("select setval('spark_outbox_event_id_seq', %s, false)", [taken])
+    try:
+        with logins.django("emitter"), pytest.raises(IdCollision, match="setval"):
+            emit("g", "new")
+        with connection.cursor() as cursor:
+            cursor.execute("select setval('spark_outbox_event_id_seq', %s, false)", [taken])
+        done = manage("check", "--database", "default", url=logins.url("nobody"))
+        assert "is behind the table" in done.stderr
+        with logins.connect("emitter") as mine, pytest.raises(UniqueViolation, match="has its id"):
+            mine.execute("select spark_emit('g', 'new')")
+    finally:
+        with connection.cursor() as cursor:
+            cursor.execute(store.PUT_IDS_RIGHT)
+
+
 def test_an_emit_by_the_emitter_wakes_a_sleeping_worker(logins):
     with WorkerProcess("--poll-interval", "3600", url=logins.url("worker")) as worker:
         worker.wait_until_ready()
@@ -164,6 +182,11 @@ NOT_FOR_ANYBODY = [
         "create or replace function spark_outbox_is_same(key text, event_group text, payload jsonb) "
         "returns boolean language sql as 'select true'"
     ),
+    (
+        "create or replace function spark_outbox_check_keys(keys text[]) returns void "
+        "language sql as 'select'"
+    ),
+    "alter function spark_outbox_emit_many security invoker",
     "lock table spark_outbox_event in access exclusive mode",
     "insert into spark_outbox_event (key, event_group, status) values ('x', 'g', 'done')",
     "insert into spark_outbox_event (key, event_group, attempts) values ('x', 'g', 9)",
@@ -184,6 +207,7 @@ NOT_FOR_ANYBODY = [
     "create role spark_test_other",
     "set session_replication_role = replica",
 ]
+EMIT_MANY = "select spark_outbox_emit_many('{x}', '{g}', '{}', '{}', '{}', '{}', '{}')"
 DENIED = {
     "nobody": [
         "select id from spark_outbox_event",
@@ -192,8 +216,12 @@ DENIED = {
         "insert into spark_outbox_event (key, event_group) values ('x', 'g')",
         "select spark_emit('g', 'x')",
         "select spark_outbox_is_same('key', 'g', '{}')",
+        "select spark_outbox_check_keys('{key}')",
+        EMIT_MANY,
+        "select spark_outbox_close_circuit('h')",
     ],
     "emitter": [
+        "select spark_outbox_close_circuit('h')",
         *(
             f"select {column} from spark_outbox_event"
             for column in ("*", "key", "event_group", "payload", "headers", "status", "last_error")
@@ -228,6 +256,9 @@ DENIED = {
         "insert into spark_outbox_event (key, event_group) values ('x', 'g')",
         "select spark_emit('g', 'x')",
         "select spark_outbox_is_same('key', 'g', '{}')",
+        "select spark_outbox_check_keys('{key}')",
+        EMIT_MANY,
+        "select spark_outbox_close_circuit('h')",
         "update spark_outbox_event set status = 'done'",
         "insert into spark_outbox_delivery (event_id, handler) select id, 'h' from spark_outbox_event",
         "update spark_outbox_delivery set status = 'pending'",
@@ -260,6 +291,15 @@ def test_everybody_may_do_with_the_readme_s_sql_what_their_role_is_for(logins):
                 mine.execute(statement)
     assert status("import_1") == "pending"
     assert status("order_paid_1") == "discarded"
+
+
+def test_the_worker_s_role_closes_circuits(logins):
+    emit("g", "key", delay=3600)
+    delivery = {"handler": "h", "error": "spark_outbox: not called, its circuit is open"}
+    OutboxEvent.objects.get().deliveries.create(**delivery)
+    with logins.connect("worker") as mine:
+        assert mine.execute("select spark_outbox_close_circuit('h')").fetchone() == (1,)
+    assert OutboxEvent.objects.get().available_at is None
 
 
 @pytest.mark.parametrize("kind", [*ROLES, "nobody"])
@@ -322,7 +362,7 @@ def test_the_worker_takes_over_what_another_had_detached_and_puts_back_what_nobo
 def test_a_worker_whose_role_may_not_says_what_it_lacks(logins):
     emit("probe", "key")
     with WorkerProcess("-v", "2", url=logins.url("viewer")) as worker:
-        eventually(lambda: "permission denied for table spark_outbox_event" in worker.output)
+        eventually(lambda: "permission denied for table spark_outbox_session" in worker.output)
     assert status() == "pending"
 
 
@@ -335,10 +375,11 @@ def emits():
     yield partial(store.insert, ready._replace(ordering_key="o"))
     yield partial(store.insert_many, [ready])
     yield partial(store.is_same, ready)
+    yield partial(store.check_key, "key")
 
 
 def works(event_id):
-    yield partial(store.claim_ready, 0, 1, groups=None)
+    yield partial(store.claim_ready, 0, 1)
     yield partial(store.finish, [event_id], "done")
     yield partial(store.end, [Ended(event_id, "failed", "x")])
     yield partial(store.run, [Begun(event_id, "x")])
@@ -347,6 +388,10 @@ def works(event_id):
     yield partial(store.postpone, [Postponed(event_id, "x", False)])
     yield partial(store.take_back, [Running(event_id, "h", 1)], to_settle=False)
     yield partial(store.owe_again, [event_id], "h", [(event_id, "other")])
+    yield partial(store.enlist, 1, "w")
+    yield partial(store.fallen_workers, 2)
+    yield partial(store.note_call, [1], event_id, "h")
+    yield partial(store.dismiss, [1])
     yield from emits()
 
 
@@ -453,15 +498,19 @@ def test_no_search_path_makes_the_outbox_run_what_is_not_its_own(
                 victim.execute(trap)
         listener.execute("listen spark_outbox")
         if sleeping:
-            oid = listener.execute("select 'spark_outbox_event'::regclass::oid::integer").fetchone()
-            listener.execute(store.TAKE_S, oid)
+            listener.execute(store.TAKE_S)
         victim.execute("insert into public.spark_outbox_event (key, event_group) values ('1', 'g')")
         for key in ("2", None):
             assert victim.execute("select public.spark_emit('g', %s)", [key]).fetchone()[0]
         same = "select public.spark_outbox_is_same('key', 'g', '{\"secret\": 1}')"
         assert victim.execute(same).fetchone() == (True,)
         assert notifications(listener) == (3 if sleeping or mode == "always" else 0)
-    assert OutboxEvent.objects.count() == 4
+        assert victim.execute("select public.spark_emit('g', 'key')").fetchone() == (None,)
+        many = "'{3, key}', '{g, g}', '{null, null}', '{null, null}', '{o, o}', '{}', '{}'"
+        many = f"select public.spark_outbox_emit_many({many})".replace("null", '"{}"')
+        assert victim.execute(many).fetchone() == (1,)
+        assert victim.execute("select public.spark_outbox_ids_are_behind()").fetchone() == (False,)
+    assert OutboxEvent.objects.count() == 5
 
 
 def test_nor_does_what_somebody_has_put_into_its_own_schema(logins):
@@ -613,10 +662,32 @@ def test_what_goes_wrong_after_the_commit_neither_hurts_the_caller_nor_tells_of_
         with connection.cursor() as cursor:
             cursor.execute("drop function refuse cascade")
     assert status(SECRET) == "pending"
-    assert caplog.messages[-1] == (
-        "Events of database default could not be handled after the commit (ProgrammingError P0001)."
+    assert (
+        "can't be settled, and not be marked as failed either (ProgrammingError P0001)"
+        in (caplog.messages[-1])
     )
     assert SECRET not in caplog.text
     assert not any(record.exc_info for record in caplog.records)
+    Worker().drain()
+    assert status(SECRET) == "done"
+
+
+def test_events_that_cannot_even_be_claimed_after_the_commit_are_left_to_the_next_call(
+    own_registry, settings, caplog, logins
+):
+    settings.SPARK_OUTBOX = {"DISPATCH": "on_commit"}
+    own_registry.add_handler(lambda event: None, group="", name="h")
+    with connection.cursor() as cursor:
+        try:
+            with transaction.atomic():
+                emit("g", SECRET)
+                cursor.execute(f"set role {logins.names['emitter']}")
+        finally:
+            cursor.execute("reset role")
+    assert status(SECRET) == "pending"
+    assert caplog.messages[-1].startswith(
+        "Events of database default could not be handled after the commit (ProgrammingError: permission"
+    )
+    assert SECRET not in caplog.text
     Worker().drain()
     assert status(SECRET) == "done"

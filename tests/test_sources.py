@@ -10,6 +10,7 @@ import pytest
 from django.conf import settings
 from django.core.management import CommandError, call_command
 from django.db import connection, transaction
+from django.test.utils import isolate_apps
 
 from spark_outbox import Event, source
 from spark_outbox.errors import InvalidEvent
@@ -17,6 +18,7 @@ from spark_outbox.models import OutboxEvent
 from spark_outbox.sources import emit_on_save, sweep
 from spark_outbox.testing import emitted
 from tests.challenges.models import Challenge, Donation
+from tests.probe.models import Basket, Crate, Express, Letter, Line, Pallet, Parcel, Tracked
 from tests.tools import connect, conninfo, make_challenge, manage
 
 
@@ -75,6 +77,80 @@ def test_a_source_that_raises_fails_the_save(own_registry):
         make_challenge()
     assert not Challenge.objects.exists()
     assert keys() == []
+
+
+def say(name, seen):
+    """Return a source that notes for whom it spoke."""
+
+    def speak(instance):
+        seen.append((name, type(instance).__name__, instance.pk))
+        yield {"group": name, "key": f"{name} {instance.pk}"}
+
+    return speak
+
+
+@pytest.mark.django_db
+def test_a_source_of_a_class_speaks_for_its_subclasses_once_each(own_registry):
+    seen = []
+    for model in (Letter, Express, Parcel, Tracked):
+        own_registry.add_source(say(f"of {model.__name__}", seen), model=model)
+    everywhere = say("everywhere", seen)
+    for model in (Letter, Express, Parcel, Tracked):
+        own_registry.add_source(everywhere, model=model)
+
+    def names(model):
+        seen.clear()
+        instance = model.objects.create()
+        assert {row[1:] for row in seen} == {(model.__name__, instance.pk)}
+        return [row[0] for row in seen]
+
+    assert names(Pallet) == ["of Tracked", "everywhere"]
+    assert names(Parcel) == ["of Tracked", "everywhere", "of Parcel"]
+    assert names(Letter) == ["of Tracked", "everywhere", "of Parcel", "of Letter"]
+    assert names(Express) == ["of Tracked", "everywhere", "of Parcel", "of Express"]
+
+
+@pytest.mark.django_db
+def test_an_instance_that_was_loaded_in_part_has_its_sources_too(own_registry):
+    seen = []
+    own_registry.add_source(say("of Parcel", seen), model=Parcel)
+    letter = Letter.objects.create()
+    Letter.objects.only("id").get().save(update_fields=["number"])
+    assert seen == [("of Parcel", "Letter", letter.pk)] * 2
+
+
+@pytest.mark.django_db
+def test_a_source_sees_the_parent_of_a_child_whose_key_is_another(own_registry):
+    seen = []
+    own_registry.add_source(say("of Tracked", seen), model=Tracked)
+    own_registry.add_source(say("of Parcel", seen), model=Parcel)
+    own_registry.add_source(say("of Crate", seen), model=Crate)
+    Parcel.objects.create()
+    seen.clear()
+    crate = Crate.objects.create()
+    assert crate.pk != crate.id
+    expected = [
+        ("of Tracked", "Parcel", crate.id),
+        ("of Parcel", "Parcel", crate.id),
+        ("of Crate", "Crate", crate.pk),
+    ]
+    assert seen == expected
+    seen.clear()
+    run()
+    assert seen[-3:] == expected
+
+
+@pytest.mark.django_db
+def test_a_source_of_an_abstract_model_speaks_for_models_that_are_defined_later(own_registry):
+    own_registry.add_source(say("late", seen := []), model=Tracked)
+    with isolate_apps("tests.probe"):
+
+        class Late(Tracked):
+            class Meta:
+                app_label = "probe"
+
+    emit_on_save(sender=Late, instance=Late(pk=5), using="default")
+    assert seen == [("late", "Late", 5)]
 
 
 # The sweep
@@ -169,6 +245,48 @@ def test_one_bad_instance_is_reported_and_skipped_and_the_exit_code_is_1(challen
 def test_what_makes_no_sense_is_refused(db, arguments, message):
     _, _, error = run(*arguments)
     assert message in str(error)
+
+
+def test_the_sweep_asks_each_source_once_about_each_row(db, own_registry):
+    made = [model.objects.create() for model in (Parcel, Letter, Express, Pallet)]
+    seen = []
+    everywhere = say("everywhere", seen)
+    for model in (Express, Parcel, Tracked):
+        own_registry.add_source(everywhere, model=model)
+        own_registry.add_source(say(f"of {model.__name__}", seen), model=model)
+    out, err, error = run()
+    assert (err, error) == ("", None)
+    assert out.splitlines() == [
+        "probe.Express: 1 instances, 1 events, 1 new",
+        "probe.Parcel: 3 instances, 9 events, 9 new",
+        "probe.Pallet: 1 instances, 2 events, 2 new",
+    ]
+    assert len(seen) == len(set(seen))
+    assert [row[1:] for row in seen if row[0] == "everywhere"] == [
+        *[("Parcel", parcel.pk) for parcel in made[:3]],
+        ("Pallet", made[3].pk),
+    ]
+
+
+def test_the_sweep_of_one_model_asks_the_sources_of_its_bases_too(db, own_registry):
+    seen = []
+    own_registry.add_source(say("of Tracked", seen), model=Tracked)
+    own_registry.add_source(say("of Parcel", seen), model=Parcel)
+    Parcel.objects.create()
+    express = Express.objects.create()
+    seen.clear()
+    assert run("probe.Express")[0] == "probe.Express: 1 instances, 2 events, 0 new\n"
+    assert seen == [("of Tracked", "Express", express.pk), ("of Parcel", "Express", express.pk)]
+    _, _, error = run("auth.User")
+    assert "auth.User has no source. Models with one: probe.Parcel, probe.Pallet" in str(error)
+
+
+def test_rows_with_composite_keys_are_swept_chunk_by_chunk(db, own_registry):
+    basket = Basket.objects.create()
+    Line.objects.bulk_create(Line(basket=basket, number=number) for number in range(7))
+    own_registry.add_source(say("line", seen := []), model=Line)
+    assert run("--chunk-size", "3")[0] == "probe.Line: 7 instances, 7 events, 7 new\n"
+    assert [row[2] for row in seen] == [(basket.pk, number) for number in range(7)]
 
 
 def test_the_sweep_is_streamed_in_constant_memory(challenges, django_assert_num_queries):

@@ -28,6 +28,7 @@ from tests.tools import (
     connect,
     deliveries,
     eventually,
+    handled,
     make_challenge,
     make_ready,
     note,
@@ -87,7 +88,7 @@ def test_the_happy_path_is_one_insert_one_update_and_no_savepoint(own_registry):
         emit_many({"group": "g", "key": f"{n}"} for n in range(10))
         worker = Worker()
         worker.handle_batch()
-    assert statements.count("insert") == 1
+    assert statements.count("insert|spark_outbox_emit_many") == 1
     assert statements.count("update spark") == 1
     assert statements.count("savepoint|delivery") == 0
     assert not Delivery.objects.exists()
@@ -230,7 +231,7 @@ def test_in_a_rolling_deployment_an_old_worker_leaves_to_new_ones_what_only_they
 
 
 def test_a_worker_that_has_left_something_to_others_lets_them_look_first(own_registry, monkeypatch):
-    monkeypatch.setattr("spark_outbox.worker.DEFERENCE", HOUR)
+    monkeypatch.setattr("spark_outbox.rest.DEFERENCE", HOUR)
     new = Registry()
     for registry in (own_registry, new):
         registry.add_handler(lambda _: None, group="", name="old")
@@ -682,6 +683,80 @@ def test_a_backlog_of_due_events_does_not_starve_ready_ones_of_a_slow_handler(ow
         worker.handle_batch()
     assert sum(key.startswith("ready") for key in order) >= 5
     assert sum(key.startswith("due") for key in order) >= 5
+
+
+@pytest.mark.parametrize("groups", [None, "^g$"])
+def test_ready_due_and_ordered_events_take_turns_if_each_takes_long(own_registry, groups):
+    clock, order = Clock(), []
+
+    def slow(event):
+        order.append(event.key)
+        clock.now += 1
+
+    own_registry.add_handler(slow, group="")
+    emit_many({"group": "g", "key": f"due {n}", "delay": -1} for n in range(20))
+    emit_many({"group": "g", "key": f"ready {n}"} for n in range(20))
+    emit_many({"group": "g", "key": f"ordered {n}", "ordering_key": "o"} for n in range(20))
+    worker = Worker(clock=clock, groups=groups)
+    for _ in range(21):
+        worker.handle_batch()
+    for kind in ("due", "ready", "ordered"):
+        assert sum(key.startswith(kind) for key in order) >= 5
+
+
+@pytest.mark.parametrize("delay", [None, -1])
+@pytest.mark.parametrize("piece", [5, 1000])
+def test_a_worker_of_some_groups_finds_all_of_its_events_among_others(
+    own_registry, monkeypatch, delay, piece
+):
+    monkeypatch.setattr(store, "PIECE", piece)
+    own_registry.add_handler(lambda event: None, group="", name="h")
+    emit_many({"group": "theirs" if n % 7 else "ours", "delay": delay} for n in range(100))
+    assert Worker(groups="^ours$").drain() == 15
+    assert OutboxEvent.objects.filter(status="done", group="ours").count() == 15
+
+
+def test_events_of_a_group_that_somebody_else_holds_are_found_when_they_are_free(own_registry):
+    own_registry.add_handler(lambda event: None, group="", name="h")
+    emit_many({"group": "g", "key": f"{n}"} for n in range(30))
+    with connect() as neighbour:
+        neighbour.execute("begin")
+        neighbour.execute("select from spark_outbox_event for no key update")
+        with worker_thread(groups="^g$", batch_size=4):
+            wait_until_asleep()
+            neighbour.execute("rollback")  # as the server does for a worker that died
+            wait_until_done(30)
+
+
+@pytest.mark.parametrize("backlog", [3, 60])
+def test_a_worker_of_some_groups_finds_what_is_committed_late_beside_a_backlog_of_others(
+    own_registry, monkeypatch, backlog
+):
+    monkeypatch.setattr(store, "PIECE", 10)
+    own_registry.add_handler(note, group="")
+    emit_many({"group": "theirs"} for _ in range(backlog))
+    with worker_thread(groups="^ours$"), connect() as late:
+        wait_until_asleep()
+        late.execute("begin")
+        late.execute("insert into spark_outbox_event (key, event_group) values ('late', 'ours')")
+        emit("ours", "early")
+        eventually(lambda: handled() == ["early"])
+        late.execute("commit")
+        eventually(lambda: handled() == ["early", "late"])
+
+
+def test_what_is_handled_in_the_sweep_before_sleep_counts_towards_max_events(own_registry):
+    own_registry.add_handler(lambda event: None, group="", name="h")
+    worker = Worker(max_events=1, poll_interval=HOUR)
+    fall_asleep = worker._wake.fall_asleep
+
+    def emit_and_fall_asleep():
+        emit("g", "key")
+        return fall_asleep()
+
+    worker._wake.fall_asleep = emit_and_fall_asleep
+    worker.run()  # returns
+    assert statuses() == {"key": "done"}
 
 
 def test_groups_leaves_other_groups_to_others(own_registry):

@@ -13,13 +13,14 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from datetime import date
+from datetime import date, timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
 import psycopg
 from django.conf import settings
 from django.db import connection, connections
+from django.utils import timezone
 from psycopg.conninfo import make_conninfo
 
 from spark_outbox import Event, emit
@@ -150,6 +151,13 @@ def make_ready() -> None:
     OutboxEvent.objects.filter(status="pending").update(available_at=None)
 
 
+def make_due() -> None:
+    """Let the time come for everything that waits."""
+    past = timezone.now() - timedelta(minutes=1)
+    OutboxEvent.objects.filter(status="pending", available_at__isnull=False).update(available_at=past)
+    Delivery.objects.filter(status="pending").update(available_at=past)
+
+
 def wait_until_done(count: int) -> None:
     """Wait until `count` events are done."""
     eventually(lambda: OutboxEvent.objects.filter(status="done").count() == count)
@@ -256,6 +264,11 @@ class WorkerProcess:
     def owns(self, pid: int) -> bool:
         """Return whether `pid` is one of its children."""
         return os.getpgid(pid) == self.process.pid
+
+    def children(self) -> list[int]:
+        """Return the processes that the supervisor has started."""
+        text = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text()
+        return [int(pid) for pid in text.split()]
 
     def signal(self, number: signal.Signals) -> None:
         self.process.send_signal(number)

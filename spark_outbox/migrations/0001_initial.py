@@ -56,6 +56,7 @@ class Migration(migrations.Migration):
             options={
                 "verbose_name": "event",
                 "db_table": "spark_outbox_event",
+                "required_db_vendor": "postgresql",
                 "indexes": [
                     models.Index(
                         condition=models.Q(
@@ -181,6 +182,7 @@ class Migration(migrations.Migration):
             options={
                 "verbose_name_plural": "deliveries",
                 "db_table": "spark_outbox_delivery",
+                "required_db_vendor": "postgresql",
                 "constraints": [
                     models.UniqueConstraint(
                         fields=("event", "handler"), name="spark_outbox_delivery_event_handler"

@@ -6,6 +6,8 @@ search_path can put another table or function in their way.
 
 from django.db import migrations
 
+from spark_outbox.migrations._postgresql import RunSQL
+
 # Written for churn: a busy outbox dies as fast as it grows. The defaults wait for 20 % dead rows.
 STORAGE = """
 alter table spark_outbox_event set (
@@ -105,7 +107,7 @@ class Migration(migrations.Migration):
     dependencies = [("spark_outbox", "0001_initial")]
 
     operations = [
-        migrations.RunSQL(STORAGE, STORAGE_REVERSE),
-        migrations.RunSQL(WAKE, WAKE_REVERSE),
-        migrations.RunSQL(STATUS, "drop view spark_outbox_status;"),
+        RunSQL(STORAGE, STORAGE_REVERSE),
+        RunSQL(WAKE, WAKE_REVERSE),
+        RunSQL(STATUS, "drop view spark_outbox_status;"),
     ]

@@ -8,6 +8,8 @@ from importlib import import_module
 
 from django.db import migrations
 
+from spark_outbox.migrations._postgresql import RunSQL
+
 BEFORE = import_module("spark_outbox.migrations.0002_wake_and_views")
 
 WAKE = """
@@ -50,4 +52,4 @@ drop function spark_emit(text, text, jsonb);
 class Migration(migrations.Migration):
     dependencies = [("spark_outbox", "0003_running_sessions")]
 
-    operations = [migrations.RunSQL(WAKE, WAKE_REVERSE + BEFORE.WAKE)]
+    operations = [RunSQL(WAKE, WAKE_REVERSE + BEFORE.WAKE)]

@@ -10,6 +10,8 @@ the rights of its owner, so it is not for everybody to call.
 
 from django.db import migrations
 
+from spark_outbox.migrations._postgresql import RunSQL
+
 HOME = "(select relnamespace::regnamespace from pg_class where oid = 'spark_outbox_event'::regclass)"
 
 PIN = f"""
@@ -45,6 +47,6 @@ class Migration(migrations.Migration):
     dependencies = [("spark_outbox", "0004_wake_without_transition_table")]
 
     operations = [
-        migrations.RunSQL(PIN, PIN_REVERSE),
-        migrations.RunSQL(IS_SAME, "drop function spark_outbox_is_same(text, text, jsonb);"),
+        RunSQL(PIN, PIN_REVERSE),
+        RunSQL(IS_SAME, "drop function spark_outbox_is_same(text, text, jsonb);"),
     ]

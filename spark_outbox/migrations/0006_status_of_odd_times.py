@@ -5,6 +5,8 @@ Up to PostgreSQL 16 an age since `-infinity`, which SQL may have put there, is a
 
 from django.db import migrations
 
+from spark_outbox.migrations._postgresql import RunSQL
+
 STATUS = """
 create or replace view spark_outbox_status as
 select
@@ -33,7 +35,7 @@ class Migration(migrations.Migration):
     dependencies = [("spark_outbox", "0005_least_privilege")]
 
     operations = [
-        migrations.RunSQL(
+        RunSQL(
             STATUS.format(finite="and isfinite(coalesce(available_at, created_at))"),
             STATUS.format(finite=""),
         ),

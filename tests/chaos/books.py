@@ -44,6 +44,12 @@ select key from (
     from chaos_effect where ordering_key is not null and handler = 'ledger'
 ) as effect where event_id < highest
 """
+STORED_OUT_OF_ORDER = """
+select key from (
+    select key, position, max(position) over (partition by ordering_key order by event.id) as highest
+    from chaos_order join spark_outbox_event as event using (key, ordering_key)
+) as emitted where position < highest
+"""
 TOO_EARLY = """
 select key from chaos_effect as effect join chaos_order using (key)
 where effect.at < chaos_order.created_at + chaos_order.delay - interval '1 s'
@@ -81,10 +87,15 @@ class Books:
             "stuck": self._keys(STUCK),
             "done twice in the database": self._keys(DONE_TWICE),
             "done by handlers that failed": self._keys(NOT_OWED),
-            "out of order": [*self._keys(OUT_OF_ORDER), *self._out_of_order(outside)],
+            "out of order": [
+                *self._keys(STORED_OUT_OF_ORDER),
+                *self._keys(OUT_OF_ORDER),
+                *self._out_of_order(outside),
+            ],
             "before their time": self._keys(TOO_EARLY),
             "half a transfer": self._keys(UNBALANCED),
             "repeated outside without cause": self._without_cause(outside),
+            "settings of another handler": [each.key for each in self.outside("leaked")],
         }
 
     def counts(self) -> dict[str, int]:
@@ -96,6 +107,10 @@ class Books:
                 self._keys("select distinct event_id from spark_outbox_delivery where attempts > 1")
             ),
             "acknowledged": len(self._noted("acknowledged")),
+            "collisions of ids": self._collisions(),
+            "with an order": len(
+                self._keys("select key from chaos_order where ordering_key is not null")
+            ),
             "rolled back": len(self._noted("rolled_back") - set(self._keys(LOST.partition("where")[0]))),
         }
         for handler in AT_LEAST_ONCE:
@@ -103,6 +118,9 @@ class Books:
             counts[f"{handler}: effects"] = len(done)
             counts[f"{handler}: repeated"] = len(done) - len({each.key for each in done})
         return counts
+
+    def _collisions(self) -> int:
+        return sum(len(file.read_text().splitlines()) for file in self._files.glob("*.collided"))
 
     def outside(self, handler: str) -> list[Done]:
         file = self._files / f"{handler}.effects"

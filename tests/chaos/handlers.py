@@ -63,9 +63,55 @@ def flaky(event: Event) -> None:
 
 @handler(f"^{DOOMED}$", name="doomed", max_attempts=2, timeout=20)
 def doomed(event: Event) -> None:
-    """Fail for ever; with Retry, which opens no circuit: at the end that would be open for minutes."""
-    enter("doomed", event)
+    """Fail for ever, having written in a way that Django does not see; with Retry, which opens no
+    circuit: at the end that would be open for minutes."""
+    raw = connection.connection
+    insert = "insert into chaos_effect (key, handler, event_id) values (%s, 'doomed', %s)"
+    match event.id % 4:
+        case 0:
+            enter("doomed", event)
+        case 1:
+            raw.cursor().executemany(insert, [(event.key, event.id)] * 2)
+        case 2:
+            with raw.transaction():
+                raw.execute(insert, (event.key, event.id))
+        case 3:
+            with raw.cursor().copy("copy chaos_effect (key, handler, event_id) from stdin") as copy:
+                copy.write_row((event.key, "doomed", event.id))
     raise Retry("never", after=0.1)
+
+
+LEFT_BEHIND = [
+    "set local search_path = nowhere",
+    "set local role chaos_tenant",
+    "set local statement_timeout = 1",
+    "set local chaos.tenant = '7'",
+    "select set_config('chaos.tenant', '7', true)",
+]
+# Session by session: behind a transaction pooler they would be others' settings.
+if os.environ.get("CHAOS_LISTEN", "own") == "own":
+    LEFT_BEHIND += [
+        "set search_path = nowhere",
+        "set role chaos_tenant",
+        "set transaction read only",
+        "set statement_timeout = 1",
+        "select set_config('chaos.tenant', '7', false)",
+    ]
+
+
+@stubborn(EXACTLY_ONCE["untidy"], name="untidy")
+def untidy(event: Event) -> None:
+    """Go well, and leave a setting behind. Note what another has left behind."""
+    with connection.cursor() as cursor:
+        cursor.execute(
+            "select current_setting('search_path'), current_setting('role'),"
+            " current_setting('transaction_read_only'),"
+            " coalesce(current_setting('chaos.tenant', true), '')"
+        )
+        if cursor.fetchone() != ('"$user", public', "none", "off", ""):
+            do_outside("leaked", event)
+        enter("untidy", event)
+        cursor.execute(LEFT_BEHIND[event.id % len(LEFT_BEHIND)])
 
 
 @stubborn(EXACTLY_ONCE["batch"], name="batch", batch=20)
@@ -115,6 +161,10 @@ def rude(event: Event) -> None:
             LEAK.append(bytearray(os.urandom(1) * 10_000_000))
         case "hang up":
             connection.close()
+        case "terminate":
+            connection.cursor().execute("select pg_terminate_backend(pg_backend_pid())")
+        case "roll back":
+            connection.connection.rollback()
         case "interrupt":
             raise KeyboardInterrupt
 

@@ -14,6 +14,11 @@ class Order(models.Model):
     key = models.TextField(unique=True)
     group = models.TextField()
     delay = models.DurationField(null=True)
+    ordering_key = models.TextField(null=True)  # noqa: DJ001, NULL is "no order"
+    position = models.BigIntegerField(db_default=0)
+    """In the order in which the writer emitted the events of this ordering key."""
+    twin = models.TextField(default="", db_default="")
+    """The key of an order whose event this one's source emits before its own."""
     created_at = models.DateTimeField(db_default=CLOCK)
 
     class Meta:

@@ -9,6 +9,7 @@ EXACTLY_ONCE = {
     "debit": "^chaos_transfer",
     "credit": "^chaos_transfer",
     "new": "^chaos_new$",
+    "untidy": "^chaos_untidy$",
     "outside": "^chaos_(plain|ordered)$",
 }
 # What is done exactly once in the database by a release that has the handler, once that has tried.

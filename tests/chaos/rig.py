@@ -151,6 +151,7 @@ class Rig:
         self.files.mkdir()
         self.server.query("create role chaos login; grant create, usage on schema public to chaos")
         self.server.query("grant pg_signal_backend to chaos; grant create on database postgres to chaos")
+        self.server.query("create role chaos_tenant; grant chaos_tenant to chaos")
         assert self.manage("migrate", "--run-syncdb", "--no-input"), (
             self.folder / "manage.log"
         ).read_text()

@@ -7,4 +7,5 @@ from tests.chaos.models import Order
 @source(Order)
 def events_of_order(order: Order) -> Iterator[Event]:
     if order.group == "chaos_sourced":
-        yield Event(group=order.group, key=order.key)
+        for key in filter(None, (order.twin, order.key)):
+            yield Event(group=order.group, key=key, ordering_key=order.ordering_key)

@@ -77,7 +77,8 @@ def test_it_was_hurt_enough(rig, books):
     """Else the figures would mean nothing."""
     counts = {**books.counts(), **rig.counts}
     names = ("events", "rolled back", "tried more than once", "outside: repeated", "kills", "terminated")
-    assert all(counts[name] for name in (*names, "terminated in COMMIT")), counts
+    others = ("terminated in COMMIT", "collisions of ids", "with an order")
+    assert all(counts[name] for name in (*names, *others)), counts
     errors = rig.server.errors()
     if rig.server.disk is None:
         del errors["No space left on device"]
@@ -90,6 +91,7 @@ def test_no_process_ended_for_a_reason_of_its_own(rig):
         "writer ended with 0",
         "writer ended with -9",
         "writer ended with -15",  # before it had a handler for it
+        "writer ended with -10",  # nor for SIGUSR1
         "worker ended with 0",
         "worker ended with -9",
         "worker ended with -15",
@@ -125,7 +127,8 @@ FALSIFIED = {
         "insert into chaos_effect (key, handler, event_id) values ('a key', 'doomed', 1)"
     ],
     "out of order": [
-        "update chaos_effect set id = -id where handler = 'ledger' and ordering_key is not null"
+        "update chaos_effect set id = -id where handler = 'ledger' and ordering_key is not null",
+        "update chaos_order set position = -position where ordering_key is not null",
     ],
     "before their time": [
         (
@@ -150,6 +153,7 @@ FORGED = [
     ("lost", "writer-1.acknowledged", lambda _: ["writer-1-0"]),
     ("lost", "quiet.effects", lambda lines: []),
     ("out of order", "outside.effects", lambda lines: lines[::-1]),
+    ("settings of another handler", "leaked.effects", lambda lines: ["writer-1-0 1 0 0.0"]),
     ("repeated outside without cause", "outside.effects", lambda lines: [*lines, lines[-1]]),
 ]
 

@@ -2,7 +2,7 @@
 
 Whatever happens to the connection, go on with a new one. Keys of transactions that the server said
 were committed go to NAME-PID.acknowledged; those that were rolled back on purpose go to
-NAME-PID.rolled_back.
+NAME-PID.rolled_back. SIGUSR1: begin new ordering keys.
 """
 
 import os
@@ -22,7 +22,7 @@ django.setup()
 from django.db import Error, connection, transaction  # noqa: E402
 
 from spark_outbox import emit, emit_many  # noqa: E402
-from spark_outbox.errors import SparkOutboxError  # noqa: E402
+from spark_outbox.errors import IdCollision, SparkOutboxError  # noqa: E402
 from tests.chaos.models import Order  # noqa: E402
 
 GROUPS = {
@@ -39,9 +39,13 @@ GROUPS = {
     "chaos_transfer_up": 2,
     "chaos_transfer_down": 2,
     "chaos_doomed": 1,
-    "chaos_rude": 0.4,
+    "chaos_untidy": 1,
+    "chaos_rude": 0.5,
 }
-VICES = ("segfault", "exit", "spin", "leak", "leak", "leak", "hang up", "interrupt")
+VICES = (
+    *("segfault", "exit", "spin", "leak", "leak", "leak"),
+    *("hang up", "interrupt", "terminate", "roll back"),
+)
 BACKLOG = 1500
 
 
@@ -60,33 +64,47 @@ class Writer:
     def __init__(self, name: str, seed: str, folder: Path) -> None:
         self.random = random.Random(seed)
         self.name = f"{name}-{os.getpid()}"
-        self.numbers = count()
+        self.numbers, self.positions = count(), count()
         self.life = 0  # one for each connection: a lost one may still commit, later than what follows
         self.earlier: list[Planned] = []
         self.acknowledged = (folder / f"{self.name}.acknowledged").open("a", buffering=1)
         self.rolled_back = (folder / f"{self.name}.rolled_back").open("a", buffering=1)
-        self.stopping = False
+        self.collided = (folder / f"{self.name}.collided").open("a", buffering=1)
+        self.stopping = self.renewing = False
 
     def run(self) -> None:
         while not self.stopping:
             try:
+                if self.renewing:
+                    self.renew()
                 self.commit_some()
                 self.wait()
-            except (Error, SparkOutboxError):
+            except (Error, SparkOutboxError) as error:
+                if isinstance(error, IdCollision):
+                    self.collided.write("once\n")
                 connection.close()
-                self.life += 1
-                self.earlier = [each for each in self.earlier if "ordering_key" not in each.options]
+                self.renew()
                 time.sleep(0.1)
+
+    def renew(self) -> None:
+        """Begin new ordering keys: ids may not go up from here."""
+        self.renewing = False
+        self.life += 1
+        self.earlier = [each for each in self.earlier if "ordering_key" not in each.options]
 
     def commit_some(self) -> None:
         """Run one transaction of several events."""
         plans = [self.plan() for _ in range(self.random.choice((1, 1, 1, 2, 5, 20)))]
         doomed = self.random.random() < 0.1
+        at_once = self.random.random() < 0.3
         kept: list[Planned] = []
         try:
             with transaction.atomic():
-                for planned in plans:
-                    kept += self.emit(planned)
+                if at_once:
+                    kept += self.emit_all(plans)
+                else:
+                    for planned in plans:
+                        kept += self.emit(planned)
                 time.sleep(self.random.choice((0, 0, 0, 0.002, 0.02)))
                 # Where a savepoint's rollback has failed, Django ends the whole in silence.
                 if doomed or transaction.get_rollback():
@@ -113,18 +131,41 @@ class Writer:
             return []
         return [planned]
 
+    def emit_all(self, plans: list[Planned]) -> list[Planned]:
+        """Emit several in one call, in their order."""
+        plans = [planned for planned in plans if planned.group != "chaos_sourced"]
+        Order.objects.bulk_create(map(self.order, plans), ignore_conflicts=True)
+        emit_many({"group": p.group, "key": p.key, **p.options, **p.payload} for p in plans)
+        return plans
+
     def write(self, planned: Planned) -> None:
         """Write the order and its event; nothing happens if they are there already."""
-        order = Order(key=planned.key, group=planned.group, delay=planned.options.get("delay"))
         if planned.group == "chaos_sourced":
             if not Order.objects.filter(key=planned.key).exists():
-                order.save()  # its source emits
+                self.save_pair(planned)
             return
-        Order.objects.bulk_create([order], ignore_conflicts=True)
+        Order.objects.bulk_create([self.order(planned)], ignore_conflicts=True)
         if planned.options or self.random.random() < 0.7:
             emit(planned.group, planned.key, **planned.options, **planned.payload)
         else:
             emit_many([{"group": planned.group, "key": planned.key, **planned.payload}])
+
+    def save_pair(self, planned: Planned) -> None:
+        """Save an order whose source emits two events, the first of them with the higher key."""
+        twin = self.order(planned._replace(key=f"{planned.key}-twin"))
+        Order.objects.bulk_create([twin])  # which sends no signal
+        order = self.order(planned)
+        order.twin = twin.key
+        order.save()  # its source emits both
+
+    def order(self, planned: Planned) -> Order:
+        return Order(
+            key=planned.key,
+            group=planned.group,
+            delay=planned.options.get("delay"),
+            ordering_key=planned.options.get("ordering_key"),
+            position=next(self.positions),
+        )
 
     def plan(self) -> Planned:
         if self.earlier and self.random.random() < 0.1:
@@ -133,6 +174,8 @@ class Writer:
         options: dict[str, Any] = {}
         payload: dict[str, Any] = {"order": 1, "price": "12.50"}
         match group:
+            case "chaos_sourced":
+                options["ordering_key"] = f"{self.name}-{self.life}-{self.random.randrange(4)}"
             case "chaos_ordered":
                 options["ordering_key"] = f"{self.name}-{self.life}-{self.random.randrange(4)}"
                 payload["fails"] = self.random.choice((0,) * 30 + (1, 2))
@@ -171,6 +214,7 @@ def main() -> None:
     name, seed = sys.argv[1:]
     writer = Writer(name, seed, Path(os.environ["CHAOS_FILES"]))
     signal.signal(signal.SIGTERM, lambda *_: setattr(writer, "stopping", True))
+    signal.signal(signal.SIGUSR1, lambda *_: setattr(writer, "renewing", True))
     writer.run()
 
 

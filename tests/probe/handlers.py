@@ -5,6 +5,7 @@ import contextlib
 import ctypes
 import json
 import os
+import signal
 import socket
 import time
 from collections.abc import Callable
@@ -20,7 +21,7 @@ from tests.challenges.models import Handled
 
 
 @handler(r"^probe_in_time$", timeout=0.2, name="in time")
-@handler(r"^probe(?!_in_time|_crash|_detached|_async)")
+@handler(r"^probe(?!_in_time|_crash|_detached|_async|_kill)")
 def probe(event: Event) -> None:
     """Note the call in the ledger; then touch `started`, run `sql`, have something take `later` seconds
     after the commit, wait for `go`, or raise, as told."""
@@ -42,6 +43,17 @@ def probe(event: Event) -> None:
 def crash(event: Event) -> None:
     Handled.objects.create(key=event.key, handler="crash")
     ctypes.string_at(0)
+
+
+@handler(r"^probe_kill_all_plain$", name="kill all", max_attempts=2, backoff=0.1)
+@handler(
+    r"^probe_kill_all_detached$", name="kill all, detached", max_attempts=2, backoff=0.1, atomic=False
+)
+def kill_all(event: Event) -> None:
+    """Have the worker, its supervisor and all of its children killed, as by a container's limit."""
+    with Path(event["calls"]).open("a") as calls:
+        calls.write("!")
+    os.killpg(0, signal.SIGKILL)
 
 
 @handler(r"^probe_(detached|async)$", name="sibling")
@@ -89,6 +101,11 @@ def sockets(event: Event) -> None:
             cursor.execute("select name, setting::int from pg_settings where name ~ '^tcp_(k|u)'")
             found[each.alias] = {"client": client, "server": dict(cursor.fetchall())}
     Handled.objects.create(key=event.key, handler="sockets", note=json.dumps(found))
+
+
+@handler(r"^detached_sockets$", name="detached sockets", atomic=False)
+def detached_sockets(event: Event) -> None:
+    sockets(event)
 
 
 # All ways to come to grief, each with what the event calls its secret in the message, or in a row.

@@ -1,5 +1,6 @@
-"""Whether a worker stays as fast with a long queue, and behind somebody's old snapshot."""
+"""Whether a worker stays as fast with a long queue, behind an old snapshot, and beside bad events."""
 
+import logging
 import statistics
 import threading
 import time
@@ -112,3 +113,34 @@ def emit_steadily(bench: Bench, rate: int, seconds: float) -> None:
 
 def count_done(bench: Bench) -> int:
     return int(bench.scratch.execute("select count(*) from spark_outbox_event where status = 'done'"))
+
+
+@measure
+def poison(bench: Bench) -> list[Figure]:
+    """From commit to handler, ten events a second beside 300 that always fail; against without."""
+    seconds = max(10.0, bench.seconds(40))
+    many = bench.size(300)
+
+    def p90(bad: int) -> float:
+        refill(bench.scratch, 0)
+        with moments() as arrivals:
+
+            def fail_or_note(event: Any) -> None:
+                if event.get("number") == 1:  # as `fill` writes them
+                    raise ValueError
+                arrivals.tell(time.time() - event.created_at.timestamp())
+
+            with child_workers(bench.scratch, handlers(fail_or_note)):
+                fill(bench.scratch, bad)
+                count = int(seconds * 10)
+                started = time.monotonic()
+                for number in range(count):
+                    fill_bare(bench, 1)
+                    time.sleep(max(0.0, started + (number + 1) / 10 - time.monotonic()))
+                found = [arrivals.next() for _ in range(count)]
+        return percentile(found, 0.9) * 1000
+
+    logging.disable(logging.WARNING)
+    beside, alone = bench.medians(lambda: p90(many), lambda: p90(0))
+    logging.disable(logging.NOTSET)
+    return [Figure("poison_p90", beside, "ms", alone, Goal("<=", 2))]

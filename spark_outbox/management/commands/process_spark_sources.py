@@ -1,21 +1,24 @@
 """Sweep all instances of models through their sources: for events that depend on time, and repairs."""
 
 import sys
+from collections.abc import Iterable
 from traceback import format_exception
 from typing import Any
 
 from django.apps import apps
-from django.core.management.base import BaseCommand, CommandError, CommandParser
+from django.core.management.base import CommandError, CommandParser
 from django.db import router
 from django.db.models import Model
 
+from spark_outbox.callables import path_of
 from spark_outbox.emit import CHUNK_SIZE
-from spark_outbox.errors import UnstorableValue, describe
-from spark_outbox.registry import SourceFunction, dotted_path, registry
-from spark_outbox.sources import Sweep, sweep
+from spark_outbox.errors import IdCollision, UnstorableValue, describe
+from spark_outbox.management.command import OutboxCommand
+from spark_outbox.registry import SourceFunction
+from spark_outbox.sources import Sweep, sources_of, sweep, swept_models
 
 
-class Command(BaseCommand):
+class Command(OutboxCommand):
     help = (
         "Sends all instances of models through their sources, which emits what has not been emitted "
         "yet. Run it from a timer for sources that depend on the date, and after an import that went "
@@ -48,37 +51,44 @@ class Command(BaseCommand):
     def handle(self, **options: Any) -> None:
         if options["chunk_size"] < 1:
             raise CommandError("--chunk-size must be 1 or more.")
+        if options["database"] is not None:
+            self.check_database(options["database"])
         errors = 0
         for model, sources in self._chosen(options["models"], options["source"]).items():
-            errors += self._sweep(model, sources, options)
+            try:
+                errors += self._sweep(model, sources, options)
+            except IdCollision as error:
+                raise CommandError(str(error)) from error
         if errors:
             raise CommandError(f"{errors} times a source failed; see above. The rest is emitted.")
 
     def _chosen(self, labels: list[str], source: str | None) -> dict[type[Model], list[SourceFunction]]:
-        models = [self._model(label) for label in labels] or list(registry.sources)
+        swept = swept_models()
+        if labels:
+            models = [self._model(label, swept) for label in labels]
+            swept = {
+                model: [f for f, first in sources_of(model) if first is model or first not in models]
+                for model in models
+            }
         chosen = {
-            model: [
-                function
-                for function in registry.sources[model]
-                if source is None or f".{dotted_path(function)}".endswith(f".{source}")
-            ]
-            for model in models
+            model: [f for f in functions if source is None or _matches(f, source)]
+            for model, functions in swept.items()
         }
         chosen = {model: functions for model, functions in chosen.items() if functions}
         if source is not None and not chosen:
-            known = sorted({dotted_path(f) for model in models for f in registry.sources[model]})
+            known = sorted({path_of(f) for functions in swept.values() for f in functions})
             raise CommandError(f"There is no source {source!r}. Sources: {', '.join(known)}")
         if not chosen:
             self.stderr.write("No source is registered: nothing to do.")
         return chosen
 
-    def _model(self, label: str) -> type[Model]:
+    def _model(self, label: str, swept: Iterable[type[Model]]) -> type[Model]:
         try:
             model = apps.get_model(label)
         except (LookupError, ValueError) as error:
             raise CommandError(f"{label}: {error}") from None
-        if model not in registry.sources:
-            known = ", ".join(model._meta.label for model in registry.sources)
+        if not sources_of(model):
+            known = ", ".join(model._meta.label for model in swept)
             raise CommandError(f"{label} has no source. Models with one: {known or 'none'}")
         return model
 
@@ -90,7 +100,7 @@ class Command(BaseCommand):
         def report(instance: Model, source: SourceFunction, error: Exception) -> None:
             refused = isinstance(error, UnstorableValue)  # which names a value's path, not the value
             what = f"{type(error).__name__}: {error}" if refused else describe(error)
-            self.stderr.write(f"{label} {instance.pk!r}: {dotted_path(source)} raised {what}")
+            self.stderr.write(f"{label} {instance.pk!r}: {path_of(source)} raised {what}")
             if options["traceback"]:
                 self.stderr.write("".join(format_exception(error)))
 
@@ -118,3 +128,7 @@ class Command(BaseCommand):
             f"\r{label} {bar} {done}/{total}", ending="\n" if done >= total else "", style_func=str
         )
         self.stderr.flush()
+
+
+def _matches(function: SourceFunction, name: str) -> bool:
+    return f".{path_of(function)}".endswith(f".{name}")

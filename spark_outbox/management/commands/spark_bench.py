@@ -4,8 +4,8 @@ import json
 import signal
 from typing import Any
 
-from django.core.management.base import BaseCommand, CommandError, CommandParser
-from django.db import DEFAULT_DB_ALIAS, connections
+from django.core.management.base import CommandError, CommandParser
+from django.db import DEFAULT_DB_ALIAS
 from django.test import override_settings
 
 from spark_outbox import conf
@@ -13,18 +13,19 @@ from spark_outbox.errors import SparkOutboxError
 from spark_outbox.management.bench import draining, emitting, enduring, waking
 from spark_outbox.management.bench.figures import MEASURES, Bench, Figure
 from spark_outbox.management.bench.scratch import scratch
+from spark_outbox.management.command import OutboxCommand
 
 ALL = (draining, emitting, waking, enduring)  # importing them has filled MEASURES
 
 HEADER = ("name", "value", "unit", "baseline", "ratio", "goal", "met")
 
 
-class Command(BaseCommand):
+class Command(OutboxCommand):
     help = (
         "Measures how fast the outbox is on this machine and this PostgreSQL, against a baseline of the "
         "same run: bare psycopg, or the ORM, doing the least that must be done. It works in databases "
         "of its own, which it drops at the end; your events are not touched. All of it takes about half "
-        "an hour, --quick about two minutes. Nothing else should be running meanwhile."
+        "an hour, --quick about three minutes. Nothing else should be running meanwhile."
     )
 
     def add_arguments(self, parser: CommandParser) -> None:
@@ -53,8 +54,7 @@ class Command(BaseCommand):
 
     def handle(self, **options: Any) -> None:
         near = options["database"]
-        if near not in connections:
-            raise CommandError(f"DATABASES has no {near!r}; it has {', '.join(connections)}.")
+        self.check_database(near)
         settings = conf.current()
         kept = {"COMMIT_INTERVAL": settings.COMMIT_INTERVAL, "BATCH_SIZE": settings.BATCH_SIZE}
         signal.signal(signal.SIGTERM, stop)

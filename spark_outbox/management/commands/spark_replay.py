@@ -4,16 +4,17 @@ import argparse
 from datetime import datetime, time
 from typing import Any
 
-from django.core.management.base import BaseCommand, CommandError, CommandParser
-from django.db import DEFAULT_DB_ALIAS, connections
+from django.core.management.base import CommandError, CommandParser
+from django.db import DEFAULT_DB_ALIAS
 from django.utils import timezone
 from django.utils.dateparse import parse_date, parse_datetime
 
+from spark_outbox.management.command import OutboxCommand
 from spark_outbox.registry import registry
 from spark_outbox.replay import Selection, rehearse, replay
 
 
-class Command(BaseCommand):
+class Command(OutboxCommand):
     help = (
         "Gives events that are done to a handler: a new one, for what happened before it was there, or "
         "one that was wrong. The workers do it; other handlers are not called again. With --rehearse it "
@@ -51,8 +52,7 @@ class Command(BaseCommand):
 
     def handle(self, **options: Any) -> None:
         using = options["database"]
-        if using not in connections:
-            raise CommandError(f"DATABASES has no {using!r}; it has {', '.join(connections)}.")
+        self.check_database(using)
         named = [handler for handler in registry.handlers if handler.name == options["handler"]]
         if not named:
             known = "\n  ".join(handler.name for handler in registry.handlers)
@@ -63,6 +63,8 @@ class Command(BaseCommand):
             since=options["since"],
             keys=tuple(options["key"]),
         )
+        for key, reason in selection.left_out(using=using).items():
+            self.stderr.write(f"{key} is left out: {reason}")
         if options["rehearse"]:
             self._rehearse(selection, using, options["limit"])
         else:
@@ -76,6 +78,8 @@ class Command(BaseCommand):
         if self.stderr.isatty():
             self.stderr.write("")
         self.stdout.write(f"{total} events are given to {selection.handler.name}.")
+        if not total and not selection.keys:
+            self.stderr.write(f"No such event is done in the groups {selection.groups()}.")
 
     def _rehearse(self, selection: Selection, using: str, limit: int) -> None:
         if limit < 1:

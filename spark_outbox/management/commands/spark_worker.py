@@ -1,6 +1,7 @@
 """The daemon's command line, signals and messages. What it does is in spark_outbox/worker.py."""
 
 import argparse
+import contextlib
 import gc
 import logging
 import os
@@ -10,32 +11,30 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
-from django.core.management.base import BaseCommand, CommandError, CommandParser
+from django.core.management.base import CommandParser
 from django.db import DEFAULT_DB_ALIAS, Error, connections
 from django.utils import autoreload
 
 import spark_outbox
-from spark_outbox import conf, session, settle
-from spark_outbox.errors import HandlerTimeout, SparkOutboxError, describe
+from spark_outbox import conf, forks, session, settle
+from spark_outbox.errors import SparkOutboxError, describe
 from spark_outbox.management import systemd
 from spark_outbox.management.alarm import Alarm
+from spark_outbox.management.command import OutboxCommand
 from spark_outbox.registry import registry
-from spark_outbox.supervisor import SIGNALS, Slot, Supervisor
+from spark_outbox.supervisor import SIGNALS, STOPS, Slot, Supervisor
 from spark_outbox.worker import Worker
 
-BOOKING_PATIENCE = 30.0
-"""Seconds that the supervisor spends on counting a crash, at the most."""
 
-
-class Command(BaseCommand):
+class Command(OutboxCommand):
     help = (
-        "Hands events to their handlers, as they are emitted, until it is stopped. SIGTERM or Ctrl-C: "
-        "finish the handler in hand, commit, exit; a second one: stop at once, and lose nothing. "
+        "Hands events to their handlers, as they are emitted, until it is stopped. SIGTERM, SIGHUP or "
+        "Ctrl-C: finish the handler in hand, commit, exit; a second time: stop at once, losing nothing. "
         "Start as many as you like, on as many machines."
     )
 
     def add_arguments(self, parser: CommandParser) -> None:
-        settings = conf.current()
+        settings = self.settings()
         how_long = parser.add_mutually_exclusive_group()
         how_long.add_argument("--drain", action="store_true", help="exit 0 as soon as no event is ready")
         how_long.add_argument("--once", action="store_true", help="handle one batch and exit 0")
@@ -121,10 +120,8 @@ class Command(BaseCommand):
         )
 
     def handle(self, **options: Any) -> None:
-        if options["database"] not in connections:
-            raise CommandError(
-                f"DATABASES has no {options['database']!r}; it has {', '.join(connections)}."
-            )
+        self.check_database(options["database"])
+        conf.current()
         self._set_up_logging(options["verbosity"])
         finite = options["drain"] or options["once"]
         reload = conf.debug() and not finite if options["reload"] is None else options["reload"]
@@ -147,25 +144,33 @@ class Command(BaseCommand):
             answer_timeout=options["answer_timeout"],
             finite=finite,
             on_ready=lambda: systemd.notify("READY=1"),
-            on_crash=lambda in_hand, cause: self._book_crash(in_hand, cause, options),
+            on_crash=lambda in_hand, error: self._book_crash(in_hand, error, options),
         )
-        stops = (signal.SIGTERM, signal.SIGINT)
+        ended_by: list[int] = []
+        nohup = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+        stops = [each for each in STOPS if not (nohup and each == signal.SIGHUP)]
 
-        def stop(*_: object) -> None:
-            for each in stops:
-                signal.signal(each, stop_at_once)
+        def stop(number: int, _: object) -> None:
+            for each in stops:  # a terminal that goes away may say so twice
+                signal.signal(each, signal.SIG_IGN if each == signal.SIGHUP else stop_at_once)
             systemd.notify("STOPPING=1")
             supervisor.stop()
+            if number == signal.SIGINT:
+                self._tell_what_is_waited_for(supervisor.in_hand())
 
         def stop_at_once(number: int, _: object) -> None:
             supervisor.kill()  # what was not committed is handled again: nothing is lost
-            signal.signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)
+            ended_by.append(number)
+            for each in stops:  # one more does not even wait until that is booked
+                signal.signal(each, signal.SIG_DFL)
 
         signal.signal(signal.SIGCHLD, lambda *_: None)  # it wakes the supervisor, who looks
         for each in stops:
             signal.signal(each, stop)
-        return supervisor.run()
+        code = supervisor.run()
+        if ended_by:
+            os.kill(os.getpid(), ended_by[0])
+        return code
 
     def _child(self, slot: Slot, ready: Callable[[], None], options: dict[str, Any]) -> int:
         """Be one of the worker processes; return its exit code."""
@@ -175,24 +180,26 @@ class Command(BaseCommand):
                 self._introduce(version, options)
             ready()
 
-        worker = self._worker(options, alarm=Alarm(), in_hand=slot, on_ready=on_ready)
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C reaches all; the supervisor tells us
-        signal.signal(signal.SIGTERM, lambda *_: worker.stop())
-        signal.set_wakeup_fd(worker.open(), warn_on_full_buffer=False)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
         try:
+            worker = self._worker(options, alarm=Alarm(slot), in_hand=slot, on_ready=on_ready)
+            for each in (signal.SIGINT, signal.SIGHUP):  # they reach all; the supervisor tells us
+                signal.signal(each, signal.SIG_IGN)
+            signal.signal(signal.SIGTERM, lambda *_: worker.stop())
+            signal.set_wakeup_fd(worker.open(), warn_on_full_buffer=False)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+            forks.watch()
             worker.run(drain=options["drain"], once=options["once"])
         except SparkOutboxError as error:
             self.stderr.write(self.style.ERROR(str(error)))
             return os.EX_CONFIG
+        except Error as error:  # with --drain or --once: others are outlived
+            message = f"Database {options['database']!r} can't be used: {describe(error)}"
+            self.stderr.write(self.style.ERROR(message))
+            return 1
         except Exception as error:  # noqa: BLE001, shown, and then the supervisor starts another
             lines = traceback.format_tb(error.__traceback__)  # of code, without values
             self.stderr.write("".join([*lines, f"The worker process dies of {describe(error)}."]))
             return 1
-        finally:
-            self.stdout.flush()
-            self.stderr.flush()
         return 0
 
     def _work_in_thread(self, **options: Any) -> None:
@@ -218,24 +225,35 @@ class Command(BaseCommand):
             **more,
         )
 
-    def _book_crash(self, in_hand: list[tuple[int, int]], cause: str, options: dict[str, Any]) -> None:
-        """Count a crash, if the database is there and answers: nobody is looked after meanwhile."""
+    def _book_crash(
+        self, in_hand: list[tuple[int, int]], error: BaseException | None, options: dict[str, Any]
+    ) -> None:
+        """Count a crash, if the database is there; without an error, put back what was stopped. In a
+        process of its own: see the supervisor."""
         using = options["database"]
         session.set_bounds(using)
-        alarm = Alarm()
+        session.leave_pools(using)
         try:
-            try:
-                alarm.start(min(BOOKING_PATIENCE, options["answer_timeout"]))
-                settle.book_crash(in_hand, cause, registry, using=using)
-            finally:
-                alarm.stop()
-        except (Error, HandlerTimeout) as error:
-            late = isinstance(error, HandlerTimeout)
-            why = "The database does not answer." if late else describe(error)
-            self.stderr.write(f"A crash on event {in_hand[0][0]} could not be counted: {why}")
-        finally:
-            connections.close_all()
-            del connections[using]  # it may have been interrupted anywhere
+            settle.book(in_hand, error, registry, using=using)
+        except Error as refusal:
+            event_id, _ = in_hand[0]
+            self.stderr.write(f"A crash on event {event_id} could not be counted: {describe(refusal)}")
+
+    def _tell_what_is_waited_for(self, in_hand: list[tuple[int, int]]) -> None:
+        """Tell whoever has pressed Ctrl-C why the worker has not ended yet."""
+        events: dict[str, list[int]] = {}
+        for event_id, number in in_hand:
+            events.setdefault(registry.handlers[number].name, []).append(event_id)
+        told = ", ".join(
+            f"{name} on event {ids[0]}" + (f" and {len(ids) - 1} more" if ids[1:] else "")
+            for name, ids in events.items()
+        )
+        if told:
+            # It may have come while this very stream was written to.
+            with contextlib.suppress(OSError, RuntimeError):
+                self.stderr.write(
+                    f"Waiting for {told}; press Ctrl-C again to stop at once (nothing is lost)."
+                )
 
     def _introduce(self, version: str, options: dict[str, Any]) -> None:
         name = connections[options["database"]].settings_dict["NAME"]

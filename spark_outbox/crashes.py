@@ -1,0 +1,129 @@
+"""What was being called when a worker and its supervisor were killed together.
+
+A supervisor counts the attempt that killed its child. If a container's OOM killer takes both, nobody is
+left to count, and the event would kill each worker that comes after. So each worker has a row while it
+lives, and holds an advisory lock on its number. One that stops by itself deletes its row.
+
+A row that nobody holds the lock of tells of an unclean end. The worker that finds it handles as many
+events one by one as the dead one can have claimed. It writes each call into its own row before it makes
+it, on a connection of its own. So it does for an event whose handler has died with its process before.
+If it dies as well, the next one finds the call, and counts the attempt. Otherwise none is written.
+"""
+
+import logging
+import os
+import socket
+
+from django.db import Error, transaction
+
+from spark_outbox import session, settle, store
+from spark_outbox.calls import InHand
+from spark_outbox.errors import WorkerDied, describe
+from spark_outbox.outcomes import Batch
+from spark_outbox.private import PrivateConnection
+from spark_outbox.registry import Registry
+
+logger = logging.getLogger(__name__)
+
+
+class Watched(InHand):
+    """One worker's note of what is in hand, which is written down while `watch` says so.
+
+    `inner` is the note that the supervisor reads. `direct` is the alias of a connection that is no
+    pooler's; where there is none, nothing is ever written.
+    """
+
+    def __init__(self, inner: InHand, registry: Registry, *, using: str, direct: str | None) -> None:
+        self._inner = inner
+        self._registry = registry
+        self._using = using
+        self._direct = direct
+        self._session = 0
+        self._private = PrivateConnection(direct or using)
+        self._fallen: list[int] = []
+        self._is_watching = False
+        self._has_noted = False
+
+    # The worker's row
+
+    def enlist(self) -> bool:
+        """Have a row, and hold its lock, on a new connection; return whether to look closely.
+
+        Counts the calls that workers were making that did not stop by themselves.
+        """
+        if self._direct is None:
+            return False
+        while not self._session or not store.lock_worker(self._session, using=self._direct):
+            self._session = session.new_number()
+        name = f"{socket.gethostname()}:{os.getpid()}"
+        store.enlist(self._session, name, using=self._using)
+        with transaction.atomic(using=self._using):
+            fallen = store.fallen_workers(self._session, using=self._using)
+            noted = [each.session for each in fallen if each.event_id is not None]
+            store.note_call(noted, None, "", using=self._using)
+        for each in fallen:
+            self._count(each)
+        self._fallen = [each.session for each in fallen]
+        return bool(fallen)
+
+    def resign(self) -> None:
+        """The worker stops by itself."""
+        if self._session:
+            store.dismiss([self._session], using=self._using)
+            store.unlock_worker(self._session, using=self._direct or self._using)
+            self._session = 0
+        self._private.close()
+
+    def _count(self, fallen: store.FallenWorker) -> None:
+        for handler in self._registry.handlers:
+            if handler.name == fallen.handler and fallen.event_id is not None:
+                error = WorkerDied(
+                    "The worker process and its supervisor died while it ran this handler."
+                )
+                called = [(fallen.event_id, handler.number)]
+                settle.book(called, error, self._registry, using=self._using)
+
+    # Its calls
+
+    def watch(self, batch: Batch, *, closely: bool) -> None:
+        """Write down the calls of this batch, which has one event, if there is cause.
+
+        `closely`: the worker still handles each event by itself.
+        """
+        if self._fallen and not closely:
+            store.dismiss(self._fallen, using=self._using)
+            self._fallen = []
+            self._private.close()
+        self._is_watching = bool(self._session) and (bool(self._fallen) or batch.has_killed)
+
+    def clear(self) -> None:
+        """In the transaction that settles the batch: nothing of it is in hand any more."""
+        if self._has_noted:
+            self._has_noted = False
+            store.note_call([self._session], None, "", using=self._using)
+
+    def take_in_hand(self, *called: tuple[int, int]) -> None:
+        self._inner.take_in_hand(*called)
+        if self._is_watching and len(called) == 1:
+            ((event_id, number),) = called
+            name = self._registry.handlers[number].name
+            self._has_noted = True
+            try:
+                self._private.run(store.note_call, [self._session], event_id, name)
+            except Error as error:  # the call is not at fault, and is made all the same
+                self._private.close()
+                context = {"event_id": event_id, "error": describe(error)}
+                logger.warning(
+                    "The call on event %(event_id)s could not be written down (%(error)s).",
+                    context,
+                    extra=context,
+                )
+
+    def put_down(self) -> None:
+        self._inner.put_down()
+
+    def rest(self) -> None:
+        self._inner.rest()
+
+    def in_hand(self) -> list[tuple[int, int]]:
+        return self._inner.in_hand()

@@ -1,0 +1,48 @@
+"""What the commands share: one sentence, and an exit code that says so, for what no restart can mend."""
+
+import os
+from typing import Any
+
+from django.core.management.base import BaseCommand, CommandError, SystemCheckError
+from django.db import connections
+
+from spark_outbox import conf
+from spark_outbox.errors import SettingsError, SparkOutboxError
+
+
+class OutboxCommand(BaseCommand):
+    """A command on an outbox. Errors are sentences; what is wrong in settings exits with EX_CONFIG."""
+
+    def check(self, *arguments: Any, **options: Any) -> None:
+        try:
+            super().check(*arguments, **options)
+        except SystemCheckError as error:
+            error.returncode = os.EX_CONFIG
+            raise
+
+    def execute(self, *arguments: Any, **options: Any) -> str | None:
+        try:
+            return super().execute(*arguments, **options)
+        except SparkOutboxError as error:
+            raise CommandError(str(error), returncode=os.EX_CONFIG) from error
+
+    def settings(self) -> conf.Settings:
+        """Return the settings for the options' defaults; if they are wrong, `execute` will say so."""
+        try:
+            return conf.current()
+        except SettingsError:
+            return conf.Settings()
+
+    def check_database(self, alias: str) -> None:
+        """Raise CommandError if there can be no outbox in the database."""
+        if alias not in connections:
+            known = ", ".join(connections)
+            raise CommandError(f"DATABASES has no {alias!r}; it has {known}.", returncode=os.EX_CONFIG)
+        vendor = connections[alias].vendor
+        if vendor != "postgresql":
+            suitable = [other for other in connections if connections[other].vendor == "postgresql"]
+            raise CommandError(
+                f"Database {alias!r} is {vendor}, and an outbox needs PostgreSQL. Choose another with "
+                f"--database: {', '.join(suitable) or 'but DATABASES has none'}.",
+                returncode=os.EX_CONFIG,
+            )

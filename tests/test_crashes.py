@@ -1,0 +1,129 @@
+"""A worker and its supervisor that are killed together: what was being called is not forgotten."""
+
+import os
+import signal
+
+import pytest
+
+from spark_outbox import emit, emit_many
+from spark_outbox.models import Delivery, WorkerSession
+from tests.tools import (
+    WorkerProcess,
+    connect,
+    deliveries,
+    eventually,
+    note,
+    start_a_handler,
+    status,
+    statuses,
+    wait_until_asleep,
+    wait_until_done,
+    worker_thread,
+)
+
+pytestmark = pytest.mark.django_db(transaction=True)
+
+
+def run_until_killed_or(probe):
+    """Start a worker, as systemd would; return whether it was killed before `probe` was true."""
+    with WorkerProcess(EXTRA_APPS="tests.probe") as worker:
+        eventually(lambda: probe() or worker.process.poll() is not None)
+        return worker.process.poll() == -signal.SIGKILL
+
+
+def lives():
+    """Start workers until one survives; return how many were killed."""
+    killed = 0
+    while run_until_killed_or(lambda: status() == "failed"):
+        killed += 1
+        assert killed < 10
+    return killed
+
+
+@pytest.mark.parametrize("kind", ["plain", "detached"])
+def test_an_event_that_kills_the_whole_service_each_time_is_charged_for_it(tmp_path, kind):
+    calls = tmp_path / "calls"
+    emit(f"probe_kill_all_{kind}", "key", calls=str(calls))
+    emit("probe", "behind")
+    killed = lives()
+    assert deliveries()["kill all" if kind == "plain" else "kill all, detached"] == ("failed", 2)
+    assert "WorkerDied" in Delivery.objects.get().error
+    assert status("behind") == "done"
+    # Two attempts, and one before anybody looked.
+    assert killed == len(calls.read_text()) <= 3
+
+
+def test_others_are_handled_meanwhile_and_none_is_charged(tmp_path):
+    emit_many({"group": "probe", "key": f"before {n}"} for n in range(3))
+    emit("probe_kill_all_plain", "key", calls=str(tmp_path / "calls"))
+    emit_many({"group": "probe", "key": f"behind {n}"} for n in range(3))
+    lives()
+    assert {key for key, was in statuses().items() if was != "done"} == {"key"}
+    assert set(deliveries()) == {"kill all"}
+
+
+def test_a_worker_that_stops_leaves_nothing_behind(own_registry):
+    own_registry.add_handler(note, group="")
+    with worker_thread(), worker_thread():
+        emit("g", "key")
+        wait_until_done(1)
+        assert WorkerSession.objects.count() == 2
+        assert set(WorkerSession.objects.values_list("event_id", "handler")) == {(None, "")}
+        (name,) = set(WorkerSession.objects.values_list("name", flat=True))
+        assert name.endswith(f":{os.getpid()}")
+    assert not WorkerSession.objects.exists()
+
+
+def test_after_an_unclean_end_the_next_worker_looks_closely_for_a_while(own_registry):
+    own_registry.add_handler(note, group="")
+    WorkerSession.objects.create(session=1, name="dead")
+    emit_many({"group": "g", "key": f"{n}"} for n in range(20))
+    noted = set()
+    with worker_thread(batch_size=10):
+        wait_until_done(20)
+        eventually(lambda: not WorkerSession.objects.filter(name="dead").exists())
+        wait_until_asleep()
+        noted |= set(WorkerSession.objects.values_list("event_id", flat=True))
+    assert noted == {None}  # what was written is taken back with the done mark
+
+
+def test_a_worker_that_lives_is_not_taken_for_a_dead_one(own_registry):
+    own_registry.add_handler(note, group="")
+    with worker_thread():
+        with worker_thread():
+            emit("g", "key")
+            wait_until_done(1)
+        assert WorkerSession.objects.count() == 1
+
+
+def test_a_worker_that_was_cut_off_has_its_row_again(own_registry):
+    own_registry.add_handler(note, group="")
+    with worker_thread():
+        WorkerSession.objects.all().delete()  # as another does that took it for dead
+        with connect() as other:
+            other.execute(
+                "select pg_terminate_backend(pid) from pg_stat_activity "
+                "where application_name = 'spark_worker'"
+            )
+        eventually(lambda: WorkerSession.objects.count() == 1)
+
+
+def test_in_the_ordinary_case_no_call_is_noted(flags):
+    with WorkerProcess(EXTRA_APPS="tests.probe").wait_until_ready() as worker:
+        worker.owns(start_a_handler(flags))
+        with connect() as other:
+            rows = other.execute("select event_id, handler from spark_outbox_session").fetchall()
+            assert rows == [(None, "")]
+        flags.go.touch()
+        eventually(lambda: status() == "done")
+
+
+def test_a_noted_call_of_a_handler_that_is_gone_is_passed_over(own_registry):
+    own_registry.add_handler(note, group="")
+    event = emit("g", "key")
+    WorkerSession.objects.create(session=1, name="dead", event_id=event.id, handler="renamed")
+    with worker_thread(batch_size=1):
+        wait_until_done(1)
+        emit("g", "another")
+        eventually(lambda: not WorkerSession.objects.filter(name="dead").exists())
+    assert not Delivery.objects.exists()

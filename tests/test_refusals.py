@@ -1,0 +1,347 @@
+"""A refusal is not an outage: PostgreSQL answers, and says no. And outages that events bring about."""
+
+import asyncio
+import contextlib
+import threading
+
+import pytest
+from django.db import connection
+
+from spark_outbox import emit, emit_many, handler
+from spark_outbox.models import Delivery, OutboxEvent
+from spark_outbox.worker import Worker
+from tests.tools import (
+    connect,
+    deliveries,
+    eventually,
+    handled,
+    note,
+    status,
+    statuses,
+    wait_until_asleep,
+    worker_thread,
+)
+
+pytestmark = pytest.mark.django_db(transaction=True)
+
+
+@contextlib.contextmanager
+def trigger(body, when):
+    """Have a trigger of the project's run `body` before a matching event is changed."""
+    with connect() as other:
+        other.execute(
+            f"create function no() returns trigger language plpgsql as $$ begin {body} end $$; "
+            f"create trigger no before update on spark_outbox_event for each row when ({when}) "
+            "execute function no()"
+        )
+        try:
+            yield
+        finally:
+            other.execute("drop function no cascade")
+
+
+def raising(code):
+    return f"raise exception 'not this one' using errcode = '{code}';"
+
+
+BAD_IS_DONE = "new.key = 'bad' and new.status = 'done'"
+NOT_APPLIED = "return null;"
+REFUSALS = {
+    "another state": raising("45000"),
+    "read only": raising("25006"),
+    "denied": raising("42501"),
+    "internal": raising("XX000"),
+    "undefined": "perform from nowhere;",
+    "not applied": NOT_APPLIED,
+}
+
+
+def ways():
+    """Return what handles all events that are ready: a worker, and drain()."""
+
+    def run():
+        with worker_thread():
+            eventually(lambda: set(statuses().values()) <= {"done", "failed"})
+
+    def drain():
+        Worker().drain()
+
+    return [run, drain]
+
+
+@pytest.mark.parametrize("way", ways())
+@pytest.mark.parametrize("reason", REFUSALS)
+def test_whatever_postgresql_refuses_to_settle_fails_alone(own_registry, caplog, reason, way):
+    own_registry.add_handler(note, group="")
+    emit_many({"group": "g", "key": key} for key in ("1", "bad", "2"))
+    with trigger(REFUSALS[reason], BAD_IS_DONE):
+        way()
+    assert statuses() == {"1": "done", "bad": "failed", "2": "done"}
+    assert sorted(handled()) == ["1", "2"]
+    expected = {"not applied": "did not apply", "undefined": "nowhere"}.get(reason, "not this one")
+    assert expected in OutboxEvent.objects.get(key="bad").last_error
+    assert "can't be settled" in caplog.text
+    assert "Database default failed" not in caplog.text
+
+
+@pytest.mark.parametrize("code", ["57014", "40P01", "55P03"])
+def test_a_refusal_that_may_pass_and_does_not_is_an_attempt(own_registry, code):
+    """As if somebody's lock were in the way for long."""
+    handler("", name="h", max_attempts=2, backoff=0.01)(lambda event: calls.append(event.attempt))
+    calls = []
+    emit("g", "bad")
+    with trigger(raising(code), BAD_IS_DONE), worker_thread():
+        eventually(lambda: statuses() == {"bad": "failed"})
+    assert calls == [1] * 4 + [2]  # the first time it was not known to be alone
+    assert deliveries() == {"h": ("failed", 2)}
+    assert "not this one" in Delivery.objects.get().error
+
+
+def test_a_refusal_that_passes_is_nobodys_fault(own_registry):
+    """As after a deadlock with somebody else's transaction, or a pg_cancel_backend()."""
+    calls = []
+    own_registry.add_handler(lambda event: calls.append(event.key), group="", name="h")
+    emit("g", "bad")
+    with connect() as other:
+        other.execute("create sequence refusals")
+    body = f"if nextval('refusals') < 3 then {raising('40001')} end if; return new;"
+    try:
+        with trigger(body, BAD_IS_DONE):
+            Worker().drain()
+    finally:
+        with connect() as other:
+            other.execute("drop sequence refusals")
+    assert calls == ["bad"] * 3
+    assert statuses() == {"bad": "done"}
+
+
+@pytest.mark.parametrize("body", [raising("P0001"), NOT_APPLIED])
+@pytest.mark.parametrize("ordering_key", [None, "o"])
+def test_an_event_that_nobody_can_change_is_passed_over(own_registry, caplog, body, ordering_key):
+    own_registry.add_handler(note, group="")
+    emit("g", "bad", ordering_key=ordering_key)
+    emit("g", "behind", ordering_key=ordering_key)
+    emit("g", "another", ordering_key=ordering_key and "p")
+    waits = "pending" if ordering_key else "done"  # for an event of its order that never ends
+    with trigger(body, "new.key = 'bad'"), worker_thread():
+        eventually(lambda: statuses() == {"bad": "pending", "behind": waits, "another": "done"})
+        emit("g", "later")
+        eventually(lambda: status("later") == "done")
+    assert caplog.text.count("not be marked as failed either") == 1
+    with worker_thread():
+        eventually(lambda: set(statuses().values()) == {"done"})
+    assert sorted(handled()) == ["another", "bad", "behind", "later"]
+
+
+def test_in_peoples_tests_too(own_registry):
+    own_registry.add_handler(note, group="")
+    emit_many({"group": "g", "key": key} for key in ("1", "bad", "2"))
+    with trigger(NOT_APPLIED, "new.key = 'bad'"):
+        Worker().drain()
+    assert statuses() == {"1": "done", "bad": "pending", "2": "done"}
+    assert handled() == ["1", "2"]
+
+
+@pytest.mark.parametrize("body", [raising("23514"), raising("25006"), NOT_APPLIED])
+@pytest.mark.parametrize("kind", ["detached", "async"])
+def test_a_call_outside_the_batch_that_cannot_be_settled_stops_no_worker(own_registry, body, kind):
+    release = threading.Event()
+
+    @handler("^detached$", name="detached", atomic=False)
+    def run(event):
+        pass
+
+    @handler("^async$", name="async")
+    async def run_slowly(event):
+        while not release.is_set():
+            await asyncio.sleep(0.005)
+
+    own_registry.add_handler(note, group="^plain$")
+    with trigger(body, BAD_IS_DONE), worker_thread():
+        emit(kind, "good")
+        emit(kind, "bad")
+        emit("plain", "plain")
+        eventually(lambda: status("plain") == "done")
+        release.set()
+        eventually(lambda: statuses() == {"good": "done", "bad": "failed", "plain": "done"})
+        emit("plain", "later")
+        eventually(lambda: status("later") == "done")
+    assert deliveries()[kind][0] != "running"
+
+
+def test_a_detached_call_that_cannot_be_written_at_all_stops_no_worker(own_registry, caplog):
+    own_registry.add_handler(note, group="^plain$")
+
+    @handler("^detached$", name="detached", atomic=False)
+    def run(event):
+        pass
+
+    with trigger(raising("P0001"), "new.key = 'bad' and old.status = 'running'"):
+        with worker_thread():
+            emit("detached", "bad")
+            eventually(lambda: "It stays running" in caplog.text)
+            emit("plain", "later")
+            eventually(lambda: status("later") == "done")
+        with worker_thread():  # which would take it over
+            emit("plain", "last")
+            eventually(lambda: status("last") == "done")
+        assert status("bad") == "running"
+    with worker_thread():
+        eventually(lambda: status("bad") == "done")
+
+
+def test_a_refused_commit_closes_no_connection_and_costs_no_running_call(own_registry, caplog):
+    release = threading.Event()
+    sessions = set()
+
+    @handler("^async$", name="async")
+    async def run(event):
+        while not release.is_set():
+            await asyncio.sleep(0.005)
+
+    def plain(event):
+        sessions.add(connection.connection.info.backend_pid)
+
+    own_registry.add_handler(plain, group="^plain$", name="plain")
+    with trigger(raising("P0001"), BAD_IS_DONE), worker_thread():
+        emit("async", "slow")
+        eventually(lambda: status("slow") == "running")
+        emit_many({"group": "plain", "key": key} for key in ("1", "bad", "2"))
+        eventually(lambda: (status("bad"), status("2")) == ("failed", "done"))
+        release.set()
+        eventually(lambda: status("slow") == "done")
+    assert len(sessions) == 1
+    assert Delivery.objects.get(handler="async").attempts == 1
+    assert "failed (" not in caplog.text.replace("failed for good", "")
+    assert "Took over" not in caplog.text
+
+
+def test_a_table_that_is_not_there_for_a_moment_is_no_events_fault(own_registry, caplog):
+    """As while the outbox is migrated, or restored."""
+
+    def retry(event):
+        if event.attempt == 1:
+            if not caplog.text:
+                with connect() as other:
+                    other.execute("alter table spark_outbox_delivery rename to away")
+            raise OSError
+
+    handler("", name="h", backoff=0.01)(retry)
+    with worker_thread():
+        emit("g", "key")
+        eventually(lambda: "Database default failed" in caplog.text)
+        with connect() as other:
+            other.execute("alter table away rename to spark_outbox_delivery")
+        eventually(lambda: status("key") == "done")
+    assert deliveries() == {"h": ("done", 2)}
+
+
+# Which outbox
+
+
+@pytest.fixture
+def tenant():
+    """Another outbox, of the same make, in a schema of its own."""
+    with connect() as other:
+        other.execute("create schema tenant")
+        for table in ("spark_outbox_event", "spark_outbox_delivery"):
+            other.execute(f"create table tenant.{table} (like public.{table} including all)")
+        yield other
+        other.execute("drop schema tenant cascade")
+
+
+@pytest.mark.parametrize("local", ["local", ""])
+def test_a_worker_keeps_to_its_outbox_whatever_the_search_path(own_registry, tenant, local):
+    """Another schema's rows were settled: the effects were committed each time, the event never done."""
+
+    def handle(event):
+        note(event)
+        with connection.cursor() as cursor:
+            cursor.execute(f"set {local} search_path = tenant, public")
+
+    own_registry.add_handler(handle, group="^g$", name="h")
+    own_registry.add_handler(note, group="^other$", name="note")
+    emit("g", "key")
+    with worker_thread():
+        eventually(lambda: status() == "done")
+        emit("other", "later")
+        eventually(lambda: status("later") == "done")
+    assert handled() == ["key", "later"]
+
+
+def test_a_handler_emits_where_its_search_path_says(own_registry, tenant):
+    def handle(event):
+        with connection.cursor() as cursor:
+            cursor.execute("set local search_path = tenant, public")
+        emit("other", "follow-up")
+
+    own_registry.add_handler(handle, group="^g$", name="h")
+    emit("g", "key")
+    Worker().drain()
+    assert statuses() == {"key": "done"}
+    found = tenant.execute("select key from tenant.spark_outbox_event").fetchall()
+    assert found == [("follow-up",)]
+
+
+# An outage that one event brings about
+
+
+def terminate(event):
+    with connection.cursor() as cursor:
+        cursor.execute("select pg_terminate_backend(pg_backend_pid())")
+
+
+def terminate_from_outside(event):
+    """Be ended between two statements, and notice nothing: the worker does, as it settles."""
+    with connect() as other:
+        other.execute("select pg_terminate_backend(%s, 10000)", [connection.connection.info.backend_pid])
+
+
+@pytest.mark.parametrize(("lose", "times"), [(terminate, 3), (terminate_from_outside, 4)])
+def test_an_event_that_costs_the_connection_each_time_is_charged_for_it(own_registry, lose, times):
+    calls = []
+
+    def handle(event):
+        calls.append((event.key, event.attempt))
+        if event.key == "bad":
+            lose(event)
+
+    handler("", name="h", max_attempts=2, backoff=0.01)(handle)
+    emit_many({"group": "g", "key": key} for key in ("a", "bad", "c"))
+    with worker_thread():
+        eventually(lambda: statuses() == {"a": "done", "bad": "failed", "c": "done"})
+        emit("g", "later")
+        eventually(lambda: status("later") == "done")
+    # Three times to be sure, and then at once. The first time it was in a batch with others, and if it
+    # noticed nothing, another was suspected.
+    assert [call for call in calls if call[0] == "bad"] == [("bad", 1)] * times + [("bad", 2)]
+    assert [call[0] for call in calls].count("a") <= 2
+    assert [call[0] for call in calls].count("c") <= times - 2
+    assert deliveries()["h"] == ("failed", 2)
+    assert "ConnectionLost" in Delivery.objects.get().error
+
+
+def test_only_the_handler_that_was_running_is_charged(own_registry):
+    handler("", name="first", max_attempts=1)(note)
+    handler("", name="second", max_attempts=1)(terminate)
+    handler("", name="third", max_attempts=1)(note)
+    emit("g", "bad")
+    with worker_thread():
+        eventually(lambda: deliveries().get("second") == ("failed", 1))
+        eventually(lambda: status("bad") == "failed")
+    assert len(handled()) == 2  # the first's and the third's, once each
+
+
+def test_a_server_that_goes_away_again_and_again_charges_no_event_that_was_not_there(own_registry):
+    own_registry.add_handler(note, group="")
+    with worker_thread():
+        for number in range(4):
+            emit("g", f"{number}")
+            eventually(lambda number=number: status(f"{number}") == "done")
+            wait_until_asleep()
+            with connect() as other:
+                other.execute(
+                    "select pg_terminate_backend(pid) from pg_stat_activity "
+                    "where application_name = 'spark_worker'"
+                )
+    assert not Delivery.objects.exists()
