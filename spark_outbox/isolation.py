@@ -204,7 +204,8 @@ class Isolation:
         status = raw.pgconn.transaction_status
         if status == TransactionStatus.IDLE:
             return ENDED
-        if raw.lock.locked() or raw.pgconn.pipeline_status:  # nothing else could be sent, ever
+        is_busy = status == TransactionStatus.ACTIVE or raw.lock.locked() or raw.pgconn.pipeline_status
+        if is_busy:  # nothing else could be sent, ever
             self._connection.close()
             return "The handler left a COPY, a stream() or a pipeline() of psycopg open."
         if not self._touched and status == TransactionStatus.INERROR:

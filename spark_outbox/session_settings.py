@@ -65,13 +65,13 @@ class SessionSettings:
             self._named |= named
             if not self._is_known:
                 self._shown, self._is_known = shown, True
-        elif names:  # as in a pipeline: they come back empty
+        elif pgconn.pipeline_status:  # where nobody can ask: they come back empty
             self._named |= dict.fromkeys(names)
         if kind & wire.SETS and self._is_known:
             self.changed = True
 
     def put_back(self, *, first: str = "", in_transaction: bool) -> None:
-        """Restore what was changed, in one round trip that begins with the statement `first`."""
+        """Restore what was changed, after the statement `first`, in one round trip."""
         limits = self.limits
         timeouts = [store.LIMIT_SESSION.format(milliseconds=limits.session)]
         if in_transaction and limits.own != limits.session:

@@ -1307,18 +1307,14 @@ def restore_settings(
     limits: Sequence[str],
     using: str,
 ) -> None:
-    """Restore what `settings` has returned, where it is different now, and `limits`.
-
-    In a round trip of its own before that, the handler's `statement_timeout` is lifted: it may leave no
-    time for more.
-    """
-    _past_wrappers(LIMIT_SESSION.format(milliseconds=0), using)
+    """Run the statements `limits` and `first`, then restore what `settings` has returned, where it is
+    different now. The limits go ahead, so that those of a handler do not end the rest."""
     sql = RESTORE_SETTINGS.format(
         shown=quote(json.dumps(shown, ensure_ascii=False)),
         named=quote(json.dumps(named, ensure_ascii=False)),
         local=quote(f"{{{','.join(local)}}}"),
     )
-    _past_wrappers("; ".join(filter(None, [first, sql, *limits])), using)
+    _past_wrappers("; ".join(filter(None, [*limits, first, sql])), using)
 
 
 # Wake: the two advisory locks of the migration's trigger, and LISTEN
