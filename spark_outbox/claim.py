@@ -186,11 +186,6 @@ class Claims:
         self._due_at = max(self._due_at, soon)
         self._order_at = max(self._order_at, soon)
 
-    def _but_passed_over(self, rows: list[StoredRow]) -> list[StoredRow]:
-        """Return `rows` without what is passed over, and without what must wait for it."""
-        blocked = {row[5] for row in rows if row[0] in self._passed_over} - {None}
-        return [row for row in rows if row[0] not in self._passed_over and row[5] not in blocked]
-
     def rest(self) -> None:
         """Before sleeping: look at everything, until `goes_on` says that this is done.
 
@@ -241,22 +236,25 @@ class Claims:
     def _look(self, first: str, *, sweep: bool) -> dict[str, list[StoredRow]]:
         """Lock what is found, up to the size of a batch of each kind."""
         started = self._clock()
-        limit = (1 if self.careful else self.size) + len(self._passed_over)
+        limit = 1 if self.careful else self.size
+        over = len(self._passed_over)  # these may come first, and take others' places
         if self._ids is not None:
             found = self._claim_ids(self._ids, limit, first)
         else:
             sweeping = sweep or started >= self._sweep_at
-            found = {READY: self._claim_ready(started, limit, first, sweeping=sweeping), DUE: []}
+            found = {READY: self._claim_ready(started, limit + over, first, sweeping=sweeping), DUE: []}
+            share = due_share(limit) + over
             if sweep or not found[READY] or started >= self._due_at:
-                found[DUE] = self._claim_due(started, limit)
-            self._is_full = len(found[READY]) == limit or len(found[DUE]) == due_share(limit)
+                found[DUE] = self._claim_due(started, share)
+            self._is_full = len(found[READY]) == limit + over or len(found[DUE]) == share
         found[ORDERED] = []
         if sweep or not found[READY] or started >= self._order_at:
             found[ORDERED] = self._claim_ordered(limit)
             more = found[ORDERED] or self._keys.held
             self._order_at = started + (0 if more else self._commit_interval)
         if self._passed_over:
-            found = {kind: self._but_passed_over(rows) for kind, rows in found.items()}
+            for kind in (READY, DUE):
+                found[kind] = [row for row in found[kind] if row[0] not in self._passed_over]
         return found
 
     def _claim_ready(self, started: float, limit: int, first: str, *, sweeping: bool) -> list[StoredRow]:
@@ -269,8 +267,8 @@ class Claims:
 
     def _claim_due(self, started: float, limit: int) -> list[StoredRow]:
         self._due_at = started + self._commit_interval
-        rows = store.claim_due(due_share(limit), after=self._after_due, using=self.using)
-        if len(rows) < due_share(limit):
+        rows = store.claim_due(limit, after=self._after_due, using=self.using)
+        if len(rows) < limit:
             self._after_due = EARLIEST
         return rows
 
@@ -285,6 +283,7 @@ class Claims:
             ready = store.still_ready(known, using=self.using)
             ids.drop(each for each in known if each not in ready)
             ids.hold(each for each in wanted if each in ready)
+        ids.drop(self._passed_over.intersection(wanted))
         found: dict[str, list[StoredRow]] = {READY: [], DUE: []}
         for row in rows:
             found[READY if row.available_at is None else DUE].append(row)
@@ -300,12 +299,16 @@ class Claims:
         )
         if not self._ours.isdisjoint(ordered.others):
             store.wake_others(using=self.using)  # it was emitted as we handled the one before
-        claimed = {str(row.ordering_key) for row in ordered.rows}
+        rows = ordered.rows
+        if self._passed_over:  # with what must wait for it
+            blocked = {row.ordering_key for row in rows if row.id in self._passed_over}
+            rows = [row for row in rows if row.ordering_key not in blocked]
+        claimed = {str(row.ordering_key) for row in rows}
         self._keys.hold(ordered.held)
         self._keys.drop(set(keys).difference(claimed, ordered.held, ordered.left))
         self._ours = self._ours.difference(keys) | (claimed if self.groups is not None else set())
         self._whole = ordered.whole if self.groups is None else set()
-        return ordered.rows
+        return rows
 
     # To learn
 

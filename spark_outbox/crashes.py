@@ -10,6 +10,7 @@ it, on a connection of its own. If that is what a worker dies of twice in a row,
 attempt. From then on each such end counts at once. Otherwise no call is written.
 """
 
+import contextlib
 import logging
 import os
 import socket
@@ -59,6 +60,8 @@ class Watched(InHand):
         if self._direct is None:
             return False
         while not self._session or not store.lock_worker(self._session, using=self._direct):
+            if self._session:  # the server has not seen yet that our old connection is gone
+                store.dismiss([self._session], using=self._using)
             self._session = session.new_number()
         name = f"{socket.gethostname()}:{os.getpid()}"
         store.enlist(self._session, name, using=self._using)
@@ -91,24 +94,31 @@ class Watched(InHand):
 
     # Its calls
 
-    def watch(self, batch: Batch, *, closely: bool) -> None:
-        """Write down the calls of this batch, which has one event, if there is cause.
-
-        `closely`: the worker still handles each event by itself.
-        """
-        if self._fallen and not closely:
-            store.dismiss(self._fallen, using=self._using)
-            self._fallen = []
-            self._private.close()
-            self._times = {}
+    def watch(self, batch: Batch) -> None:
+        """Write down the calls of this batch, which has one event, if there is cause."""
         self._has_killed = batch.has_killed
         self._is_watching = bool(self._session) and (bool(self._fallen) or self._has_killed)
 
     def clear(self) -> None:
         """In the transaction that settles the batch: nothing of it is in hand any more."""
         if self._has_noted:
-            self._has_noted = False
             store.forget_call([self._session], using=self._using)
+
+    def settled(self, *, closely: bool) -> None:
+        """After that; `closely`: the worker still handles each event by itself."""
+        self._is_watching = self._has_noted = False
+        if self._fallen and not closely:
+            store.dismiss(self._fallen, using=self._using)
+            self._fallen, self._times = [], {}
+            self._private.close()
+
+    def forget(self) -> None:
+        """The batch was rolled back: what was noted is not in hand any more."""
+        self._is_watching = False
+        if self._has_noted:
+            self._has_noted = False
+            with contextlib.suppress(Error):  # then it is gone with the connection, or with the worker
+                self._private.run(store.forget_call, [self._session])
 
     def take_in_hand(self, *called: tuple[int, int]) -> None:
         self._inner.take_in_hand(*called)

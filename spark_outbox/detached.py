@@ -112,8 +112,8 @@ class Detached:
         for call in ended:
             if call.attempt is None:
                 call.attempt = self._dispatcher.conclude(call) or succeeded(call)
-        settle.write_calls(ended, self._registry, using=self._using)
-        self.calls = [call for call in self.calls if call not in ended]
+        left = settle.write_calls(ended, self._registry, using=self._using)
+        self.calls = [call for call in self.calls if call not in ended or call in left]
         self._on_settled([str(key) for call in ended if (key := call.event.ordering_key) is not None])
 
     def finish(self) -> None:

@@ -70,7 +70,8 @@ def _write_one(event_id: int, outcomes: Outcomes, using: str) -> bool:
     try:
         persevere(partial(_claim_and_write, event_id, outcomes, using), using=using)
     except Refused as refused:
-        return write_unsettled(event_id, refused.error, using=using)
+        # What may pass is left as it is: the event is handled again.
+        return refused.may_pass or write_unsettled(event_id, refused.error, using=using)
     return True
 
 
@@ -101,19 +102,21 @@ def write_unsettled(event_id: int, error: BaseException, *, using: str) -> bool:
     return True
 
 
-def write_calls(calls: Sequence[Call], registry: Registry, *, using: str) -> None:
+def write_calls(calls: Sequence[Call], registry: Registry, *, using: str) -> list[Call]:
     """Write what became of detached calls: of those that still are ours.
 
-    If PostgreSQL refuses, of each by itself; an event that it refuses alone fails.
+    If PostgreSQL refuses, of each by itself; an event that it refuses alone fails. Returns those that it
+    refuses for what may pass: they are to be written later.
     """
     try:
         persevere(partial(_write_calls, calls, registry, using), using=using)
     except Refused as refused:
-        if len(calls) == 1:
-            _write_unsettled_call(calls[0], refused.error, using=using)
-        else:
-            for call in calls:
-                write_calls([call], registry, using=using)
+        if len(calls) > 1:
+            return [left for call in calls for left in write_calls([call], registry, using=using)]
+        if refused.may_pass:
+            return list(calls)
+        _write_unsettled_call(calls[0], refused.error, using=using)
+    return []
 
 
 def _write_unsettled_call(call: Call, error: BaseException, *, using: str) -> None:
@@ -189,7 +192,22 @@ def take_over(*, session: int = 0, mine: Container[tuple[int, str]] = (), using:
                 context,
                 extra=context,
             )
-    if strays := store.reopen_strays(using=using):
+    _reopen_strays(using=using)
+
+
+def _reopen_strays(*, using: str) -> None:
+    try:
+        with refusals(using=using):
+            strays = store.reopen_strays(using=using)
+    except Refused as refused:
+        context: dict[str, object] = {"error": describe(refused.error)}
+        logger.warning(
+            "Running events of which no delivery runs can't be reopened (%(error)s).",
+            context,
+            extra=context,
+        )
+        return
+    if strays:
         context = {"events": strays}
         logger.warning(
             "Reopened %(events)s running events of which no delivery runs.", context, extra=context
@@ -214,13 +232,15 @@ def _take_over(
 
 def book(
     in_hand: Sequence[tuple[int, int]], error: BaseException | None, registry: Registry, *, using: str
-) -> None:
+) -> list[int]:
     """Count attempts that ended with `error`, and with the connection on which they were made.
 
     `in_hand` has pairs of an event's id and its handler's number. Waits for up to CRASH_PATIENCE until
     the server sees that the connection is gone. Without an error nobody is to blame, as the process was
-    stopped: detached handlers are put back, and nothing is counted.
+    stopped: detached handlers are put back, and nothing is counted. Returns the events that can't be
+    marked as failed either.
     """
+    stuck: list[int] = []
     left = list(in_hand)
     whole = len(left) > 1
     deadline = time.monotonic() + CRASH_PATIENCE
@@ -228,7 +248,7 @@ def book(
         left = [
             (event_id, number)
             for event_id, number in left
-            if not _book_one(event_id, number, error, registry, whole=whole, using=using)
+            if not _book_or_fail(event_id, number, error, registry, stuck, whole=whole, using=using)
         ]
         if left:
             time.sleep(0.02)
@@ -239,6 +259,32 @@ def book(
             events,
             extra=events,
         )
+    return stuck
+
+
+def _book_or_fail(
+    event_id: int,
+    number: int,
+    error: BaseException | None,
+    registry: Registry,
+    stuck: list[int],
+    *,
+    whole: bool,
+    using: str,
+) -> bool:
+    """Count one attempt; if PostgreSQL refuses that, let the event fail, or note that it is `stuck`."""
+    settled = True
+
+    def write() -> None:
+        nonlocal settled
+        settled = _book_one(event_id, number, error, registry, whole=whole, using=using)
+
+    try:
+        persevere(write, using=using)
+    except Refused as refused:
+        if not write_unsettled(event_id, refused.error, using=using):
+            stuck.append(event_id)
+    return settled
 
 
 def _book_one(

@@ -1010,7 +1010,11 @@ insert into spark_outbox_session (session, name) values (%s, %s)
 on conflict (session) do update set event_id = null, handler = '', times = 0
 """
 
-DISMISS = "delete from spark_outbox_session where session = any(%s)"
+DISMISS = """
+delete from spark_outbox_session where session in (
+    select session from spark_outbox_session where session = any(%s) for update skip locked
+)
+"""
 
 FALLEN_WORKERS = """
 select session, event_id, handler, times from spark_outbox_session

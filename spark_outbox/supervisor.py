@@ -308,10 +308,10 @@ class Supervisor:
     def _ended(self, slot: Slot, code: int) -> None:
         """Decide when a child's place is filled again, and whether its end is a failed attempt."""
         now = time.monotonic()
-        if code == 0:
+        in_hand = slot.in_hand()
+        if code == 0 and not in_hand:  # else a handler has ended it
             slot.start_at = NEVER if self._finite else now
             return
-        in_hand = slot.in_hand()
         by_us = slot.killed and code == -signal.SIGKILL
         late = by_us and slot.due() == slot.overdue != NEVER  # else it had come to an end after all
         if code == os.EX_CONFIG or (self._finite and not in_hand and (late or code > 0)):

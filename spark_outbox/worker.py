@@ -241,7 +241,7 @@ class Worker:
                 batch = self._claims.next(references, sweep=sweep, first=first)
                 if not batch.events or self._waits_for_room(batch):
                     return 0
-                self._in_hand.watch(batch, closely=self._claims.careful)
+                self._in_hand.watch(batch)
                 self._wake.wake_up()
                 if self._is_supervised:  # what handlers do after the commit takes what it takes
                     transaction.on_commit(self._in_hand.rest, using=self.using)
@@ -254,6 +254,7 @@ class Worker:
                 self._in_hand.clear()
         except TransactionLost as loss:
             self._ask()
+            self._in_hand.forget()
             self._claims.pass_over(settle.write_alone(loss.alone, using=self.using))
             return len(loss.alone)
         except Refused as refused:
@@ -284,6 +285,7 @@ class Worker:
     def _learn(self, batch: Batch, outcomes: Outcomes) -> None:
         """After the commit: note how it went, and begin what outlives the transaction."""
         self._ask()
+        self._in_hand.settled(closely=self._claims.careful)
         if self._suspects:
             self._suspects.clear(outcomes.event_ids)
         self._dispatcher.release()
@@ -299,6 +301,7 @@ class Worker:
     def _abandon(self) -> None:
         """The transaction is rolled back: nothing of it is in hand any more."""
         self._ask()
+        self._in_hand.forget()
         self._dispatcher.abandon()
 
     def _narrow(self, batch: Batch, refused: Refused, sweep: bool) -> int:
@@ -315,7 +318,9 @@ class Worker:
         elif refused.may_pass and not self._suspects.is_at_fault(event.id):
             self._wake.pause(random.uniform(*REFUSED_PAUSES))  # noqa: S311
         elif refused.may_pass:
-            settle.book(self._calls_of(batch), refused.error, self._registry, using=self.using)
+            called = self._calls_of(batch)
+            stuck = settle.book(called, refused.error, self._registry, using=self.using)
+            self._claims.pass_over(stuck)
             return 1
         else:
             if not settle.write_unsettled(event.id, refused.error, using=self.using):
@@ -357,7 +362,8 @@ class Worker:
                 "ran: by a limit such as transaction_timeout, by pg_terminate_backend(), or since the "
                 "server can't bear its query. The server's log says why."
             )
-            settle.book(convicted, error, self._registry, using=self.using)
+            stuck = settle.book(convicted, error, self._registry, using=self.using)
+            self._claims.pass_over(stuck)
 
     # Its steps
 
@@ -505,13 +511,21 @@ class Worker:
         groups = store.unhandled_groups(groups=self.groups, using=self.using)
         matched = [group for group in groups if self._registry.handlers_for(group)]
         total = 0
-        while matched and (count := store.put_back(matched, limit=PUT_BACK_CHUNK, using=self.using)):
-            total += count
-            self._ask()
+        try:
+            while matched and (count := self._put_back(matched)):
+                total += count
+                self._ask()
+        except Refused as refused:
+            context: dict[str, object] = {"error": describe(refused.error), "groups": matched}
+            logger.warning("Unhandled events can't be put back (%(error)s).", context, extra=context)
         if total:
             context = {"events": total, "groups": matched}
             logger.info("Put back %(events)s unhandled events.", context, extra=context)
         return total > 0
+
+    def _put_back(self, groups: list[str]) -> int:
+        with refusals(using=self.using):
+            return store.put_back(groups, limit=PUT_BACK_CHUNK, using=self.using)
 
     def _recover(self, error: Error) -> None:
         """Drop the connections and wait; whatever was claimed is free as soon as the server sees it."""

@@ -52,7 +52,7 @@ def test_a_database_that_can_have_no_outbox_is_refused(command):
     ("wrong", "message"),
     [
         ({"dbname": "no_such_database"}, 'database "no_such_database" does not exist'),
-        ({"user": "no_such_user"}, 'role "no_such_user" does not exist'),
+        ({"user": "no_such_user"}, '"no_such_user"'),
         ({"host": "/nonexistent"}, "No such file or directory"),
     ],
 )

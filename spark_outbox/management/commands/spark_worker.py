@@ -17,7 +17,7 @@ from django.utils import autoreload
 
 import spark_outbox
 from spark_outbox import conf, forks, session, settle
-from spark_outbox.errors import SparkOutboxError, describe
+from spark_outbox.errors import NotMigrated, RegistrationError, SettingsError, describe
 from spark_outbox.management import systemd
 from spark_outbox.management.alarm import Alarm
 from spark_outbox.management.command import OutboxCommand
@@ -189,7 +189,7 @@ class Command(OutboxCommand):
             signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
             forks.watch()
             worker.run(drain=options["drain"], once=options["once"])
-        except SparkOutboxError as error:
+        except (SettingsError, NotMigrated, RegistrationError) as error:
             self.stderr.write(self.style.ERROR(str(error)))
             return os.EX_CONFIG
         except Error as error:  # with --drain or --once: others are outlived
