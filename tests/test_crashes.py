@@ -2,12 +2,15 @@
 
 import os
 import signal
+import threading
 
 import pytest
+from django.db import connection
 
-from spark_outbox import emit, emit_many
+from spark_outbox import emit, emit_many, handler
 from spark_outbox.models import Delivery, WorkerSession
 from tests.tools import (
+    PATIENCE,
     WorkerProcess,
     connect,
     deliveries,
@@ -139,3 +142,48 @@ def test_a_noted_call_of_a_handler_that_is_gone_is_passed_over(own_registry):
         emit("g", "another")
         eventually(lambda: not WorkerSession.objects.filter(name="dead").exists())
     assert not Delivery.objects.exists()
+
+
+@pytest.mark.parametrize("atomic", [True, False])
+def test_a_note_ends_with_its_call(own_registry, atomic):
+    def fail(event):
+        if atomic:
+            connection.connection.close()
+        raise OSError
+
+    handler("", name="h", atomic=atomic, backoff=3600)(fail)
+    WorkerSession.objects.create(session=1, name="dead")
+    emit("g", "key")
+    with worker_thread():
+        eventually(lambda: deliveries() == {"h": ("pending", 1)})
+        eventually(lambda: not WorkerSession.objects.exclude(event_id=None).exists())
+
+
+def test_workers_that_find_the_same_dead_one_do_not_wait_for_each_other(own_registry):
+    release, started = threading.Event(), threading.Event()
+
+    def wait(event):
+        started.set()
+        assert release.wait(PATIENCE)
+
+    handler("^slow$", name="slow")(wait)
+    own_registry.add_handler(note, group="^g$")
+    WorkerSession.objects.create(session=1, name="dead")
+    with (
+        worker_thread(batch_size=1, groups="^slow$"),
+        worker_thread(batch_size=1, groups="^g$"),
+    ):
+        emit("slow", "held")
+        assert started.wait(PATIENCE)
+        emit_many({"group": "g", "key": f"{n}"} for n in range(3))
+        eventually(lambda: [status(f"{n}") for n in range(3)] == ["done"] * 3)
+        release.set()
+
+
+def test_a_handler_that_ends_its_process_with_0_has_crashed(tmp_path):
+    emit("probe_exit", "key", calls=str(tmp_path / "calls"))
+    emit("probe", "behind")
+    with WorkerProcess("--drain", EXTRA_APPS="tests.probe") as worker:
+        assert worker.wait() == 0
+    assert status("behind") == "done"
+    assert deliveries() == {"exit": ("pending", 1)}

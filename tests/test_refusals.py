@@ -236,6 +236,59 @@ def test_a_table_that_is_not_there_for_a_moment_is_no_events_fault(own_registry,
     assert deliveries() == {"h": ("done", 2)}
 
 
+# One row that nobody can change, in whatever state it is met
+
+ALWAYS = "new.key = 'bad'"
+
+
+@pytest.mark.parametrize("state", ["unhandled", "running"])
+@pytest.mark.parametrize("body", [raising("P0001"), NOT_APPLIED])
+def test_a_row_that_is_to_be_put_back_and_cannot_be_stops_no_worker(own_registry, state, body):
+    own_registry.add_handler(note, group="")
+    emit("g", "bad")
+    OutboxEvent.objects.update(status=state)
+    with trigger(body, ALWAYS), worker_thread(batch_size=1):
+        emit_many({"group": "g", "key": f"{n}"} for n in range(5))
+        eventually(lambda: OutboxEvent.objects.filter(status="done").count() == 5)
+    assert status("bad") == state
+
+
+@pytest.mark.parametrize("code", ["57014", "40001", "55P03"])
+def test_a_refusal_that_may_pass_and_never_does_stops_no_worker(own_registry, code):
+    own_registry.add_handler(note, group="")
+    emit("g", "bad")
+    emit("g", "good")
+    with trigger(raising(code), ALWAYS), worker_thread():
+        eventually(lambda: status("good") == "done")
+
+
+@pytest.mark.parametrize("body", [raising("P0001"), NOT_APPLIED])
+def test_an_attempt_that_cannot_be_counted_stops_no_worker(own_registry, body):
+    own_registry.add_handler(terminate, group="^t$", name="t")
+    own_registry.add_handler(note, group="^g$", name="g")
+    emit("t", "bad")
+    emit("g", "good")
+    with trigger(body, ALWAYS), worker_thread():
+        eventually(lambda: status("good") == "done")
+
+
+def test_due_events_do_not_wait_for_one_that_is_passed_over(own_registry):
+    own_registry.add_handler(note, group="")
+    for key in ("bad", "good"):
+        emit("g", key, delay=-1)
+    with trigger(raising("P0001"), ALWAYS), worker_thread():
+        eventually(lambda: status("good") == "done")
+
+
+@pytest.mark.parametrize(("ordering_key", "groups"), [("o", None), (None, "^g$")])
+def test_a_look_at_what_is_passed_over_comes_to_an_end(own_registry, ordering_key, groups):
+    own_registry.add_handler(note, group="")
+    emit("g", "bad", ordering_key=ordering_key)
+    with trigger(raising("P0001"), ALWAYS):
+        Worker(groups=groups).drain()
+    assert status("bad") == "pending"
+
+
 # Which outbox
 
 

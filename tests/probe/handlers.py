@@ -21,7 +21,7 @@ from tests.challenges.models import Handled
 
 
 @handler(r"^probe_in_time$", timeout=0.2, name="in time")
-@handler(r"^probe(?!_in_time|_crash|_detached|_async|_kill)")
+@handler(r"^probe(?!_in_time|_crash|_detached|_async|_kill|_exit)")
 def probe(event: Event) -> None:
     """Note the call in the ledger; then touch `started`, run `sql`, have something take `later` seconds
     after the commit, wait for `go`, or raise, as told."""
@@ -54,6 +54,12 @@ def kill_all(event: Event) -> None:
     with Path(event["calls"]).open("a") as calls:
         calls.write("!")
     os.killpg(0, signal.SIGKILL)
+
+
+@handler(r"^probe_exit$", name="exit", backoff=3600)
+def end_process(event: Event) -> None:
+    """End the process as if it were done."""
+    os._exit(0)
 
 
 @handler(r"^probe_(detached|async)$", name="sibling")
