@@ -253,7 +253,7 @@ def test_events_of_other_groups_cost_each_look_no_more_than_a_piece(look, ordere
 def test_whether_keys_are_there_is_read_off_their_index(full_table, count):
     with connection.cursor() as cursor:
         cursor.execute(
-            "select array_agg(key) from (select key from spark_outbox_event limit %s) as some", [count]
+            "select array_agg(key) from (select key from spark_outbox_event limit %s) as chosen", [count]
         )
         ((keys,),) = cursor.fetchall()
     for _ in range(8):  # so often that the plan is kept, which then knows no number of keys
