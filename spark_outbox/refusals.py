@@ -10,11 +10,13 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 from django.db import Error, InterfaceError, OperationalError, connections
 
 from spark_outbox.errors import NotSettled
+
+T = TypeVar("T")
 
 OUTAGES = ("08", "53", "57P", "58")
 """SQLSTATE of outages: connections, resources such as disk space, shutdown, system errors."""
@@ -63,10 +65,10 @@ def refusals(*, using: str) -> Iterator[None]:
         raise Refused(error) from error
 
 
-def persevere(write: Callable[[], None], *, using: str) -> None:
+def persevere(write: Callable[[], T], *, using: str) -> T:
     """Call `write`, which is a transaction, again while it is refused for what may pass.
 
-    Raises Refused for anything else, and if it does not pass.
+    Returns what it does. Raises Refused for anything else, and if it does not pass.
     """
     for pause in PAUSES:
         try:

@@ -4,7 +4,7 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Container, Sequence
+from collections.abc import Callable, Container, Sequence
 from functools import partial
 
 from django.db import transaction
@@ -86,19 +86,30 @@ def write_unsettled(event_id: int, error: BaseException, *, using: str) -> bool:
 
     Return whether that is settled. If PostgreSQL refuses even that, nobody can settle the event.
     """
-    unsettled = _unsettled(event_id, error)
+    write_it = partial(_claim_and_write, event_id, _unsettled(event_id, error), using)
+    otherwise = "This worker passes it over until it is restarted."
+    return _let_fail(event_id, error, write_it, otherwise, using=using)
+
+
+def _let_fail(
+    event_id: int, error: BaseException, write_it: Callable[[], None], otherwise: str, *, using: str
+) -> bool:
+    """Write that an event has failed, and log it; or, if that is refused, what happens `otherwise`."""
     try:
-        persevere(partial(_claim_and_write, event_id, unsettled, using), using=using)
+        persevere(write_it, using=using)
     except Refused as refused:
-        context = {"event_id": event_id, "error": describe(refused.error)}
+        context = {"event_id": event_id, "error": describe(refused.error), "otherwise": otherwise}
         logger.error(
             "Event %(event_id)s can't be settled, and not be marked as failed either (%(error)s). "
-            "This worker passes it over until it is restarted.",
+            "%(otherwise)s",
             context,
             extra=context,
         )
         return False
-    _log_unsettled(event_id, error)
+    context = {"event_id": event_id, "error": describe(error)}
+    logger.error(
+        "Event %(event_id)s failed for good: it can't be settled (%(error)s).", context, extra=context
+    )
     return True
 
 
@@ -128,29 +139,11 @@ def _write_unsettled_call(call: Call, error: BaseException, *, using: str) -> No
             if store.take_back(running, to_settle=True, using=using):
                 write(_unsettled(event_id, error), using=using)
 
-    try:
-        persevere(take_back_and_write, using=using)
-    except Refused as refused:
-        context = {"event_id": event_id, "error": describe(refused.error)}
-        logger.error(
-            "Event %(event_id)s can't be settled, and not be marked as failed either (%(error)s). "
-            "It stays running.",
-            context,
-            extra=context,
-        )
-    else:
-        _log_unsettled(event_id, error)
+    _let_fail(event_id, error, take_back_and_write, "It stays running.", using=using)
 
 
 def _unsettled(event_id: int, error: BaseException) -> Outcomes:
     return Outcomes(ended=[Ended(event_id, "failed", as_text(error))])
-
-
-def _log_unsettled(event_id: int, error: BaseException) -> None:
-    context = {"event_id": event_id, "error": describe(error)}
-    logger.error(
-        "Event %(event_id)s failed for good: it can't be settled (%(error)s).", context, extra=context
-    )
 
 
 def _write_calls(calls: Sequence[Call], registry: Registry, using: str) -> None:
@@ -273,18 +266,13 @@ def _book_or_fail(
     using: str,
 ) -> bool:
     """Count one attempt; if PostgreSQL refuses that, let the event fail, or note that it is `stuck`."""
-    settled = True
-
-    def write() -> None:
-        nonlocal settled
-        settled = _book_one(event_id, number, error, registry, whole=whole, using=using)
-
+    write_it = partial(_book_one, event_id, number, error, registry, whole=whole, using=using)
     try:
-        persevere(write, using=using)
+        return persevere(write_it, using=using)
     except Refused as refused:
         if not write_unsettled(event_id, refused.error, using=using):
             stuck.append(event_id)
-    return settled
+    return True
 
 
 def _book_one(
