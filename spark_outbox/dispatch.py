@@ -99,6 +99,7 @@ class Dispatcher:
         self._failed_head = conf.current().FAILED_HEAD
         self._breakers = experience.breakers
         self._slow = experience.slow
+        self._now = 0.0  # the end of the last call
         self._start_batch()
 
     def _start_batch(self) -> None:
@@ -115,7 +116,8 @@ class Dispatcher:
         """
         self._start_batch()
         outcomes = Outcomes()
-        deadline = self._clock() + self._commit_interval
+        self._now = self._clock()
+        deadline = self._now + self._commit_interval
         blocked = outcomes.blocked
         for event in batch.events:
             if event.ordering_key in blocked:
@@ -141,7 +143,7 @@ class Dispatcher:
                 self._contended
                 or isolation.full
                 or outcomes.calls
-                or self._clock() >= deadline
+                or self._now >= deadline
                 or stopping()
             ):
                 outcomes.cut = True
@@ -273,6 +275,8 @@ class Dispatcher:
             if isinstance(error, HandlerTimeout):
                 return HandlerTimeout(f"The payload takes more than {READ_LIMIT:g} s to decode.")
             return error
+        finally:
+            self._now = self._clock()
         return None
 
     def _pause(self, handler: Handler, event: Event, earlier: dict[str, Earlier] | None) -> float:
@@ -359,7 +363,8 @@ class Dispatcher:
             isolation.end()
         except BaseException as raised:  # noqa: BLE001, whatever it raises is its delivery's fate
             error = self._undo(handler, argument, raised, isolation)
-        seconds = self._clock() - started
+        self._now = self._clock()
+        seconds = self._now - started
         if seconds > self._commit_interval or self._slow:
             self._note_duration(handler.name, seconds)
         return error, seconds

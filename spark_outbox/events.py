@@ -193,6 +193,8 @@ class Event(Mapping[str, Any]):
 
     def start_over(self) -> None:
         """Forget what was read of a stored event: the next handler reads it anew."""
+        if self._payload is None and self.headers is NO_HEADERS:
+            return  # nothing was; this is asked before each call, and isinstance() takes its time
         if isinstance(self._payload, LazyPayload):
             self._payload.start_over()
         if isinstance(self.headers, LazyPayload):

@@ -126,10 +126,7 @@ class Isolation:
         """
         self._handler = handler
         self._limit = limit
-        self._touched = False
-        self._wrote = False
-        self._refused = False
-        self._settings.changed = False
+        self._touched = self._wrote = False
         self._callbacks = len(self._connection.run_on_commit)
 
     def end(self) -> None:
@@ -159,6 +156,7 @@ class Isolation:
         Not so if it has ended the whole transaction: then `lost` says how, and nothing of the batch
         can be kept. Raises OperationalError if the server has ended it.
         """
+        self._refused = self._settings.changed = False
         self.lost = self.lost or self._loss()
         if self.lost:
             return
