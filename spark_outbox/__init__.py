@@ -3,10 +3,10 @@
 All that stands here can be imported before the app registry is ready.
 """
 
-from spark_outbox.emit import aemit, aemit_many, emit, emit_many
+from spark_outbox.emitting.emit import aemit, aemit_many, emit, emit_many
 from spark_outbox.errors import BatchFailed, Discard, Retry
-from spark_outbox.events import Event
-from spark_outbox.registry import handler, source
+from spark_outbox.events.event import Event
+from spark_outbox.registry.handlers import handler, source
 
 __version__ = "0.1.0"
 

@@ -11,11 +11,11 @@ from typing import Any, overload
 
 from django.db.models import Model
 
-from spark_outbox.callables import has_name_of_its_own, path_of
-from spark_outbox.emit import AnyEvent, emit, emit_many
+from spark_outbox.emitting.emit import AnyEvent, emit, emit_many
 from spark_outbox.errors import RegistrationError
-from spark_outbox.events import Event
-from spark_outbox.registry import HandlerFunction, SourceFunction, registry
+from spark_outbox.events.event import Event
+from spark_outbox.registry.callables import has_name_of_its_own, path_of
+from spark_outbox.registry.handlers import HandlerFunction, SourceFunction, registry
 
 __all__ = [
     "HANDLERS",

@@ -8,9 +8,9 @@ from django.db.models.signals import post_migrate, post_save
 from django.utils.module_loading import autodiscover_modules
 
 from spark_outbox import checks, conf, store
-from spark_outbox.emit import events_committed
-from spark_outbox.sources import emit_on_save
-from spark_outbox.worker import drain_after_commit
+from spark_outbox.emitting.emit import events_committed
+from spark_outbox.emitting.sources import emit_on_save
+from spark_outbox.worker.loop import drain_after_commit
 
 
 class SparkOutboxConfig(AppConfig):

@@ -7,8 +7,9 @@ from django.core import checks
 from django.core.checks import CheckMessage, Error, Tags, register
 from django.db import connections, router
 
-from spark_outbox import conf, session, store
+from spark_outbox import conf, store
 from spark_outbox.errors import SettingsError
+from spark_outbox.worker import session
 
 
 def register_checks() -> None:

@@ -150,6 +150,9 @@ class HandlerTimeout(KeyboardInterrupt):
     """Raised inside a handler. Not an Exception, so that `except Exception` lets it pass; and what
     psycopg takes for a Ctrl-C, on which it cancels the running query."""
 
+    def __init__(self, message: str = "The handler ran longer than its timeout.") -> None:
+        super().__init__(message)
+
 
 def describe(error: BaseException) -> str:
     """Return what a log may say of an exception. Its message can quote a payload, or a row: so its type,

@@ -18,7 +18,7 @@ from django.db.models.expressions import RawSQL
 from django.db.models.functions import Length
 from django.db.models.lookups import GreaterThanOrEqual, LessThanOrEqual
 
-from spark_outbox.events import MAX_LENGTH
+from spark_outbox.events.event import MAX_LENGTH
 
 EMPTY_OBJECT = RawSQL("'{}'::jsonb", ())
 NOW = RawSQL("statement_timestamp()", ())  # not now(): a transaction may be hours old
@@ -169,7 +169,7 @@ class Delivery(models.Model):
 
 
 class WorkerSession(models.Model):
-    """A worker that lives, or one that did not stop by itself; see crashes.py."""
+    """A worker that lives, or one that did not stop by itself; see worker/crashes.py."""
 
     session = models.IntegerField(primary_key=True)
     """The number of an advisory lock that the worker holds while it lives."""

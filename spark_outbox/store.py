@@ -25,8 +25,8 @@ from psycopg.pq import ExecStatus
 from psycopg.sql import quote
 
 from spark_outbox.errors import IdCollision, UnreadablePayload
-from spark_outbox.events import StoredRow
-from spark_outbox.payload import MAX_STORED
+from spark_outbox.events.event import StoredRow
+from spark_outbox.events.payload import MAX_STORED
 
 Using = str | BaseDatabaseWrapper
 
@@ -492,7 +492,7 @@ def claim_ordered(
     return Ordered(claimed, whole, held, left, others)
 
 
-# To others, as the trigger does to those who sleep; see wake.py.
+# To others, as the trigger does to those who sleep; see worker/wake.py.
 WAKE_OTHERS = """
 select case when (
     case when pg_try_advisory_xact_lock_shared(7531001, oid) then
@@ -1000,7 +1000,7 @@ def reopen_strays(*, using: str) -> int:
     return _run(REOPEN_STRAYS, using=using)
 
 
-# Workers' rows, which tell of an unclean end: see crashes.py
+# Workers' rows, which tell of an unclean end: see worker/crashes.py
 
 LOCK_WORKER = "select pg_try_advisory_lock(7531004, %s)"
 UNLOCK_WORKER = "select pg_advisory_unlock(7531004, %s)"
@@ -1361,7 +1361,7 @@ def take_s(*, using: str) -> tuple[bool, int]:
     return held, oid
 
 
-# A worker's session, or where that is a pooler's, its transactions; see session.py
+# A worker's session, or where that is a pooler's, its transactions; see worker/session.py
 
 NAME_SESSION = "set application_name = '{name}'"
 

@@ -6,10 +6,10 @@ from contextlib import contextmanager
 
 from spark_outbox import store
 from spark_outbox.errors import Discard, Retry
-from spark_outbox.events import Event
-from spark_outbox.references import References
-from spark_outbox.registry import Handler
-from spark_outbox.worker import Worker
+from spark_outbox.events.event import Event
+from spark_outbox.events.references import References
+from spark_outbox.registry.handlers import Handler
+from spark_outbox.worker.loop import Worker
 
 
 def drain(*, using: str = "default", raise_exceptions: bool = True) -> int:

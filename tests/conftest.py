@@ -8,7 +8,7 @@ import pytest
 from django.conf import settings
 
 from spark_outbox import store
-from spark_outbox.registry import Registry, registry
+from spark_outbox.registry.handlers import Registry, registry
 from tests import postgres
 from tests.tools import Flags
 

@@ -11,9 +11,9 @@ from django.conf import settings
 from django.db import connection
 
 from spark_outbox import emit
+from spark_outbox.bench.figures import Bench, Figure, Goal, percentile
+from spark_outbox.bench.scratch import LOCK, SUFFIX, Scratch, scratch
 from spark_outbox.errors import SparkOutboxError
-from spark_outbox.management.bench.figures import Bench, Figure, Goal, percentile
-from spark_outbox.management.bench.scratch import LOCK, SUFFIX, Scratch, scratch
 from spark_outbox.models import OutboxEvent
 from tests.tools import PATIENCE, connect, conninfo, eventually, manage
 

@@ -13,10 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from spark_outbox import Discard, Retry, emit, emit_many
-from spark_outbox.breaker import LONGEST_PAUSE, Breakers
 from spark_outbox.models import Delivery, OutboxEvent
-from spark_outbox.policy import Policy
-from spark_outbox.worker import Worker
+from spark_outbox.registry.policy import Policy
+from spark_outbox.worker.breaker import LONGEST_PAUSE, Breakers
+from spark_outbox.worker.loop import Worker
 from tests.tools import (
     PATIENCE,
     Clock,

@@ -13,11 +13,12 @@ from django.db import connection
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from spark_outbox import events, payload, references
 from spark_outbox.errors import InstanceGone, UnreadablePayload
+from spark_outbox.events import event as events
+from spark_outbox.events import payload, references
+from spark_outbox.events.payload import LazyPayload, encode, zones
+from spark_outbox.events.references import References
 from spark_outbox.models import OutboxEvent
-from spark_outbox.payload import LazyPayload, encode, zones
-from spark_outbox.references import References
 from spark_outbox.testing import drain
 from tests.probe.models import Named
 from tests.test_payload import Counting, same, values

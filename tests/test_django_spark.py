@@ -16,7 +16,7 @@ from django.db import transaction
 from spark_outbox import api
 from spark_outbox.errors import RegistrationError
 from spark_outbox.models import OutboxEvent
-from spark_outbox.registry import registry
+from spark_outbox.registry.handlers import registry
 from spark_outbox.testing import drain
 from tests.challenges.models import Challenge
 

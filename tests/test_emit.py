@@ -15,7 +15,7 @@ from django.utils import timezone
 
 from spark_outbox import Event, aemit, aemit_many, emit, emit_many
 from spark_outbox.errors import InvalidEvent, NotInTransaction
-from spark_outbox.events import MAX_LENGTH, time_ordered_key
+from spark_outbox.events.event import MAX_LENGTH, time_ordered_key
 from spark_outbox.models import OutboxEvent
 from tests.challenges.models import Handled
 from tests.tools import PATIENCE, connect, eventually

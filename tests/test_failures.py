@@ -13,12 +13,12 @@ from django.db import connection, transaction
 from django.utils import timezone
 
 from spark_outbox import Discard, Retry, emit, handler
-from spark_outbox.backoff import delay
 from spark_outbox.errors import DuplicateKey, InvalidEvent, RegistrationError
-from spark_outbox.management.alarm import Alarm
 from spark_outbox.models import Delivery, OutboxEvent
-from spark_outbox.policy import Policy
-from spark_outbox.worker import PUT_BACK_INTERVAL, Worker
+from spark_outbox.processes.alarm import Alarm
+from spark_outbox.registry.backoff import delay
+from spark_outbox.registry.policy import Policy
+from spark_outbox.worker.loop import PUT_BACK_INTERVAL, Worker
 from tests.challenges.models import Donation, Handled
 from tests.tools import (
     PATIENCE,

@@ -13,11 +13,12 @@ from django.core.management import CommandError, call_command
 from django.utils import timezone
 from psycopg import errors, sql
 
-from spark_outbox import Retry, dispatch, emit, emit_many, handler
+from spark_outbox import Retry, emit, emit_many, handler
 from spark_outbox.errors import DuplicateKey
-from spark_outbox.management.alarm import Alarm
 from spark_outbox.models import Delivery, OutboxEvent
-from spark_outbox.worker import Worker
+from spark_outbox.processes.alarm import Alarm
+from spark_outbox.worker import dispatch
+from spark_outbox.worker.loop import Worker
 from tests.challenges.models import Handled
 from tests.probe.models import Named
 from tests.test_readme import blocks

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from spark_outbox import session
+from spark_outbox.worker import session
 from tests.chaos import hosts
 from tests.chaos.hosts import Network
 from tests.chaos.server import Server

@@ -14,7 +14,7 @@ from psycopg.errors import SerializationFailure, UniqueViolation
 from spark_outbox import Event, aemit_many, checks, emit, emit_many, handler, source, store
 from spark_outbox.errors import DuplicateKey, IdCollision
 from spark_outbox.models import OutboxEvent
-from spark_outbox.worker import Worker
+from spark_outbox.worker.loop import Worker
 from tests.challenges.models import Challenge, Handled
 from tests.statements import Statements
 from tests.tools import PATIENCE, connect, eventually, handled, make_challenge, note

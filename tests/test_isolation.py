@@ -10,13 +10,14 @@ from django.utils import timezone, translation
 from psycopg import sql
 from psycopg.rows import dict_row
 
-from spark_outbox import Event, emit, emit_many, handler, store, wire
-from spark_outbox.isolation import MAX_SUBTRANSACTIONS
+from spark_outbox import Event, emit, emit_many, handler, store
+from spark_outbox.errors import HandlerTimeout
 from spark_outbox.models import Delivery, OutboxEvent
-from spark_outbox.outcomes import timed_out
-from spark_outbox.policy import Policy
-from spark_outbox.replay import Selection, rehearse
-from spark_outbox.worker import Worker
+from spark_outbox.operating.replay import Selection, rehearse
+from spark_outbox.registry.policy import Policy
+from spark_outbox.worker import wire
+from spark_outbox.worker.isolation import MAX_SUBTRANSACTIONS
+from spark_outbox.worker.loop import Worker
 from tests.challenges.models import Challenge, Handled
 from tests.tools import (
     HOUR,
@@ -918,7 +919,7 @@ def test_an_alarm_that_rings_as_a_payload_is_read_charges_no_other_event(
     def ring(sql, *, using):
         if not rings and sql.startswith(("savepoint", "set local", "release")):
             rings.append(sql)
-            raise timed_out()
+            raise HandlerTimeout
         savepoint(sql, using=using)
 
     def check(event):

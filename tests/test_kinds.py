@@ -10,14 +10,15 @@ import pytest
 from asgiref.sync import sync_to_async
 from django.db import connection, transaction
 
-from spark_outbox import BatchFailed, Discard, Retry, aemit, emit, emit_many, handler, settle
+from spark_outbox import BatchFailed, Discard, Retry, aemit, emit, emit_many, handler
 from spark_outbox.errors import InstanceGone, RegistrationError, SettingsError
-from spark_outbox.management.alarm import Alarm
 from spark_outbox.models import Delivery, OutboxEvent
-from spark_outbox.policy import Policy
-from spark_outbox.supervisor import Slot
+from spark_outbox.processes.alarm import Alarm
+from spark_outbox.processes.supervisor import Slot
+from spark_outbox.registry.policy import Policy
 from spark_outbox.testing import drain
-from spark_outbox.worker import Worker
+from spark_outbox.worker import settle
+from spark_outbox.worker.loop import Worker
 from tests.challenges.models import Challenge, Handled
 from tests.tools import (
     PATIENCE,

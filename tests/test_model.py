@@ -10,9 +10,9 @@ from django.db import connection
 from django.db.backends.signals import connection_created
 
 from spark_outbox import store
-from spark_outbox.claim import Claims
-from spark_outbox.wake import Wake
-from spark_outbox.worker import Worker
+from spark_outbox.worker.claims import Claims
+from spark_outbox.worker.loop import Worker
+from spark_outbox.worker.wake import Wake
 from tests.postgres import ROOT
 from tests.tools import eventually, wait_until_asleep, worker_thread
 

@@ -12,8 +12,9 @@ import pytest
 from django.db import connection
 from psycopg.conninfo import conninfo_to_dict
 
-from spark_outbox import emit, emit_many, session, store
+from spark_outbox import emit, emit_many, store
 from spark_outbox.models import Delivery, OutboxEvent
+from spark_outbox.worker import session
 from tests.challenges.models import Handled
 from tests.chaos import pgbouncer
 from tests.chaos.pgbouncer import PgBouncer

@@ -8,7 +8,7 @@ from django.db import connection
 
 from spark_outbox import Retry, emit, emit_many, handler, store
 from spark_outbox.models import OutboxEvent
-from spark_outbox.worker import Worker
+from spark_outbox.worker.loop import Worker
 from tests.tools import (
     HOUR,
     PATIENCE,
@@ -225,7 +225,7 @@ def test_a_hot_key_leaves_other_keys_their_time(own_registry):
 @pytest.fixture
 def small_looks(monkeypatch):
     monkeypatch.setattr(store, "PIECE", 10)
-    monkeypatch.setattr("spark_outbox.claim.KEYS_AT_ONCE", 4)
+    monkeypatch.setattr("spark_outbox.worker.claims.KEYS_AT_ONCE", 4)
 
 
 def fill(count, *, key, status="pending", delay=None, events=1, group="g"):
@@ -269,7 +269,7 @@ def test_what_a_dead_worker_held_is_taken_over_also_if_it_is_hundreds_of_keys(ow
 def test_what_a_dead_worker_held_is_taken_over_also_if_it_is_more_than_is_remembered(
     own_registry, monkeypatch
 ):
-    monkeypatch.setattr("spark_outbox.rounds.MAX_HELD", 5)
+    monkeypatch.setattr("spark_outbox.worker.rounds.MAX_HELD", 5)
     own_registry.add_handler(lambda event: None, group="", name="h")
     fill(50, key="held")
     with connect() as neighbour:

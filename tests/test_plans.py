@@ -6,7 +6,7 @@ import pytest
 from django.db import connection, transaction
 
 from spark_outbox import emit, store
-from spark_outbox.worker import Worker
+from spark_outbox.worker.loop import Worker
 
 pytestmark = pytest.mark.django_db
 

@@ -18,9 +18,9 @@ from hypothesis.stateful import (
 
 from spark_outbox import emit, emit_many
 from spark_outbox.models import Delivery, OutboxEvent
-from spark_outbox.policy import Policy
-from spark_outbox.registry import Registry
-from spark_outbox.worker import Worker
+from spark_outbox.registry.handlers import Registry
+from spark_outbox.registry.policy import Policy
+from spark_outbox.worker.loop import Worker
 from tests.challenges.models import Handled
 from tests.tools import HOUR, connect
 

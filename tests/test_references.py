@@ -5,8 +5,8 @@ from django.db import connection, connections, transaction
 
 from spark_outbox import emit, emit_many
 from spark_outbox.errors import InstanceGone, UnreadablePayload
+from spark_outbox.events.references import Fetched, References
 from spark_outbox.models import OutboxEvent
-from spark_outbox.references import Fetched, References
 from spark_outbox.testing import drain, emitted
 from tests.probe.models import Basket, Line, Page, Unwieldy
 from tests.test_payload import Counting

@@ -9,7 +9,7 @@ from django.db import connection
 
 from spark_outbox import emit, emit_many, handler
 from spark_outbox.models import Delivery, OutboxEvent
-from spark_outbox.worker import Worker
+from spark_outbox.worker.loop import Worker
 from tests.tools import (
     connect,
     deliveries,

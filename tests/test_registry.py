@@ -10,7 +10,7 @@ from django.db.models import Model
 
 from spark_outbox import Event, handler, source
 from spark_outbox.errors import RegistrationError
-from spark_outbox.registry import Registry
+from spark_outbox.registry.handlers import Registry
 from tests.challenges.models import Challenge
 
 
@@ -295,7 +295,7 @@ def test_matches_are_cached_but_not_without_bound(registry):
 
 
 def test_handlers_py_and_sources_py_of_installed_apps_are_discovered():
-    from spark_outbox.registry import registry as of_the_project
+    from spark_outbox.registry.handlers import registry as of_the_project
 
     names = [registered.name for registered in of_the_project.handlers]
     assert "tests.challenges.handlers.thank_for_donation" in names

@@ -11,7 +11,7 @@ from django.utils import timezone
 
 from spark_outbox import emit
 from spark_outbox.models import Delivery, OutboxEvent
-from spark_outbox.worker import Worker
+from spark_outbox.worker.loop import Worker
 from tests.challenges.models import Handled
 from tests.tools import (
     HOUR,

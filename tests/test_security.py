@@ -23,7 +23,7 @@ from spark_outbox import aemit, emit, emit_many, source, store
 from spark_outbox.errors import DuplicateKey, IdCollision
 from spark_outbox.models import Delivery, OutboxEvent
 from spark_outbox.store import Attempt, Begun, Ended, NewRow, Postponed, Running
-from spark_outbox.worker import Worker
+from spark_outbox.worker.loop import Worker
 from tests.challenges.models import Challenge, Handled
 from tests.postgres import ROOT
 from tests.probe.handlers import WAYS

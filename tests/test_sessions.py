@@ -8,12 +8,13 @@ import pytest
 from django.db import close_old_connections, connection, connections, transaction
 from psycopg.conninfo import make_conninfo
 
-from spark_outbox import checks, conf, emit, handler, session, settle, store
+from spark_outbox import checks, conf, emit, handler, store
 from spark_outbox.errors import SettingsError, WorkerDied
 from spark_outbox.models import Delivery, OutboxEvent
-from spark_outbox.private import NAME, PrivateConnection
-from spark_outbox.registry import Registry
-from spark_outbox.worker import Worker
+from spark_outbox.registry.handlers import Registry
+from spark_outbox.worker import session, settle
+from spark_outbox.worker.loop import Worker
+from spark_outbox.worker.private import NAME, PrivateConnection
 from tests.tools import (
     PATIENCE,
     Flags,

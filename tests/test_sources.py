@@ -13,9 +13,9 @@ from django.db import connection, transaction
 from django.test.utils import isolate_apps
 
 from spark_outbox import Event, source
+from spark_outbox.emitting.sources import emit_on_save, sweep
 from spark_outbox.errors import InvalidEvent
 from spark_outbox.models import OutboxEvent
-from spark_outbox.sources import emit_on_save, sweep
 from spark_outbox.testing import emitted
 from tests.challenges.models import Challenge, Donation
 from tests.probe.models import Basket, Crate, Express, Letter, Line, Pallet, Parcel, Tracked

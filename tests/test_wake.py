@@ -11,7 +11,7 @@ from django.db import connection, transaction
 
 from spark_outbox import emit, emit_many, store
 from spark_outbox.models import OutboxEvent
-from spark_outbox.wake import MAX_PAUSE, Wake, poll
+from spark_outbox.worker.wake import MAX_PAUSE, Wake, poll
 from tests.challenges.models import Handled
 from tests.statements import Statements
 from tests.tools import (
@@ -309,7 +309,7 @@ def test_a_worker_does_not_spin_while_a_prepared_transaction_holds_an_emit(handl
         pauses.append((seconds, len(statements.sql)))
         return poll(descriptors, seconds)
 
-    monkeypatch.setattr("spark_outbox.worker.poll", record)
+    monkeypatch.setattr("spark_outbox.worker.loop.poll", record)
     with prepared_emit(), Statements() as statements, worker_thread(poll_interval=HOUR):
         emit("g", "other")
         eventually(lambda: handled == ["other"])

@@ -13,13 +13,14 @@ import pytest
 from django.db import IntegrityError, connection, connections, transaction
 from django.utils import timezone
 
-from spark_outbox import Retry, emit, emit_many, isolation, store
-from spark_outbox.isolation import MAX_SUBTRANSACTIONS
+from spark_outbox import Retry, emit, emit_many, store
+from spark_outbox.errors import HandlerTimeout
 from spark_outbox.models import Delivery, OutboxEvent
-from spark_outbox.outcomes import timed_out
-from spark_outbox.policy import Policy
-from spark_outbox.registry import Registry
-from spark_outbox.worker import Worker
+from spark_outbox.registry.handlers import Registry
+from spark_outbox.registry.policy import Policy
+from spark_outbox.worker import isolation
+from spark_outbox.worker.isolation import MAX_SUBTRANSACTIONS
+from spark_outbox.worker.loop import Worker
 from tests.challenges.models import Challenge, Donation, Handled
 from tests.statements import Statements
 from tests.tools import (
@@ -231,7 +232,7 @@ def test_in_a_rolling_deployment_an_old_worker_leaves_to_new_ones_what_only_they
 
 
 def test_a_worker_that_has_left_something_to_others_lets_them_look_first(own_registry, monkeypatch):
-    monkeypatch.setattr("spark_outbox.rest.DEFERENCE", HOUR)
+    monkeypatch.setattr("spark_outbox.worker.rest.DEFERENCE", HOUR)
     new = Registry()
     for registry in (own_registry, new):
         registry.add_handler(lambda _: None, group="", name="old")
@@ -467,7 +468,7 @@ def test_an_alarm_that_rings_as_a_savepoint_is_taken_takes_nothing_back_of_other
     def ceil(number):
         limits.append(number)
         if len(limits) == 3:  # once: it is the second handler's time that is up
-            raise timed_out()
+            raise HandlerTimeout
         return math.ceil(number)
 
     monkeypatch.setattr(isolation, "math", SimpleNamespace(ceil=ceil))

@@ -25,7 +25,7 @@ from psycopg.conninfo import make_conninfo
 
 from spark_outbox import Event, emit
 from spark_outbox.models import Delivery, OutboxEvent
-from spark_outbox.worker import Worker
+from spark_outbox.worker.loop import Worker
 from tests.challenges.models import Challenge, Handled
 
 T = TypeVar("T")

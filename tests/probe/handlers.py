@@ -16,7 +16,8 @@ from typing import Any, NoReturn
 from django.contrib.auth.models import Group
 from django.db import DatabaseError, connection, connections, transaction
 
-from spark_outbox import BatchFailed, Discard, Event, Retry, emit, handler, settle
+from spark_outbox import BatchFailed, Discard, Event, Retry, emit, handler
+from spark_outbox.worker import settle
 from tests.challenges.models import Handled
 
 

@@ -10,12 +10,12 @@ from django.core.management.base import CommandError, CommandParser
 from django.db import router
 from django.db.models import Model
 
-from spark_outbox.callables import path_of
-from spark_outbox.emit import CHUNK_SIZE
+from spark_outbox.emitting.emit import CHUNK_SIZE
+from spark_outbox.emitting.sources import Sweep, sources_of, sweep, swept_models
 from spark_outbox.errors import IdCollision, UnstorableValue, describe
 from spark_outbox.management.command import OutboxCommand
-from spark_outbox.registry import SourceFunction
-from spark_outbox.sources import Sweep, sources_of, sweep, swept_models
+from spark_outbox.registry.callables import path_of
+from spark_outbox.registry.handlers import SourceFunction
 
 
 class Command(OutboxCommand):

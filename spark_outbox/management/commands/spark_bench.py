@@ -9,10 +9,10 @@ from django.db import DEFAULT_DB_ALIAS
 from django.test import override_settings
 
 from spark_outbox import conf
+from spark_outbox.bench import draining, emitting, enduring, waking
+from spark_outbox.bench.figures import MEASURES, Bench, Figure
+from spark_outbox.bench.scratch import scratch
 from spark_outbox.errors import SparkOutboxError
-from spark_outbox.management.bench import draining, emitting, enduring, waking
-from spark_outbox.management.bench.figures import MEASURES, Bench, Figure
-from spark_outbox.management.bench.scratch import scratch
 from spark_outbox.management.command import OutboxCommand
 
 ALL = (draining, emitting, waking, enduring)  # importing them has filled MEASURES

@@ -10,8 +10,8 @@ from django.utils import timezone
 from django.utils.dateparse import parse_date, parse_datetime
 
 from spark_outbox.management.command import OutboxCommand
-from spark_outbox.registry import registry
-from spark_outbox.replay import Selection, rehearse, replay
+from spark_outbox.operating.replay import Selection, rehearse, replay
+from spark_outbox.registry.handlers import registry
 
 
 class Command(OutboxCommand):

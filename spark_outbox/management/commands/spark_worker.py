@@ -1,4 +1,4 @@
-"""The daemon's command line, signals and messages. What it does is in spark_outbox/worker.py."""
+"""The daemon's command line, signals and messages. What it does is in spark_outbox/worker/."""
 
 import argparse
 import contextlib
@@ -16,14 +16,15 @@ from django.db import DEFAULT_DB_ALIAS, Error, connections
 from django.utils import autoreload
 
 import spark_outbox
-from spark_outbox import conf, forks, session, settle
+from spark_outbox import conf
 from spark_outbox.errors import NotMigrated, RegistrationError, SettingsError, describe
-from spark_outbox.management import systemd
-from spark_outbox.management.alarm import Alarm
 from spark_outbox.management.command import OutboxCommand
-from spark_outbox.registry import registry
-from spark_outbox.supervisor import SIGNALS, STOPS, Slot, Supervisor
-from spark_outbox.worker import Worker
+from spark_outbox.processes import systemd
+from spark_outbox.processes.alarm import Alarm
+from spark_outbox.processes.supervisor import SIGNALS, STOPS, Slot, Supervisor
+from spark_outbox.registry.handlers import registry
+from spark_outbox.worker import forks, session, settle
+from spark_outbox.worker.loop import Worker
 
 
 class Command(OutboxCommand):

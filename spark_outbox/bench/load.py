@@ -1,0 +1,192 @@
+"""What measurements share: events by the thousand, workers, and the bare loop that they race."""
+
+import contextlib
+import gc
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from django.db import connections
+
+from spark_outbox import conf, store
+from spark_outbox.bench.scratch import Scratch
+from spark_outbox.processes.alarm import Alarm
+from spark_outbox.processes.supervisor import Slot
+from spark_outbox.registry.handlers import Registry
+from spark_outbox.worker.loop import Worker
+
+FILL = """
+insert into spark_outbox_event
+    (key, event_group, payload, ordering_key, status, available_at, finished_at)
+select gen_random_uuid(), 'bench', '{"number": 1}', %(ordering_key)s, %(status)s,
+    statement_timestamp() + %(delay)s * interval '1 second', case when %(status)s = 'done' then now() end
+from generate_series(1, %(count)s)
+"""
+
+EMPTY = "truncate spark_outbox_event, spark_outbox_delivery, spark_bench_row restart identity"
+
+
+PROC = Path("/proc")
+"""Where Linux tells of its processes."""
+
+
+def noop(event: Any) -> None:
+    """Be a handler that does nothing."""
+
+
+def handlers(*functions: Callable[..., object], **options: Any) -> Registry:
+    registry = Registry()
+    for number, function in enumerate(functions):
+        registry.add_handler(function, group="^bench", name=f"bench {number}", **options)
+    return registry
+
+
+def fill(
+    scratch: Scratch,
+    count: int,
+    *,
+    status: str = "pending",
+    ordering_key: str | None = None,
+    delay: float | None = None,
+) -> None:
+    """Write `count` events in one statement."""
+    params = {"count": count, "status": status, "ordering_key": ordering_key, "delay": delay}
+    scratch.execute(FILL, params)
+    scratch.execute("analyze spark_outbox_event")
+
+
+def refill(scratch: Scratch, count: int, **options: Any) -> None:
+    scratch.execute(EMPTY)
+    fill(scratch, count, **options)
+
+
+def pending(scratch: Scratch) -> int:
+    return int(scratch.execute("select count(*) from spark_outbox_event where status = 'pending'"))
+
+
+def make_worker(scratch: Scratch, registry: Registry, **options: Any) -> Worker:
+    """Return a worker with all that `spark_worker` gives to one."""
+    return Worker(using=scratch.alias, registry=registry, alarm=Alarm(), in_hand=Slot(0), **options)
+
+
+def drain(scratch: Scratch, registry: Registry, count: int) -> float:
+    """Let a worker of this process handle all; return events a second."""
+    connections[scratch.alias].ensure_connection()
+    worker = make_worker(scratch, registry)
+    gc.collect()
+    gc.freeze()  # as spark_worker does
+    started = time.perf_counter()
+    worker.run(drain=True)
+    seconds = time.perf_counter() - started
+    gc.unfreeze()
+    if left := pending(scratch):
+        raise RuntimeError(f"{left} events of {count} are left.")
+    return count / seconds
+
+
+BARE_UPDATE = """
+update spark_outbox_event
+set status = 'done', attempts = attempts + 1, finished_at = statement_timestamp()
+where id = any(%s) and status = 'pending'
+"""
+
+
+def bare_drain(scratch: Scratch, count: int) -> float:
+    """Do to the table what a worker does, with psycopg alone; return events a second."""
+    claim = store.CLAIM_READY.format(groups="")
+    limit = conf.current().BATCH_SIZE
+    floor = handled = 0
+    with scratch.connect() as connection:
+        started = time.perf_counter()
+        while True:
+            with connection.transaction():
+                rows = connection.execute(claim, {"floor": floor, "limit": limit}).fetchall()
+                if not rows:
+                    break
+                ids = [row[0] for row in rows]
+                connection.execute(BARE_UPDATE, [ids])
+            floor = ids[-1] + 1
+            handled += len(ids)
+        seconds = time.perf_counter() - started
+    if handled != count:
+        raise RuntimeError(f"The bare loop handled {handled} events of {count}.")
+    return count / seconds
+
+
+class Child:
+    """A process of its own that runs a function."""
+
+    def __init__(self, function: Callable[[], None]) -> None:
+        connections.close_all()
+        self.pid = os.fork()
+        if self.pid:
+            return
+        code = 1
+        try:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+            function()
+            code = 0
+        finally:
+            os._exit(code)
+
+    def kill(self) -> None:
+        """kill -9, and wait."""
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.pid, signal.SIGKILL)
+        with contextlib.suppress(ChildProcessError):
+            os.waitpid(self.pid, 0)
+
+
+@contextlib.contextmanager
+def child_workers(
+    scratch: Scratch,
+    registry: Registry,
+    *,
+    count: int = 1,
+    watch: Callable[..., Any] | None = None,
+    **options: Any,
+) -> Iterator[list[Child]]:
+    """Run workers in processes of their own, until the end of the block. It starts once they LISTEN.
+
+    `watch` is wrapped around each of their statements, as by Django's `execute_wrapper`.
+    """
+    ready, say_ready = os.pipe()
+
+    def work() -> None:
+        if watch is not None:
+            connections[scratch.alias].execute_wrappers.append(watch)
+        worker = make_worker(scratch, registry, on_ready=lambda _: os.write(say_ready, b"r"), **options)
+        worker.run()
+
+    children = [Child(work) for _ in range(count)]
+    try:
+        for _ in children:
+            os.read(ready, 1)
+        yield children
+    finally:
+        for child in children:
+            child.kill()
+        os.close(ready)
+        os.close(say_ready)
+
+
+def sleeping(scratch: Scratch) -> bool:
+    """Return whether a worker sleeps."""
+    return bool(
+        scratch.execute(
+            "select exists (select from pg_locks where locktype = 'advisory' and classid = 7531002 "
+            "and database = (select oid from pg_database where datname = current_database()))"
+        )
+    )
+
+
+def wait_until(probe: Callable[[], bool], *, patience: float = 120.0) -> None:
+    """Raises TimeoutError if `probe` is not true within `patience` seconds."""
+    deadline = time.monotonic() + patience
+    while not probe():
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"Not so after {patience} s.")
+        time.sleep(0.002)

@@ -1,0 +1,1 @@
+"""Write events into the outbox: by emit(), and from sources."""

@@ -1,0 +1,256 @@
+"""emit(): write events into the outbox, on the caller's connection and in the caller's transaction."""
+
+import datetime as dt
+from collections.abc import AsyncIterable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from itertools import islice
+from typing import Any, Literal, get_args
+
+from asgiref.sync import sync_to_async
+from django.db import router, transaction
+from django.dispatch import Signal
+
+from spark_outbox import conf, store
+from spark_outbox.errors import DuplicateKey, IdCollision, InvalidEvent, NotInTransaction, NotMigrated
+from spark_outbox.events.event import Event
+from spark_outbox.events.payload import dump
+from spark_outbox.registry.backoff import MAX_DELAY
+from spark_outbox.store import NewRow
+
+CHUNK_SIZE = 1000
+
+OnDuplicate = Literal["ignore", "raise", "check"]
+ON_DUPLICATE: tuple[str, ...] = get_args(OnDuplicate)
+
+AnyEvent = Event | Mapping[str, Any]
+
+
+def emit(
+    group: str | AnyEvent,
+    key: str | None = None,
+    *,
+    ordering_key: str | None = None,
+    available_at: dt.datetime | None = None,
+    delay: dt.timedelta | float | None = None,
+    headers: Mapping[str, Any] | None = None,
+    using: str | None = None,
+    on_duplicate: OnDuplicate = "ignore",
+    **payload: Any,
+) -> Event | None:
+    """Write one event in the current transaction; return it, or None if its key exists already.
+
+    Instead of a group and options it takes an Event, or a dict of the same names. Without a key it
+    gets a time-ordered UUID. `delay` is seconds or a timedelta, counted by the database's clock;
+    `available_at` an aware datetime. `using` is a database alias; the default is where the router
+    writes the outbox. `on_duplicate` says what an existing key means: "ignore"; "raise" DuplicateKey;
+    or "check", which raises it if the stored event has another group or payload.
+
+    If another open transaction has written the same key, this waits for it to end. A duplicate
+    leaves the transaction as it was. Raises InvalidEvent, UnstorableValue or NotInTransaction before
+    anything is written. Raises IdCollision, and the transaction is rolled back, if another event has
+    the id.
+    """
+    if isinstance(group, str):
+        event = Event(
+            group,
+            key,
+            ordering_key=ordering_key,
+            available_at=available_at,
+            delay=delay,
+            headers=headers,
+            **payload,
+        )
+    elif not isinstance(group, Event | Mapping):
+        raise InvalidEvent(
+            f"Give a group, which is text, or an Event or a dict, not {type(group).__name__}: "
+            f"{group!r:.100}."
+        )
+    else:
+        options = (key, ordering_key, available_at, delay, headers)
+        if payload or any(option is not None for option in options):
+            raise InvalidEvent("Give an event, or a group and options, not both.")
+        event = Event.of(group)
+    alias = _writable(using)
+    if on_duplicate not in ON_DUPLICATE:
+        raise InvalidEvent(f"on_duplicate is one of {', '.join(ON_DUPLICATE)}, not {on_duplicate!r}.")
+    row = prepare(event)
+    stored = store.insert(row, using=alias)
+    if stored is None:
+        _meet_duplicate(row, on_duplicate, alias)
+        return None
+    event.is_stored_as(*stored)
+    _announce(alias)
+    return event
+
+
+def emit_many(events: Iterable[AnyEvent], using: str | None = None, chunk_size: int = CHUNK_SIZE) -> int:
+    """Write any number of events, `chunk_size` a statement; return how many were new.
+
+    `events` is read as a stream. Their ids follow the order in which they come. A statement writes its
+    rows in the order of their keys, so two calls with the same keys wait for each other and don't
+    deadlock; calls of several chunks in long transactions may, if they come in different orders. Outside
+    a transaction each chunk is committed by itself. Raises what `emit` raises.
+    """
+    if chunk_size < 1:
+        raise ValueError(f"chunk_size must be 1 or more, not {chunk_size}.")
+    alias = _writable(using)
+    rows = (prepare(Event.of(event)) for event in events)
+    return sum(write(chunk, using=alias) for chunk in _chunks(rows, chunk_size))
+
+
+async def aemit(
+    group: str | AnyEvent,
+    key: str | None = None,
+    *,
+    using: str | None = None,
+    on_duplicate: OnDuplicate = "ignore",
+    **options: Any,
+) -> Event | None:
+    """Do what `emit` does, from async code, as Django's own async ORM methods do.
+
+    Each await is a transaction of its own: if this one never happens, since the task is cancelled, a row
+    that was saved before has no event. The README says how to write both in one transaction.
+    """
+    with _cure_for_async_code():
+        return await sync_to_async(emit)(group, key, using=using, on_duplicate=on_duplicate, **options)
+
+
+async def aemit_many(
+    events: Iterable[AnyEvent] | AsyncIterable[AnyEvent],
+    using: str | None = None,
+    chunk_size: int = CHUNK_SIZE,
+) -> int:
+    """Do what `emit_many` does, from async code; `events` may be an async iterable, too."""
+    emit_chunk = sync_to_async(partial(emit_many, using=using, chunk_size=chunk_size))
+    with _cure_for_async_code():
+        if not isinstance(events, AsyncIterable):
+            return await emit_chunk(events)
+        new = 0
+        chunk: list[AnyEvent] = []
+        async for event in events:
+            chunk.append(event)
+            if len(chunk) >= chunk_size:
+                new += await emit_chunk(chunk)
+                chunk = []
+        return new + await emit_chunk(chunk)
+
+
+def prepare(event: Event) -> NewRow:
+    """Return the row that will hold `event`. Raises InvalidEvent or UnstorableValue."""
+    delay = None if event.delay is None else _timedelta(event.delay)
+    if event.available_at is not None:
+        _check_time(event.available_at)
+    return NewRow(
+        event.key,
+        event.group,
+        dump(event.payload) if event.payload else "{}",
+        dump(event.headers, root="headers") if event.headers else "{}",
+        event.ordering_key,
+        event.available_at,
+        delay,
+    )
+
+
+def write(rows: Sequence[NewRow], *, using: str) -> int:
+    """Write prepared rows in one statement, in the order given; return how many were new."""
+    with _uncommittable_if_lost(using):
+        new = store.insert_many(rows, using=using)
+    if new:
+        _announce(using)
+    return new
+
+
+def _meet_duplicate(row: NewRow, on_duplicate: OnDuplicate, using: str) -> None:
+    """Do what `on_duplicate` says about a row that was not written; raise IdCollision if it is none."""
+    if on_duplicate == "check" and store.is_same(row, using=using):
+        return
+    with _uncommittable_if_lost(using):
+        store.check_key(row.key, using=using)
+    if on_duplicate == "raise":
+        raise DuplicateKey(f"There is an event with the key {row.key!r} already.")
+    if on_duplicate == "check":
+        raise DuplicateKey(
+            f"The event with the key {row.key!r} has another group or payload. A key must tell "
+            "everything apart that shall be handled apart."
+        )
+
+
+@contextmanager
+def _uncommittable_if_lost(using: str) -> Iterator[None]:
+    """Have Django roll back the innermost atomic() after an IdCollision, as after its own errors."""
+    try:
+        yield
+    except IdCollision:
+        if transaction.get_connection(using).in_atomic_block:
+            transaction.set_rollback(True, using=using)
+        raise
+
+
+events_committed = Signal()
+"""Sent with `using` after a transaction that has emitted, with DISPATCH = "on_commit" alone."""
+
+
+def _announce(using: str) -> None:
+    """Have new events handled in this process after the commit, once, if the settings say so."""
+    if conf.current().DISPATCH != "on_commit":
+        return
+    hooks = transaction.get_connection(using).run_on_commit
+    if not any(getattr(hook[1], "func", None) == events_committed.send for hook in hooks):
+        send = partial(events_committed.send, sender=None, using=using)
+        transaction.on_commit(send, using=using, robust=True)
+
+
+def _writable(using: str | None) -> str:
+    from spark_outbox.models import OutboxEvent
+
+    alias = using or router.db_for_write(OutboxEvent)
+    connection = transaction.get_connection(alias)
+    if connection.vendor != "postgresql":
+        raise NotMigrated(
+            f"Database {alias!r} is {connection.vendor}, and the outbox needs PostgreSQL: name another "
+            "one, by using=… or a router's db_for_write()."
+        )
+    if conf.current().REQUIRE_ATOMIC and not connection.in_atomic_block:
+        raise NotInTransaction(
+            f"emit() outside a transaction on database {alias!r}, and SPARK_OUTBOX['REQUIRE_ATOMIC'] "
+            "is set: put it and the change it tells of into one `with transaction.atomic():`."
+        )
+    return alias
+
+
+@contextmanager
+def _cure_for_async_code() -> Iterator[None]:
+    """Have NotInTransaction say how to have a transaction in async code."""
+    try:
+        yield
+    except NotInTransaction as error:
+        raise NotInTransaction(
+            f"{error} Django has no async atomic(): put that block into a function that is not async, "
+            "and await it by sync_to_async(function)(…)."
+        ) from None
+
+
+def _timedelta(delay: dt.timedelta | float) -> dt.timedelta:
+    try:
+        delta = delay if isinstance(delay, dt.timedelta) else dt.timedelta(seconds=delay)
+    except (TypeError, ValueError, OverflowError):
+        raise InvalidEvent(f"The delay is seconds or a timedelta, not {delay!r}.") from None
+    if abs(delta) > MAX_DELAY:
+        raise InvalidEvent(f"The delay {delta} is more than {MAX_DELAY.days} days.")
+    return delta
+
+
+def _check_time(available_at: dt.datetime) -> None:
+    if not isinstance(available_at, dt.datetime):
+        raise InvalidEvent(f"available_at is a datetime, not {available_at!r}.")
+    if conf.use_tz() and available_at.tzinfo is None:
+        raise InvalidEvent(
+            f"available_at {available_at} has no time zone. django.utils.timezone.make_aware() "
+            "gives it one."
+        )
+
+
+def _chunks(rows: Iterator[NewRow], size: int) -> Iterator[list[NewRow]]:
+    while chunk := list(islice(rows, size)):
+        yield chunk

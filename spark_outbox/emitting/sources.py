@@ -1,0 +1,123 @@
+"""Let the registered sources speak: on every save, and in a sweep over all instances of a model."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from django.apps import apps
+from django.db import transaction
+from django.db.models import Model
+
+from spark_outbox.emitting.emit import emit_many, prepare, write
+from spark_outbox.events.event import Event
+from spark_outbox.registry.handlers import SourceFunction, registry
+from spark_outbox.store import NewRow
+
+
+def emit_on_save(sender: type[Model], instance: Model, using: str, raw: bool = False, **_: Any) -> None:
+    """Receive post_save: emit what the model's sources yield, in the saver's transaction.
+
+    A fixture being loaded (`raw`) is left to the next sweep: what it refers to may be missing yet.
+    """
+    if raw:
+        return
+    for source, model in sources_of(sender):
+        emit_many(source(_as(model, instance, using)) or (), using=using)
+
+
+def sources_of(model: type[Model]) -> list[tuple[SourceFunction, type[Model]]]:
+    """Return the sources that speak for instances of `model`, once each, and as what each sees them.
+
+    The sources of its bases speak, too, and first. They see an instance as the model whose sweep meets
+    the same row: the one that the source is registered for; if that is abstract, the first below it.
+    """
+    found: list[tuple[SourceFunction, type[Model]]] = []
+    for base in reversed(model.__mro__):
+        for source in registry.sources.get(base, ()):
+            if all(source != other for other, _ in found):
+                found.append((source, _first_concrete(model, base)))
+    return found
+
+
+def swept_models() -> dict[type[Model], list[SourceFunction]]:
+    """Return the models whose sweep meets each row that has a source, and the sources of each: every
+    row is met once by every source, those of a child's table with their parent's."""
+    models: dict[type[Model], list[SourceFunction]] = {}
+    for base in registry.sources:
+        concrete = apps.get_models() if base._meta.abstract else [base]
+        for model in concrete:
+            if issubclass(model, base) and _first_concrete(model, base) is model:
+                models[model] = [source for source, first in sources_of(model) if first is model]
+    return models
+
+
+def _first_concrete(model: type[Model], base: type[Model]) -> type[Model]:
+    """Return what is nearest to `base` of `model` and its own bases, and is not abstract."""
+    below: list[type[Model]] = [each for each in model.__mro__ if issubclass(each, base)]
+    return [each for each in below if not each._meta.abstract][-1]
+
+
+def _as(model: type[Model], instance: Model, using: str) -> Model:
+    """Return the instance; or its parent of class `model`, if that has another key.
+
+    A source makes its keys of the instance's, and they must be the same in a sweep of `model`.
+    """
+    pk = getattr(instance, model._meta.pk.attname)
+    if pk == instance.pk:
+        return instance
+    return model._base_manager.using(using).get(pk=pk)
+
+
+@dataclass(slots=True)
+class Sweep:
+    """What a sweep has done so far."""
+
+    instances: int = 0
+    events: int = 0
+    new: int = 0
+    errors: int = 0
+
+
+def sweep(
+    model: type[Model],
+    sources: Sequence[SourceFunction],
+    *,
+    using: str,
+    chunk_size: int,
+    dry_run: bool,
+    on_error: Callable[[Model, SourceFunction, Exception], None],
+) -> Iterator[Sweep]:
+    """Send every instance of `model` through `sources`; yield the count after each chunk.
+
+    Holds one chunk in memory, and no transaction or cursor open between chunks. What one instance
+    does wrong goes to `on_error` and costs only that instance's events of that source.
+    """
+    count = Sweep()
+    known = sources_of(model)
+    seen_as = [next((first for other, first in known if other == each), model) for each in sources]
+    for instances in _chunks(model, using, chunk_size):
+        rows: list[NewRow] = []
+        for instance in instances:
+            for source, first in zip(sources, seen_as, strict=True):
+                try:
+                    seen = _as(first, instance, using)
+                    rows += [prepare(Event.of(event)) for event in source(seen) or ()]
+                except Exception as error:  # noqa: BLE001, reported and counted
+                    count.errors += 1
+                    on_error(instance, source, error)
+        count.instances += len(instances)
+        count.events += len(rows)
+        if rows:
+            with transaction.atomic(using=using):
+                count.new += write(rows, using=using)
+                transaction.set_rollback(dry_run, using=using)
+        yield count
+
+
+def _chunks(model: type[Model], using: str, size: int) -> Iterator[list[Model]]:
+    """Page through all instances by primary key: no cursor or snapshot that outlives a chunk."""
+    queryset = model._default_manager.using(using).order_by("pk")
+    chunk = list(queryset[:size])
+    while chunk:
+        yield chunk
+        chunk = list(queryset.filter(pk__gt=chunk[-1].pk)[:size]) if len(chunk) == size else []

@@ -1,0 +1,247 @@
+"""Event: what sources yield, what emit() returns, what handlers get."""
+
+import copy
+import datetime as dt
+import os
+import time
+import uuid
+from collections.abc import Iterable, Iterator, Mapping
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+from django.utils.timezone import make_naive
+
+from spark_outbox import conf
+from spark_outbox.errors import InvalidEvent
+from spark_outbox.events.payload import LazyPayload, Text, is_plain_text, is_simple
+from spark_outbox.events.references import References
+
+MAX_LENGTH = 255
+"""Characters that a group, a key or an ordering key may have; the table checks it as well."""
+
+
+NO_HEADERS: Mapping[str, Any] = MappingProxyType({})
+
+EPOCH = dt.datetime(1970, 1, 1, tzinfo=dt.UTC)
+
+
+class StoredRow(NamedTuple):
+    """A claimed row of the outbox table, in the order in which the store selects it."""
+
+    id: int
+    key: str
+    group: str
+    payload: Text
+    headers: Text
+    ordering_key: str | None
+    attempts: int
+    created: int
+    """Microseconds since 1970."""
+    available_at: dt.datetime | None
+    """Like `created` within the years that Python knows, whatever the row says."""
+
+
+class Event(Mapping[str, Any]):
+    """A group, a unique key, and the payload: everything else it was given, by name.
+
+    `event["name"]` and `event.get("name")` look at group, key and the payload; `event.name` looks
+    at the event's own attributes first. Without a key it gets a time-ordered UUID. Its `id` (0
+    until then) and `created_at` are set when it is stored; `attempt` is 1 for the first. Events
+    compare by identity.
+
+    Raises InvalidEvent for a group or key that the table would refuse.
+    """
+
+    __slots__ = (
+        "_created_at",
+        "_payload",
+        "_references",
+        "_text",
+        "attempt",
+        "available_at",
+        "delay",
+        "group",
+        "headers",
+        "id",
+        "is_simple",
+        "key",
+        "ordering_key",
+    )
+
+    __eq__ = object.__eq__
+    __hash__ = object.__hash__
+
+    def __init__(
+        self,
+        /,
+        group: str,
+        key: str | None = None,
+        *,
+        ordering_key: str | None = None,
+        available_at: dt.datetime | None = None,
+        delay: dt.timedelta | float | None = None,
+        headers: Mapping[str, Any] | None = None,
+        **payload: Any,
+    ) -> None:
+        self.group = check_text("group", group)
+        self.key = time_ordered_key() if key is None else check_text("key", key)
+        self.ordering_key = None if ordering_key is None else check_text("ordering_key", ordering_key)
+        if available_at is not None and delay is not None:
+            raise InvalidEvent("Give available_at or delay, not both.")
+        self.available_at = available_at
+        self.delay = delay
+        if not isinstance(headers, Mapping | None):
+            raise InvalidEvent(f"The headers are a mapping, not {type(headers).__name__}.")
+        self.headers: Mapping[str, Any] = headers or {}
+        self._payload: Mapping[str, Any] | None = payload
+        self._text: Text = ""
+        self._references: References | None = None
+        self.id = 0
+        self._created_at: dt.datetime | int | None = None
+        self.attempt = 1
+        self.is_simple = True
+        """There is nothing to `check` in what a stored event was given."""
+
+    @classmethod
+    def from_row(cls, row: StoredRow, references: References) -> "Event":
+        """Return a stored event; its payload is parsed when a handler first looks at it."""
+        event = cls.__new__(cls)
+        (
+            event.id,
+            event.key,
+            event.group,
+            event._text,
+            headers,
+            event.ordering_key,
+            attempts,
+            event._created_at,
+            event.available_at,
+        ) = row
+        event._payload = None
+        event._references = references
+        event.headers = NO_HEADERS if headers == "{}" else LazyPayload(headers, references, "headers")
+        event.is_simple = is_simple(event._text) and (headers == "{}" or is_simple(headers))
+        event.attempt = attempts + 1 if attempts > 0 else 1
+        event.delay = None
+        return event
+
+    @classmethod
+    def from_rows(cls, rows: Iterable[StoredRow], references: References) -> "list[Event]":
+        """Return stored events whose model instances are fetched together."""
+        events = [cls.from_row(row, references) for row in rows]
+        references.add(events)
+        return events
+
+    @property
+    def payload(self) -> Mapping[str, Any]:
+        """What it was given by name."""
+        if self._payload is None:
+            self._payload = LazyPayload(self._text, self._references or References())
+        return self._payload
+
+    @property
+    def created_at(self) -> dt.datetime | None:
+        """When the event was stored, by the database's clock; None before that."""
+        if isinstance(self._created_at, int):
+            moment = EPOCH + dt.timedelta(microseconds=self._created_at)
+            self._created_at = moment if conf.use_tz() else make_naive(moment)
+        return self._created_at
+
+    def is_stored_as(self, event_id: int, created: int) -> None:
+        """Note its id, and its time in microseconds, that the database gave it."""
+        self.id, self._created_at = event_id, created
+
+    @classmethod
+    def of(cls, value: "Event | Mapping[str, Any]") -> "Event":
+        """Return `value` as an Event; a mapping has the names that the constructor takes."""
+        if isinstance(value, Event):
+            return value
+        if not isinstance(value, Mapping):
+            raise InvalidEvent(
+                f"An event is an Event or a dict with a group and a key, not {type(value).__name__}."
+            )
+        try:
+            return cls(**value)
+        except TypeError as error:
+            if "group" not in value:
+                raise InvalidEvent(f"This event has no group; it has {list(value)}.") from None
+            raise InvalidEvent(f"This is no event: {error}") from error
+
+    def copy(self) -> "Event":
+        """Return the stored event for another handler: what that one makes of its values is its own."""
+        event = copy.copy(self)
+        if isinstance(self._payload, LazyPayload):
+            event._payload = self._payload.copy()
+        if isinstance(self.headers, LazyPayload):
+            event.headers = self.headers.copy()
+        return event
+
+    def check(self) -> None:
+        """Raise UnreadablePayload unless a stored event's payload and headers can be read.
+
+        Fetches nothing that they refer to; but themselves, if they are large.
+        """
+        for part in (self.payload, self.headers):
+            if isinstance(part, LazyPayload):
+                part.check()
+
+    def load(self) -> None:
+        """Decode a stored event's payload and headers now, and fetch what they refer to."""
+        for part in (self.payload, self.headers):
+            if isinstance(part, LazyPayload):
+                part.load()
+
+    def start_over(self) -> None:
+        """Forget what was read of a stored event: the next handler reads it anew."""
+        if self._payload is None and self.headers is NO_HEADERS:
+            return  # nothing was; this is asked before each call, and isinstance() takes its time
+        if isinstance(self._payload, LazyPayload):
+            self._payload.start_over()
+        if isinstance(self.headers, LazyPayload):
+            self.headers.start_over()
+
+    def __getitem__(self, name: str) -> Any:
+        if name == "group":
+            return self.group
+        if name == "key":
+            return self.key
+        return self.payload[name]
+
+    def __getattr__(self, name: str) -> Any:
+        if not name.startswith("__"):
+            try:
+                return self.payload[name]
+            except KeyError:
+                pass
+        raise AttributeError(f"This event has no {name!r} in its payload.")
+
+    def __iter__(self) -> Iterator[str]:
+        yield "group"
+        yield "key"
+        yield from self.payload
+
+    def __len__(self) -> int:
+        return 2 + len(self.payload)
+
+    def __repr__(self) -> str:  # never the payload: this ends up in logs
+        return f"<Event {self.group} {self.key!r} id={self.id}>"
+
+
+def check_text(name: str, value: object) -> str:
+    """Return `value` if it can be a group, key or ordering key; else raise InvalidEvent."""
+    if not isinstance(value, str):
+        raise InvalidEvent(f"The {name} must be text, not {type(value).__name__}: {value!r:.100}.")
+    if not 0 < len(value) <= MAX_LENGTH:
+        raise InvalidEvent(
+            f"The {name} must have 1 to {MAX_LENGTH} characters; {value[:40]!r} has {len(value)}."
+        )
+    if not is_plain_text(value):
+        raise InvalidEvent(f"The {name} {value!r} has a character that PostgreSQL can't store.")
+    return str(value)
+
+
+def time_ordered_key() -> str:
+    """Return a new UUID of version 7 (RFC 9562): its order is that of time, to the millisecond."""
+    milliseconds = time.time_ns() // 1_000_000
+    random_bits = int.from_bytes(os.urandom(10)) & ~(0xF << 76) & ~(0b11 << 62)
+    return str(uuid.UUID(int=milliseconds << 80 | 0x7 << 76 | 0b10 << 62 | random_bits))

@@ -1,0 +1,1 @@
+"""The functions that operators need. Commands are thin over them."""

@@ -1,0 +1,161 @@
+"""Give past events to a handler: really, as new deliveries; or as a rehearsal that is rolled back."""
+
+import re
+import traceback
+from collections import Counter
+from collections.abc import Iterator
+from contextvars import copy_context
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any
+
+from django.db import connections, transaction
+
+from spark_outbox import store
+from spark_outbox.events.event import Event
+from spark_outbox.events.references import References
+from spark_outbox.registry.handlers import Handler, Registry
+from spark_outbox.worker.isolation import Isolation
+
+CHUNK_SIZE = 1000
+
+NOT_DONE = {
+    "pending": "it is pending: its handlers are still to be called.",
+    "running": "it is running: a handler is at work on it.",
+    "failed": "it has failed, and is not done. To try it again, make it pending.",
+    "unhandled": "no handler has matched it, so it is not done. A worker that has one will handle it.",
+    "discarded": "it was discarded, and is not done. To have it handled, make it pending.",
+}
+"""Why an event in such a status is not replayed."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Selection:
+    """Which done events: those that the handler matches, and that all of these let pass."""
+
+    handler: Handler
+    group: str = ""
+    since: datetime | None = None
+    keys: tuple[str, ...] = ()
+
+    def ids(self, *, using: str) -> Iterator[list[int]]:
+        """Yield the ids of the selected events, a chunk of the table at a time, in order."""
+        last = store.LOWEST_ID
+        keys = list(self.keys) or None
+        while page := store.done_events(
+            last, since=self.since, keys=keys, limit=CHUNK_SIZE, using=using
+        ):
+            last = page[-1][0]
+            yield [event_id for event_id, group in page if self.matches(group)]
+
+    def left_out(self, *, using: str) -> dict[str, str]:
+        """Return those of the `keys` that are not selected, and for each the reason."""
+        found = store.states_of_keys(list(self.keys), using=using) if self.keys else {}
+        reasons = {}
+        for key in self.keys:
+            if key not in found:
+                reasons[key] = "there is no such event."
+                continue
+            group, status, created_at = found[key]
+            if not self.matches(group):
+                reasons[key] = f"its group {group!r} is not one of {self.groups()}."
+            elif status != "done":
+                reasons[key] = NOT_DONE[status]
+            elif self.since is not None and created_at < self.since:
+                reasons[key] = f"it was emitted at {created_at.isoformat(timespec='seconds')}."
+        return reasons
+
+    def groups(self) -> str:
+        """Return how a person may read the conditions on groups."""
+        handled = f"the handler's, {self.handler.pattern.pattern!r}"
+        return f"{handled}, and --group {self.group!r}" if self.group else handled
+
+    def matches(self, group: str) -> bool:
+        return bool(self.handler.pattern.search(group) and re.search(self.group, group))
+
+
+def replay(selection: Selection, registry: Registry, *, using: str) -> Iterator[int]:
+    """Owe the handler each selected event once more; yield how many after each chunk.
+
+    The events' other handlers are noted as done, and not called again. Each chunk is committed, and
+    wakes the workers.
+    """
+    name = selection.handler.name
+    total = 0
+    for ids in selection.ids(using=using):
+        with transaction.atomic(using=using):
+            locked = store.lock_done(ids, using=using)
+            others = [
+                (event_id, other.name)
+                for event_id, group in locked
+                for other in registry.handlers_for(group)
+                if other.name != name
+            ]
+            total += store.owe_again([row[0] for row in locked], name, others, using=using)
+        yield total
+
+
+@dataclass(slots=True)
+class Rehearsal:
+    """What would have happened."""
+
+    events: int = 0
+    queries: int = 0
+    failures: list[tuple[str, str]] = field(default_factory=list)
+    """Keys, and the tracebacks of what was raised."""
+    rows: dict[str, int] = field(default_factory=dict)
+    """Rows inserted, updated and deleted, by table."""
+
+
+def rehearse(selection: Selection, *, using: str, limit: int) -> Rehearsal:
+    """Call the handler with up to `limit` selected events, in one transaction that is rolled back.
+
+    What it does outside of this database, such as mails, happens.
+    """
+    done = Rehearsal()
+    isolation = Isolation(using, combine=False)
+    with transaction.atomic(using=using):
+        if not selection.handler.atomic:
+            # It may begin durable transactions; as in a test, they nest in one that is rolled back.
+            outermost: Any = connections[using].atomic_blocks[-1]
+            outermost._from_testcase = True
+        before = Counter(store.rows_written(using=using))
+        for ids in selection.ids(using=using):
+            references = References(using)
+            rows = store.events_by_id(ids[: limit - done.events], using=using)
+            events = Event.from_rows(rows, references)
+            with (
+                connections[using].execute_wrapper(_counting(done)),
+                isolation.batch(references, strict=True),
+            ):
+                for event in events:
+                    _try(selection.handler, event, isolation, done)
+                    if isolation.lost:
+                        break
+            if done.events >= limit or isolation.lost:
+                break
+        if not isolation.lost:
+            after = Counter(store.rows_written(using=using))
+            done.rows = dict((after - before).most_common())
+        transaction.set_rollback(True, using=using)
+    return done
+
+
+def _try(handler: Handler, event: Event, isolation: Isolation, done: Rehearsal) -> None:
+    done.events += 1
+    isolation.begin(handler.name)
+    try:
+        event.check()
+        copy_context().run(handler.call, event if handler.batch is None else [event])
+        isolation.end()
+    except Exception:  # noqa: BLE001, it is what a rehearsal is to report
+        isolation.undo()
+        done.failures.append((event.key, traceback.format_exc()))
+
+
+def _counting(done: Rehearsal) -> Any:
+    def count(execute: Any, sql: Any, params: Any, many: bool, context: Any) -> Any:
+        done.queries += 1
+        return execute(sql, params, many, context)
+
+    return count

@@ -1,0 +1,1 @@
+"""Worker processes and who looks after them. Nothing here asks the database."""

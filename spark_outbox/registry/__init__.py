@@ -1,0 +1,1 @@
+"""Handlers and sources, as the project has registered them."""

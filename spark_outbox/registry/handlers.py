@@ -1,0 +1,269 @@
+"""Which handlers get an event, and which sources speak for a model. Filled at import; runs no SQL."""
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from asgiref.sync import async_to_sync
+from django.db.models import Model
+
+from spark_outbox.errors import RegistrationError
+from spark_outbox.events.event import MAX_LENGTH, Event
+from spark_outbox.registry import callables
+from spark_outbox.registry.backoff import Backoff, Seconds
+from spark_outbox.registry.policy import Exceptions, Policy
+
+HandlerFunction = Callable[[Any], object]
+"""Takes an Event, or a list of them; returns nothing of interest, or a coroutine."""
+SourceFunction = Callable[[Any], Iterable[Event | Mapping[str, Any]] | None]
+F = TypeVar("F", bound=Callable[..., object])
+M = TypeVar("M", bound=Model)
+R = TypeVar("R", bound=Iterable[Event | Mapping[str, Any]] | None)
+
+_MATCHED_GROUPS = 1024  # groups come from the database: the cache must not grow with them
+
+
+@dataclass(frozen=True, slots=True)
+class Handler:
+    """A function for the events whose group matches a pattern, under the name its deliveries bear."""
+
+    name: str
+    pattern: re.Pattern[str]
+    function: HandlerFunction
+    policy: Policy
+    number: int = 0
+    """Its place among the registered, from 0."""
+    batch: int | None = None
+    """The most events that it takes at once, in a list; None for one, as itself."""
+    atomic: bool = True
+    is_async: bool = False
+    is_plain: bool = field(init=False)
+    """Called with one event, in the batch's transaction, before the next one's turn."""
+    outlives: bool = field(init=False)
+    """Its calls may outlive the batch's transaction: then other workers can take over its deliveries."""
+    call: HandlerFunction = field(init=False)
+    """Runs the function in this thread to its end, also if it is async."""
+
+    def __post_init__(self) -> None:
+        is_plain = self.atomic and not self.is_async and self.batch is None
+        object.__setattr__(self, "is_plain", is_plain)
+        object.__setattr__(self, "outlives", self.is_async or not self.atomic)
+        call: Any = self.function
+        object.__setattr__(self, "call", async_to_sync(call) if self.is_async else call)
+
+
+class Matching(tuple[Handler, ...]):
+    """The handlers that match a group, in registration order."""
+
+    are_plain: bool
+
+    def __new__(cls, handlers: Iterable[Handler]) -> "Matching":
+        made = super().__new__(cls, handlers)
+        made.are_plain = all(handler.is_plain for handler in made)
+        return made
+
+
+class Registry:
+    """Handlers in registration order, and sources by model."""
+
+    def __init__(self) -> None:
+        self.handlers: list[Handler] = []
+        self.sources: dict[type[Model], list[SourceFunction]] = {}
+        self._matches: dict[str, Matching] = {}
+
+    def clear(self) -> None:
+        """Forget all handlers and sources."""
+        self.handlers.clear()
+        self.sources.clear()
+        self._matches.clear()
+
+    def add_handler(
+        self,
+        function: HandlerFunction,
+        *,
+        group: str,
+        name: str | None = None,
+        policy: Policy | None = None,
+        batch: int | None = None,
+        atomic: bool = True,
+    ) -> Handler:
+        """Register `function` for the groups in which `re.search` finds `group`.
+
+        The name defaults to the function's dotted path. A function that is registered for a second
+        pattern has its pattern in the name, too. Raises RegistrationError for a pattern that does
+        not compile, and for a name that is taken.
+        """
+        if not callable(function):
+            raise RegistrationError(f"A handler must be callable; {function!r} is not.")
+        if callables.is_generator(function):
+            raise RegistrationError(
+                f"{function!r} is a generator: calling it would not run it. Write a function without "
+                "yield."
+            )
+        is_async = callables.is_async(function)
+        if batch is not None and (type(batch) is not int or batch < 1):
+            raise RegistrationError(f"batch is the most events of a list, 1 or more, not {batch!r}.")
+        if batch is not None and (is_async or not atomic):
+            raise RegistrationError(
+                "A handler with batch=… shares the worker's transaction: it can be neither async nor "
+                "have atomic=False."
+            )
+        _check_argument(function, "the event" if batch is None else "the list of events")
+        _check_annotation(function, batch)
+        try:
+            pattern = re.compile(group)
+        except (re.error, TypeError) as error:
+            raise RegistrationError(
+                f"The pattern {group!r} of {function!r} does not compile: {error}."
+            ) from error
+        if name is None:
+            name = dotted_path(function)
+            if any(h.name == name and h.function == function for h in self.handlers):
+                name = f"{name}:{group}"
+        if not isinstance(name, str) or not 0 < len(name) <= MAX_LENGTH:
+            raise RegistrationError(
+                f"A handler's name has 1 to {MAX_LENGTH} characters: {name!r}. "
+                "Give it another with name=…"
+            )
+        if any(handler.name == name for handler in self.handlers):
+            raise RegistrationError(
+                f"There is a handler {name!r} already. Retries are kept under a handler's name: "
+                "give this one another with name=…"
+            )
+        number = len(self.handlers)
+        policy = policy or Policy()
+        handler = Handler(name, pattern, function, policy, number, batch, atomic, is_async)
+        self.handlers.append(handler)
+        self._matches.clear()
+        return handler
+
+    def add_source(self, function: SourceFunction, *, model: type[Model]) -> None:
+        """Register `function` for saved instances of `model`, and for the sweep over all of them."""
+        if not _is_model(model):
+            raise RegistrationError(f"A source needs a model class, not {model!r}.")
+        if not callable(function):
+            raise RegistrationError(f"A source must be callable; {function!r} is not.")
+        if callables.is_async(function):
+            raise RegistrationError(
+                f"{function!r} is async, but a source is called by save(). Write a plain function."
+            )
+        _check_argument(function, "the instance")
+        sources = self.sources.setdefault(model, [])
+        if function in sources:
+            raise RegistrationError(
+                f"{callables.path_of(function)} is a source of {model._meta.label} already."
+            )
+        sources.append(function)
+
+    def handlers_for(self, group: str) -> Matching:
+        """Return the handlers that match `group`, in registration order."""
+        try:
+            return self._matches[group]
+        except KeyError:
+            pass
+        if len(self._matches) >= _MATCHED_GROUPS:
+            self._matches.clear()
+        found = Matching(handler for handler in self.handlers if handler.pattern.search(group))
+        self._matches[group] = found
+        return found
+
+
+registry = Registry()
+
+
+def handler(
+    group: str,
+    *,
+    name: str | None = None,
+    max_attempts: int | None = None,
+    backoff: Backoff | None = None,
+    retry_for: Exceptions = (BaseException,),
+    discard_for: Exceptions = (),
+    timeout: Seconds | None = None,
+    batch: int | None = None,
+    atomic: bool = True,
+) -> Callable[[F], F]:
+    """Decorate a function that handles the events whose group matches the regex `group`.
+
+    Handlers are called in registration order with one Event each. What one writes through the
+    worker's database connection is committed together with the event's done mark, or not at all.
+
+    One that raises is tried again: `max_attempts` times in all, with the delays of `backoff` (the
+    seconds of the first, which then doubles; or a list of them; or a function of the attempt).
+    `retry_for` names the exceptions that are worth it, others fail at once; after those in
+    `discard_for` the event needs nothing more from this handler. One that runs for longer than
+    `timeout` seconds is interrupted, and counts as one that raised.
+
+    With `batch` it gets a list of up to so many events, and may raise BatchFailed. An `async def`
+    handler runs side by side with others, and what it writes through Django's async ORM is committed
+    at once, by itself. So is what one with `atomic=False` writes: it runs in no transaction of the
+    worker's, for as long as it takes. Both are at-least-once. Raises RegistrationError.
+    """
+    if not isinstance(group, str):
+        raise RegistrationError('Write @handler(r"^pattern"): it needs the pattern of its groups.')
+
+    policy = Policy(
+        max_attempts=max_attempts,
+        backoff=backoff,
+        retry_for=retry_for,
+        discard_for=discard_for,
+        timeout=timeout,
+    )
+
+    def register(function: F) -> F:
+        registry.add_handler(function, group=group, name=name, policy=policy, batch=batch, atomic=atomic)
+        return function
+
+    return register
+
+
+def source(model: type[M]) -> Callable[[Callable[[M], R]], Callable[[M], R]]:
+    """Decorate a generator function that yields the events of one instance of `model`.
+
+    It runs after every save, in the saver's transaction, and in `manage.py process_spark_sources`;
+    for the instances of subclasses as well. It may yield the same keys each time: each is handled once.
+    """
+    if not _is_model(model):
+        raise RegistrationError(f"Write @source(Model): it needs a model class, not {model!r}.")
+
+    def register(function: Callable[[M], R]) -> Callable[[M], R]:
+        registry.add_source(function, model=model)
+        return function
+
+    return register
+
+
+def _is_model(model: object) -> bool:
+    """Return whether `model` is a model class, abstract or not; and not the base of them all."""
+    return isinstance(model, type) and issubclass(model, Model) and hasattr(model, "_meta")
+
+
+def _check_annotation(function: Callable[..., object], batch: int | None) -> None:
+    is_for_lists = callables.is_for_lists(function)
+    path = callables.path_of(function)
+    if batch is None and is_for_lists:
+        raise RegistrationError(
+            f"{path} is annotated for a list of events, but is called with one at a time. Give batch=…, "
+            "the most events of a list; or annotate it for an Event."
+        )
+    if batch is not None and is_for_lists is False:
+        raise RegistrationError(
+            f"{path} is annotated for one event, but with batch=… it takes a list. Annotate it for a "
+            "list[Event], or drop batch=…"
+        )
+
+
+def _check_argument(function: Callable[..., object], what: str) -> None:
+    if misfit := callables.misfit(function):
+        raise RegistrationError(f"{function!r} is called with one argument, {what}: {misfit}.")
+
+
+def dotted_path(function: Callable[..., object]) -> str:
+    """Return `module.qualname`. Raises RegistrationError if the object has no name of its own."""
+    try:
+        return f"{function.__module__}.{function.__qualname__}"
+    except AttributeError:
+        raise RegistrationError(
+            f"{function!r} has no name of its own: give it one with name=…"
+        ) from None

@@ -1,0 +1,254 @@
+"""The event loop on which a worker's async handlers run, side by side.
+
+The loop only turns while the worker is in one of the methods of `Calls`: it waits for the calls of a
+batch, lets those left over from earlier ones make a step between two batches, or would sleep. The time
+for which the loop stands still is not counted towards a call's timeout.
+"""
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Coroutine, Iterable
+from typing import Any, Protocol, TypeVar
+
+from asgiref.sync import sync_to_async
+from django.db import connections
+
+from spark_outbox.errors import HandlerTimeout
+from spark_outbox.worker.outcome import Call
+
+T = TypeVar("T")
+
+PATIENCE = 1.25
+"""A call that blocks the loop is interrupted after so many times its timeout."""
+
+STEPS = 10
+"""How often the loop turns between two batches."""
+
+
+class Alarm(Protocol):
+    """What interrupts a handler: see management/alarm.py."""
+
+    def start(self, seconds: float) -> None: ...
+    def stop(self) -> None: ...
+
+
+class InHand(Protocol):
+    """Where it is noted what is being called: see processes/supervisor.py."""
+
+    def take_in_hand(self, *called: tuple[int, int]) -> None:
+        """Note pairs of an event's id and its handler's number."""
+
+    def put_down(self) -> None:
+        """Note that nothing is, and that from now on we wait for the database."""
+
+    def rest(self) -> None:
+        """Note that we do not, until `put_down`."""
+
+    def in_hand(self) -> list[tuple[int, int]]:
+        """Return what was taken in hand and not put down."""
+
+
+class Hand:
+    """The same for a worker that no supervisor looks after: a note in its own memory."""
+
+    def __init__(self) -> None:
+        self._called: tuple[tuple[int, int], ...] = ()
+
+    def take_in_hand(self, *called: tuple[int, int]) -> None:
+        self._called = called
+
+    def put_down(self) -> None:
+        self._called = ()
+
+    def rest(self) -> None:
+        pass
+
+    def in_hand(self) -> list[tuple[int, int]]:
+        return list(self._called)
+
+
+class Calls:
+    """The calls of async handlers that are under way, at most `concurrency` of them.
+
+    Django's async ORM runs its queries in a thread of its own, so on connections of its own: what
+    these handlers write is committed apart from the worker's transaction.
+    """
+
+    def __init__(
+        self, concurrency: int, *, must_end: bool, alarm: Alarm | None, in_hand: InHand
+    ) -> None:
+        self.concurrency = concurrency
+        self.must_end = must_end
+        """A batch waits for all of its calls: they can't go on after its commit."""
+        self._alarm = alarm
+        self._in_hand = in_hand
+        self._running: dict[asyncio.Task[None], Call] = {}
+        self._timeouts: dict[asyncio.Task[None], asyncio.Timeout] = {}
+        self._stands_since: float | None = None  # by the loop's clock
+        self._runner: asyncio.Runner | None = None
+
+    def __len__(self) -> int:
+        return len(self._running)
+
+    @property
+    def room(self) -> int:
+        return self.concurrency - len(self._running)
+
+    def start(self, calls: Iterable[Call]) -> None:
+        loop = self._loop()
+        self._turn(sync_to_async(_tidy)())
+        for call in calls:
+            timeout = asyncio.Timeout(None)
+            task = loop.create_task(_run(call, timeout))
+            task.add_done_callback(self._running.pop)
+            task.add_done_callback(self._timeouts.pop)
+            self._running[task] = call
+            self._timeouts[task] = timeout
+
+    def wait_for(self, calls: Iterable[Call], *, first: float | None, others: float | None) -> None:
+        """Run the loop until `calls` have ended; but for no longer than `first` seconds until one of
+        them has, and then `others` seconds for the rest. None means for as long as it takes."""
+        wanted = set(calls)
+        tasks = {task for task, call in self._running.items() if call in wanted}
+        if tasks:
+            self._turn(_wait(tasks, first, others))
+
+    def finish(self) -> None:
+        """Run the loop until all calls have ended."""
+        self.wait_for(list(self._running.values()), first=None, others=None)
+
+    def abandon(self, calls: Iterable[Call]) -> None:
+        """Cancel calls whose outcome nobody can settle any more."""
+        unwanted = set(calls)
+        tasks = [task for task, call in self._running.items() if call in unwanted]
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            self._turn(_wait(set(tasks), 1.0, 1.0))
+
+    def turn(self) -> None:
+        """Let what is under way make a few steps, without waiting for anything."""
+        if self._running:
+            self._turn(_take_steps())
+
+    def poll(self, descriptors: Iterable[int], seconds: float) -> set[int]:
+        """Run the loop until a call has ended, or a file descriptor can be read; return which can."""
+        return self._turn(_poll(list(descriptors), set(self._running), seconds))
+
+    def close(self) -> None:
+        """Cancel what is under way; close the connections of Django's async ORM."""
+        if self._runner is not None:
+            self.abandon(list(self._running.values()))
+            self._turn(sync_to_async(connections.close_all)())
+            self._runner.close()
+            self._runner = None
+
+    def _loop(self) -> asyncio.AbstractEventLoop:
+        if self._runner is None:
+            self._runner = asyncio.Runner()
+        return self._runner.get_loop()
+
+    def _turn(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        """Run the loop until `coroutine` returns.
+
+        asyncio's timeouts can't end a handler that blocks the loop. So an alarm is set that each
+        turn of the loop puts off, and that rings when none has for longer than any may take.
+        """
+        loop = self._loop()
+        task = loop.create_task(self._go_on(coroutine))
+        running = self._running.values()
+        self._in_hand.take_in_hand(*[(call.event.id, call.handler.number) for call in running])
+        try:
+            return self._run_until_complete(loop, task)
+        finally:
+            self._stands_since = loop.time()
+            self._in_hand.put_down()
+
+    async def _go_on(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        """Put timeouts off by as long as the loop stood still. Runs before any of them can strike."""
+        now = asyncio.get_running_loop().time()
+        if self._stands_since is not None:
+            for task, timeout in self._timeouts.items():
+                when = timeout.when()
+                if when is not None and not (timeout.expired() or task.done()):
+                    timeout.reschedule(when + now - self._stands_since)
+        return await coroutine
+
+    def _run_until_complete(self, loop: asyncio.AbstractEventLoop, task: asyncio.Task[T]) -> T:
+        limits = [call.handler.policy.limit() for call in self._running.values()]
+        longest = max((limit for limit in limits if limit is not None), default=None)
+        if self._alarm is None or longest is None:
+            return loop.run_until_complete(task)
+        patience = longest * PATIENCE
+        self._alarm.start(patience)
+        watchdog = loop.create_task(_put_off(self._alarm, patience))
+        try:
+            while not task.done():
+                with contextlib.suppress(HandlerTimeout):  # it has also ended the call that blocked
+                    loop.run_until_complete(task)
+        finally:
+            self._alarm.stop()
+            watchdog.cancel()
+        return task.result()
+
+
+async def _run(call: Call, timeout: asyncio.Timeout) -> None:
+    started = time.monotonic()
+    limit = call.handler.policy.limit()
+    try:
+        async with timeout:
+            if limit is not None:
+                timeout.reschedule(asyncio.get_running_loop().time() + limit)
+            await call.handler.function(call.event)  # type: ignore[misc]
+    except BaseException as error:  # noqa: BLE001, whatever a handler raises is its delivery's fate
+        call.error = error
+        if timeout.expired():
+            call.error = HandlerTimeout()
+            call.error.__cause__ = error
+    call.seconds = time.monotonic() - started
+    call.ended = True
+
+
+async def _take_steps() -> None:
+    for _ in range(STEPS):
+        await asyncio.sleep(0)
+
+
+async def _wait(tasks: set[asyncio.Task[None]], first: float | None, others: float | None) -> None:
+    done, rest = await asyncio.wait(tasks, timeout=first, return_when=asyncio.FIRST_COMPLETED)
+    if done and rest:
+        await asyncio.wait(rest, timeout=others)
+
+
+async def _poll(descriptors: list[int], tasks: set[asyncio.Task[None]], seconds: float) -> set[int]:
+    loop = asyncio.get_running_loop()
+    readable = loop.create_future()
+    ready: set[int] = set()
+
+    def note(descriptor: int) -> None:
+        ready.add(descriptor)
+        if not readable.done():
+            readable.set_result(None)
+
+    for descriptor in descriptors:
+        loop.add_reader(descriptor, note, descriptor)
+    try:
+        await asyncio.wait({readable, *tasks}, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for descriptor in descriptors:
+            loop.remove_reader(descriptor)
+    return ready
+
+
+async def _put_off(alarm: Alarm, seconds: float) -> None:
+    while True:
+        await asyncio.sleep(seconds / 4)
+        alarm.start(seconds)
+
+
+def _tidy() -> None:
+    """Do to the async ORM's connections what Django does between requests."""
+    for connection in connections.all(initialized_only=True):
+        connection.queries_log.clear()
+        connection.close_if_unusable_or_obsolete()

@@ -1,0 +1,61 @@
+"""A worker's private connection: nothing but the worker can reach, close or use it.
+
+Handlers get their connections from Django's `connections`, where `close_old_connections()` finds them.
+What must outlast any handler, such as the lock of a session, is therefore on this one. It belongs to no
+pool, and the server ends it only if the worker is gone: see the bounds in session.py.
+"""
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from django.db import connections
+from django.db.backends.base.base import BaseDatabaseWrapper
+
+from spark_outbox.worker import session
+
+T = TypeVar("T")
+
+NAME = "spark_worker lock"
+"""What people see in pg_stat_activity."""
+
+
+class PrivateConnection:
+    """One connection to the database of `alias`, made when it is first needed; in autocommit mode."""
+
+    def __init__(self, alias: str) -> None:
+        self._alias = alias
+        self._connection: BaseDatabaseWrapper | None = None
+
+    @property
+    def is_open(self) -> bool:
+        return self._connection is not None
+
+    def run(self, statement: Callable[..., T], *arguments: Any, **options: Any) -> T:
+        """Call a function of store.py with this connection as its `using`.
+
+        Connects first if need be. Raises OperationalError if the connection is lost: then `close` it.
+        """
+        if self._connection is None:
+            self._connection = self._connect()
+        self._connection.queries_log.clear()
+        return statement(*arguments, **options, using=self._connection)
+
+    def close(self) -> None:
+        """Close the connection, if there is one. What it has locked is free."""
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            connection.close()
+
+    def _connect(self) -> BaseDatabaseWrapper:
+        connection = connections[self._alias].copy()
+        settings = connection.settings_dict
+        settings.update(AUTOCOMMIT=True, CONN_MAX_AGE=None)
+        settings["OPTIONS"] = session.bounded(settings["OPTIONS"])
+        settings["OPTIONS"].pop("pool", None)
+        connection.ensure_connection()
+        try:
+            session.keep(connection, name=NAME)
+        except BaseException:
+            connection.close()
+            raise
+        return connection

@@ -1,0 +1,133 @@
+"""Handlers at work outside of the worker's transaction: their deliveries are `running` meanwhile.
+
+A worker that has such deliveries holds the advisory lock of its session, a random number that they
+bear. Locks die with the connection: so others see at once that it is gone, and take them back; and
+what it finds out after that applies to nothing any more. The lock is on a private connection, which
+lasts whatever handlers do to those that they can reach.
+"""
+
+import math
+from collections.abc import Callable
+
+from django.db import Error
+
+from spark_outbox import store
+from spark_outbox.registry.handlers import Registry
+from spark_outbox.worker import session, settle
+from spark_outbox.worker.dispatch import Dispatcher
+from spark_outbox.worker.outcome import Call, succeeded
+from spark_outbox.worker.private import PrivateConnection
+from spark_outbox.worker.wake import Wake
+
+TAKE_OVER_INTERVAL = 1.0
+"""Seconds between two looks whether the worker of a running delivery is gone."""
+
+
+class Detached:
+    """One worker's detached calls. `direct` is the alias of a connection that is no pooler's: its own
+    or that which LISTENs. `wake` hears nothing while a handler keeps the worker from reading."""
+
+    def __init__(
+        self,
+        *,
+        using: str,
+        direct: str | None,
+        wake: Wake,
+        dispatcher: Dispatcher,
+        registry: Registry,
+        clock: Callable[[], float],
+        on_settled: Callable[[list[str]], None],
+    ) -> None:
+        self._using = using
+        self._direct = direct or using
+        self._private = PrivateConnection(self._direct)
+        self._wake = wake
+        self._dispatcher = dispatcher
+        self._registry = registry
+        self._clock = clock
+        self._on_settled = on_settled  # with ordering keys: others of them may be possible now
+        self.calls: list[Call] = []
+        """Under way, or ended and not settled."""
+        self._session = 0
+        self._take_over_at = -math.inf
+
+    @property
+    def has_ended(self) -> bool:
+        return any(call.ended for call in self.calls)
+
+    def identify(self) -> int:
+        """Return our session. Its lock is held from now on, until the connection is lost, or closed."""
+        if not self._private.is_open:
+            session.check_direct(self._using, self._direct)
+        try:
+            self._hold()
+        except Error:
+            if not self._private.is_open:
+                raise
+            self._private.close()  # it was lost since it was last used
+            self._hold()
+        return self._session
+
+    def _hold(self) -> None:
+        # On a new connection the old number, if nobody is taking over what bears it.
+        self._session = self._session or session.new_number()
+        while not self._private.run(store.lock_session, self._session):
+            self._session = session.new_number()
+
+    def resign(self) -> None:
+        """Give up our session, unless there are calls under way."""
+        if not self.calls:
+            self._private.close()
+
+    def close(self) -> None:
+        """Give up our session, and let others take over whatever is still running."""
+        self._private.close()
+
+    def begin(self, calls: list[Call]) -> None:
+        """Run what has been committed as running; go on with what runs already."""
+        for call in calls:
+            call.session = self._session
+        self.calls += [call for call in calls if call.handler.atomic]
+        for call in calls:
+            if not call.handler.atomic:
+                self._call(call)
+        self.settle()
+
+    def _call(self, call: Call) -> None:
+        if call.handler.is_async and self._dispatcher.calls is not None:
+            self.calls.append(call)
+            self._dispatcher.call_apart(call)
+            return
+        if self._dispatcher.calls is not None:
+            self._dispatcher.calls.finish()  # the event loop stands still meanwhile
+        self._wake.stop_listening()
+        with session.patience(self._using, direct=self._direct == self._using):
+            self.calls.append(call)  # if anything failed before, it has not begun: see `take_over`
+            self._dispatcher.call_apart(call)
+
+    def settle(self) -> None:
+        """Write what became of the calls that have ended."""
+        ended = [call for call in self.calls if call.ended]
+        if not ended:
+            return
+        for call in ended:
+            if call.attempt is None:
+                call.attempt = self._dispatcher.conclude(call) or succeeded(call)
+        left = settle.write_calls(ended, self._registry, using=self._using)
+        self.calls = [call for call in self.calls if call not in ended or call in left]
+        self._on_settled([str(key) for call in ended if (key := call.event.ordering_key) is not None])
+
+    def finish(self) -> None:
+        """Wait for all calls to end, and settle them."""
+        if self.calls and self._dispatcher.calls is not None:
+            self._dispatcher.calls.finish()
+        self.settle()
+
+    def take_over(self) -> None:
+        """Put back what workers have begun that are gone; not more often than it makes sense."""
+        if self._clock() >= self._take_over_at:
+            if self.calls:
+                self.identify()  # the connection may have been lost
+            mine = {(call.event.id, call.handler.name) for call in self.calls}
+            settle.take_over(session=self._session, mine=mine, using=self._using)
+            self._take_over_at = self._clock() + TAKE_OVER_INTERVAL

@@ -1,0 +1,321 @@
+"""Write what became of events: in a batch, alone, with a detached handler, or a process that died."""
+
+import logging
+import os
+import socket
+import time
+from collections.abc import Callable, Container, Sequence
+from functools import partial
+
+from django.db import transaction
+
+from spark_outbox import store
+from spark_outbox.errors import NotSettled, describe
+from spark_outbox.events.event import Event
+from spark_outbox.events.references import References
+from spark_outbox.registry.handlers import Registry
+from spark_outbox.store import Ended, Running
+from spark_outbox.worker.dispatch import of_a_list
+from spark_outbox.worker.outcome import Call, Open, Outcomes, as_text, judge, next_attempt
+from spark_outbox.worker.refusals import Refused, persevere, refusals
+
+logger = logging.getLogger(__name__)
+
+GONE = "spark_outbox.errors.WorkerDied: The worker that ran this handler is gone."
+"""The error of a delivery that another worker has taken over."""
+
+CRASH_PATIENCE = 5.0
+"""Seconds to wait until the rows of a process that died are free."""
+
+
+def write(outcomes: Outcomes, *, session: int = 0, using: str) -> None:
+    """Write what became of claimed events. A lost claim is logged, and overwrites nothing.
+
+    Raises NotSettled if an event is still as it was claimed, though PostgreSQL raised no error: then
+    nothing may be committed, or the event would be handled again, and again.
+    """
+    applied = postponed = 0
+    if outcomes.done:
+        applied += store.finish(outcomes.done, "done", using=using)
+    if outcomes.unhandled:
+        applied += store.finish(outcomes.unhandled, "unhandled", using=using)
+    if outcomes.attempts:
+        who = f"{socket.gethostname()}:{os.getpid()}"
+        store.record_attempts(outcomes.attempts, worker=who, session=session, using=using)
+    if outcomes.running:
+        applied += store.run(outcomes.running, using=using)
+    if outcomes.postponed:
+        postponed = store.postpone(outcomes.postponed, using=using)
+        applied += postponed
+    if outcomes.ended:
+        applied += store.end(outcomes.ended, using=using)
+    if outcomes.retried:
+        store.discard_deliveries(outcomes.retried, using=using)
+    if applied != outcomes.count:
+        if store.count_pending(outcomes.event_ids, using=using) > postponed:
+            raise NotSettled(
+                "The outbox's own UPDATE did not apply to this event. Look for a trigger or a row-level "
+                "security policy on spark_outbox_event that keeps it from being changed."
+            )
+        tell_lost(outcomes.count - applied)
+
+
+def write_alone(alone: dict[int, Outcomes], *, using: str) -> list[int]:
+    """Write what became of events whose batch was rolled back, each in a transaction of its own; unless
+    others have them by now. Return those that can't even be marked as failed."""
+    return [event_id for event_id in alone if not _write_one(event_id, alone[event_id], using)]
+
+
+def _write_one(event_id: int, outcomes: Outcomes, using: str) -> bool:
+    try:
+        persevere(partial(_claim_and_write, event_id, outcomes, using), using=using)
+    except Refused as refused:
+        # What may pass is left as it is: the event is handled again.
+        return refused.may_pass or write_unsettled(event_id, refused.error, using=using)
+    return True
+
+
+def _claim_and_write(event_id: int, outcomes: Outcomes, using: str) -> None:
+    with transaction.atomic(using=using):
+        if store.claim_one(event_id, using=using):
+            write(outcomes, using=using)
+
+
+def write_unsettled(event_id: int, error: BaseException, *, using: str) -> bool:
+    """Let an event fail of which nothing else can be written: else it would be handled for ever.
+
+    Return whether that is settled. If PostgreSQL refuses even that, nobody can settle the event.
+    """
+    write_it = partial(_claim_and_write, event_id, _unsettled(event_id, error), using)
+    otherwise = "This worker passes it over until it is restarted."
+    return _let_fail(event_id, error, write_it, otherwise, using=using)
+
+
+def _let_fail(
+    event_id: int, error: BaseException, write_it: Callable[[], None], otherwise: str, *, using: str
+) -> bool:
+    """Write that an event has failed, and log it; or, if that is refused, what happens `otherwise`."""
+    try:
+        persevere(write_it, using=using)
+    except Refused as refused:
+        context = {"event_id": event_id, "error": describe(refused.error), "otherwise": otherwise}
+        logger.error(
+            "Event %(event_id)s can't be settled, and not be marked as failed either (%(error)s). "
+            "%(otherwise)s",
+            context,
+            extra=context,
+        )
+        return False
+    context = {"event_id": event_id, "error": describe(error)}
+    logger.error(
+        "Event %(event_id)s failed for good: it can't be settled (%(error)s).", context, extra=context
+    )
+    return True
+
+
+def write_calls(calls: Sequence[Call], registry: Registry, *, using: str) -> list[Call]:
+    """Write what became of detached calls: of those that still are ours.
+
+    If PostgreSQL refuses, of each by itself; an event that it refuses alone fails. Returns those that it
+    refuses for what may pass: they are to be written later.
+    """
+    try:
+        persevere(partial(_write_calls, calls, registry, using), using=using)
+    except Refused as refused:
+        if len(calls) > 1:
+            return [left for call in calls for left in write_calls([call], registry, using=using)]
+        if refused.may_pass:
+            return list(calls)
+        _write_unsettled_call(calls[0], refused.error, using=using)
+    return []
+
+
+def _write_unsettled_call(call: Call, error: BaseException, *, using: str) -> None:
+    event_id = call.event.id
+
+    def take_back_and_write() -> None:
+        with transaction.atomic(using=using):
+            running = [Running(event_id, call.handler.name, call.session)]
+            if store.take_back(running, to_settle=True, using=using):
+                write(_unsettled(event_id, error), using=using)
+
+    _let_fail(event_id, error, take_back_and_write, "It stays running.", using=using)
+
+
+def _unsettled(event_id: int, error: BaseException) -> Outcomes:
+    return Outcomes(ended=[Ended(event_id, "failed", as_text(error))])
+
+
+def _write_calls(calls: Sequence[Call], registry: Registry, using: str) -> None:
+    with transaction.atomic(using=using):
+        running = [Running(call.event.id, call.handler.name, call.session) for call in calls]
+        taken = store.take_back(running, to_settle=True, using=using)
+        if len(taken) < len(calls):
+            tell_lost(len(calls) - len(taken))
+        earlier = store.deliveries([event_id for event_id, _ in taken], using=using)
+        outcomes = Outcomes()
+        opened: dict[int, Open] = {}
+        for call in calls:
+            event = call.event
+            if call.attempt is not None and (event.id, call.handler.name) in taken:
+                handlers = registry.handlers_for(event.group)
+                known = Open(event, handlers, [], earlier.get(event.id, {}), {})
+                opened.setdefault(event.id, known).attempts[call.handler.name] = call.attempt
+        for each in opened.values():
+            each.close(outcomes)
+        write(outcomes, using=using)
+
+
+def take_over(*, session: int = 0, mine: Container[tuple[int, str]] = (), using: str) -> None:
+    """Put back what workers have begun that are gone, and running events of which nothing runs.
+
+    It counts as an attempt, since the handler may have taken its host with it. Whether that was the last
+    one is decided by a worker that has the handler, when it claims the event.
+    What is `mine` is left alone. The rest of our own `session`, 0 if there is none, has not begun, and
+    does not count: if a connection was lost in the commit, nobody knew of it.
+    """
+    for each in store.running_sessions(using=using):
+        try:
+            with refusals(using=using):
+                _take_over(each, is_ours=bool(session) and each == session, mine=mine, using=using)
+        except Refused as refused:
+            context = {"session": each, "error": describe(refused.error)}
+            logger.warning(
+                "The deliveries of a worker that is gone can't be taken over (%(error)s).",
+                context,
+                extra=context,
+            )
+    _reopen_strays(using=using)
+
+
+def _reopen_strays(*, using: str) -> None:
+    try:
+        with refusals(using=using):
+            strays = store.reopen_strays(using=using)
+    except Refused as refused:
+        context: dict[str, object] = {"error": describe(refused.error)}
+        logger.warning(
+            "Running events of which no delivery runs can't be reopened (%(error)s).",
+            context,
+            extra=context,
+        )
+        return
+    if strays:
+        context = {"events": strays}
+        logger.warning(
+            "Reopened %(events)s running events of which no delivery runs.", context, extra=context
+        )
+
+
+def _take_over(
+    session: int | None, *, is_ours: bool, mine: Container[tuple[int, str]], using: str
+) -> None:
+    with transaction.atomic(using=using):
+        if not is_ours and not store.is_session_gone(session, using=using):
+            return
+        running = [each for each in store.running_of(session, using=using) if each[:2] not in mine]
+        death = "" if is_ours else GONE
+        taken = store.take_back(running, to_settle=False, death=death, using=using) if running else ()
+    if taken:
+        context = {"deliveries": len(taken)}
+        logger.warning(
+            "Took over %(deliveries)s deliveries of a worker that is gone.", context, extra=context
+        )
+
+
+def book(
+    in_hand: Sequence[tuple[int, int]], error: BaseException | None, registry: Registry, *, using: str
+) -> list[int]:
+    """Count attempts that ended with `error`, and with the connection on which they were made.
+
+    `in_hand` has pairs of an event's id and its handler's number. Waits for up to CRASH_PATIENCE until
+    the server sees that the connection is gone. Without an error nobody is to blame, as the process was
+    stopped: detached handlers are put back, and nothing is counted. Returns the events that can't be
+    marked as failed either.
+    """
+    stuck: list[int] = []
+    left = list(in_hand)
+    whole = len(left) > 1
+    deadline = time.monotonic() + CRASH_PATIENCE
+    while left and time.monotonic() < deadline:
+        left = [
+            (event_id, number)
+            for event_id, number in left
+            if not _book_or_fail(event_id, number, error, registry, stuck, whole=whole, using=using)
+        ]
+        if left:
+            time.sleep(0.02)
+    if left and error is not None:
+        events = {"event_ids": [event_id for event_id, _ in left], "error": type(error).__qualname__}
+        logger.warning(
+            "Attempts that ended with %(error)s could not be counted: events %(event_ids)s.",
+            events,
+            extra=events,
+        )
+    return stuck
+
+
+def _book_or_fail(
+    event_id: int,
+    number: int,
+    error: BaseException | None,
+    registry: Registry,
+    stuck: list[int],
+    *,
+    whole: bool,
+    using: str,
+) -> bool:
+    """Count one attempt; if PostgreSQL refuses that, let the event fail, or note that it is `stuck`."""
+    write_it = partial(_book_one, event_id, number, error, registry, whole=whole, using=using)
+    try:
+        return persevere(write_it, using=using)
+    except Refused as refused:
+        if not write_unsettled(event_id, refused.error, using=using):
+            stuck.append(event_id)
+    return True
+
+
+def _book_one(
+    event_id: int,
+    number: int,
+    error: BaseException | None,
+    registry: Registry,
+    *,
+    whole: bool,
+    using: str,
+) -> bool:
+    """Count one attempt; return whether that is settled, or to be tried again: until the server has seen
+    that the connection is gone, the event's row is locked, and the session is.
+
+    Whoever takes over a running delivery counts it, too. So this one is put back and counted in one
+    transaction, unless it has been taken over since the process died. An event that was in hand with
+    others, as a `whole`, need not be the one that is at fault: it is tried again by itself.
+    """
+    handler = registry.handlers[number]
+    with transaction.atomic(using=using):
+        session, taken_over = store.held_by(event_id, handler.name, GONE, using=using)
+        if session is not None:
+            if not store.is_session_gone(session, using=using):
+                return False
+            running = Running(event_id, handler.name, session)
+            if not store.take_back([running], to_settle=error is not None, using=using):
+                return True  # taken over in this moment
+        if taken_over or error is None:
+            return True
+        if not store.claim_one(event_id, using=using):
+            return not store.is_unfinished(event_id, using=using)
+        (row,) = store.events_by_id([event_id], using=using)
+        event = Event.from_row(row, References())
+        earlier = store.deliveries([event_id], using=using).get(event_id, {})
+        event.attempt = next_attempt(handler, earlier)
+        if whole and handler.policy.is_final(error):
+            error = of_a_list(error)
+        attempts = {handler.name: judge(handler, event, error, 0.0)}
+        opened = Open(event, registry.handlers_for(event.group), [], earlier, attempts)
+        write(opened.alone(), using=using)
+    return True
+
+
+def tell_lost(count: int) -> None:
+    lost = {"events": count}
+    logger.warning("Lost the claim on %(events)s events.", lost, extra=lost)
