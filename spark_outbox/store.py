@@ -25,8 +25,8 @@ from psycopg.pq import ExecStatus
 from psycopg.sql import quote
 
 from spark_outbox.errors import IdCollision, UnreadablePayload
+from spark_outbox.events.decoding import MAX_STORED
 from spark_outbox.events.event import StoredRow
-from spark_outbox.events.payload import MAX_STORED
 
 Using = str | BaseDatabaseWrapper
 

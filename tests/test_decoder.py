@@ -14,9 +14,10 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from spark_outbox.errors import InstanceGone, UnreadablePayload
+from spark_outbox.events import decoding, references
 from spark_outbox.events import event as events
-from spark_outbox.events import payload, references
-from spark_outbox.events.payload import LazyPayload, encode, zones
+from spark_outbox.events.decoding import LazyPayload, zones
+from spark_outbox.events.encoding import encode
 from spark_outbox.events.references import References
 from spark_outbox.models import OutboxEvent
 from spark_outbox.testing import drain
@@ -140,7 +141,7 @@ def test_any_json_is_decoded_or_unreadable_and_nothing_is_imported_for_it(fuzzed
             except UnreadablePayload as error:
                 verdict = error
             assert not counting.statements  # it fetches nothing
-            assert not (verdict and payload.is_simple(json.dumps({"a": document})))
+            assert not (verdict and decoding.is_simple(json.dumps({"a": document})))
             assert good["a"].pk == 1  # whatever the other refers to
             try:
                 value = bad["a"]
@@ -177,6 +178,6 @@ def test_a_reference_to_a_module_imports_nothing(own_registry):
 
 
 def test_what_reads_payloads_has_nothing_to_import_with():
-    for module in (events, payload, references):
+    for module in (events, decoding, references):
         source = inspect.getsource(module)
         assert not re.search(r"\b(importlib|import_\w+|__import__|eval|exec|pickle|marshal)\b", source)

@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 
 from spark_outbox import emit, emit_many
 from spark_outbox.errors import InstanceGone, UnreadablePayload, UnstorableValue
-from spark_outbox.events.payload import MAX_DEPTH, MAX_STORED, MAX_TEXT, LazyPayload, dump
+from spark_outbox.events.decoding import MAX_STORED, LazyPayload
+from spark_outbox.events.encoding import MAX_DEPTH, MAX_TEXT, dump
 from spark_outbox.events.references import References
 from spark_outbox.models import OutboxEvent
 from spark_outbox.testing import drain, emitted

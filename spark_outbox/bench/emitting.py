@@ -11,7 +11,7 @@ from spark_outbox import store
 from spark_outbox.bench.figures import Bench, Figure, Goal, measure
 from spark_outbox.bench.load import child_workers, handlers, noop, refill
 from spark_outbox.bench.scratch import BenchRow
-from spark_outbox.events.payload import dump
+from spark_outbox.events.encoding import dump
 
 CONNECTIONS = 64
 

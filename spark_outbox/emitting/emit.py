@@ -13,8 +13,8 @@ from django.dispatch import Signal
 
 from spark_outbox import conf, store
 from spark_outbox.errors import DuplicateKey, IdCollision, InvalidEvent, NotInTransaction, NotMigrated
+from spark_outbox.events.encoding import dump
 from spark_outbox.events.event import Event
-from spark_outbox.events.payload import dump
 from spark_outbox.registry.backoff import MAX_DELAY
 from spark_outbox.store import NewRow
 

@@ -13,7 +13,8 @@ from django.utils.timezone import make_naive
 
 from spark_outbox import conf
 from spark_outbox.errors import InvalidEvent
-from spark_outbox.events.payload import LazyPayload, Text, is_plain_text, is_simple
+from spark_outbox.events.decoding import LazyPayload, Text, is_simple
+from spark_outbox.events.encoding import is_plain_text
 from spark_outbox.events.references import References
 
 MAX_LENGTH = 255
