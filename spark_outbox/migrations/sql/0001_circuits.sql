@@ -1,8 +1,8 @@
 -- A function that closes a handler's circuit by hand.
 --
--- Circuits are in the memory of each worker process. The function makes the waiting events ready. A worker
--- calls the handler for an event that a person made ready although its circuit is open, and closes the
--- circuit if the call succeeds.
+-- Circuits are in the memory of each worker process. The function makes the waiting events ready. A
+-- worker calls the handler for an event that a person made ready although its circuit is open, and
+-- closes the circuit if the call succeeds.
 
 create function spark_outbox_close_circuit(handler text) returns bigint
 language sql as $body$

@@ -8,7 +8,7 @@ language plpgsql security definer as $body$
 declare
     missing text;
 begin
-    -- The function is volatile, so this query sees a key that was committed while the INSERT waited for it.
+    -- The function is volatile, so this query sees a key that was committed while the INSERT waited.
     select key into missing from unnest(keys) as given (key)
     where not exists (select from spark_outbox_event as event where event.key = given.key)
     limit 1;
