@@ -27,9 +27,11 @@ end $$;
 
 revoke all on spark_outbox_event, spark_outbox_delivery, spark_outbox_session, spark_outbox_status
     from spark_outbox_emitter, spark_outbox_worker, spark_outbox_viewer;
+-- These functions run with the rights of their owner. `pg_dump --no-privileges` leaves out that they are not
+-- for everybody.
 revoke all on function
     spark_outbox_is_same(text, text, jsonb), spark_outbox_check_keys(text[]), spark_outbox_emit_many
-    from spark_outbox_emitter, spark_outbox_worker, spark_outbox_viewer;
+    from public, spark_outbox_emitter, spark_outbox_worker, spark_outbox_viewer;
 
 -- The emitter writes new events: pending ones, with no attempt behind them, at the time that it is. Of
 -- what is there it can read ids and times, which emit() returns, but no key, group or payload. Whether

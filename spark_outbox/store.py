@@ -1450,21 +1450,17 @@ def has_outbox(*, using: str) -> bool:
     return bool(value(HAS_OUTBOX, using=using))
 
 
-# For people. It never sets the sequence back. Migration 0007 has the same text.
+# For people. It never sets the sequence back. migrations/sql/0001_emitting.sql has the same text.
 PUT_IDS_RIGHT = (
     "select setval('spark_outbox_event_id_seq', "
     "greatest(nextval('spark_outbox_event_id_seq'), max(id))) from spark_outbox_event;"
 )
-KNOWS_IDS = "select to_regprocedure('spark_outbox_ids_are_behind()') is not null"
 IDS_ARE_BEHIND = "select spark_outbox_ids_are_behind()"
 
 
 def ids_are_behind(*, using: str) -> bool:
-    """Return whether the sequence is yet to give out an id that an event has.
-
-    False before the migration that can tell: `migrate` itself runs the checks first.
-    """
-    return bool(value(KNOWS_IDS, using=using) and value(IDS_ARE_BEHIND, using=using))
+    """Return whether the sequence is yet to give out an id that an event has."""
+    return bool(value(IDS_ARE_BEHIND, using=using))
 
 
 def wake_mode(*, using: str) -> str:

@@ -134,34 +134,6 @@ def test_models_and_migrations_agree():
     assert "No changes" in out.getvalue()
 
 
-def objects():
-    """Return everything of ours that is in the database's catalogue."""
-    with connection.cursor() as cursor:
-        cursor.execute(
-            """
-            select 'relation', relname from pg_class where relname like 'spark%%'
-            union select 'function', proname from pg_proc where proname like 'spark%%'
-            union select 'trigger', tgname from pg_trigger where tgname like 'spark%%'
-            union select 'constraint', conname from pg_constraint where conname like 'spark%%'
-            """
-        )
-        return sorted(cursor.fetchall())
-
-
-@pytest.mark.django_db(transaction=True)
-def test_the_migrations_are_reversible():
-    before = objects()
-    assert ("trigger", "spark_outbox_wake") in before
-    try:
-        done = manage("migrate", "spark_outbox", "zero")
-        assert done.returncode == 0, done.stderr
-        assert objects() == []
-    finally:
-        done = manage("migrate", "spark_outbox")
-    assert done.returncode == 0, done.stderr
-    assert objects() == before
-
-
 @pytest.mark.django_db(transaction=True)
 @pytest.mark.parametrize("mode", ["always", "never", "gated"])
 @pytest.mark.usefixtures("wake_mode")  # which puts it back

@@ -302,6 +302,21 @@ def test_the_worker_s_role_closes_circuits(logins):
     assert OutboxEvent.objects.get().available_at is None
 
 
+def test_the_roles_take_from_everybody_what_a_restore_without_privileges_gives(logins):
+    """`pg_dump --no-privileges` leaves out that some functions are not for everybody."""
+    functions = "spark_outbox_is_same, spark_outbox_check_keys, spark_outbox_emit_many"
+    is_same = "select spark_outbox_is_same('key', 'g', '{}')"
+    with connect() as admin, logins.connect("nobody") as nobody:
+        admin.execute(f"grant execute on function {functions} to public")
+        try:
+            assert nobody.execute(is_same).fetchone() == (False,)
+        finally:
+            admin.execute(ROLES_SQL)
+        for statement in (is_same, "select spark_outbox_check_keys('{key}')", EMIT_MANY):
+            with pytest.raises(InsufficientPrivilege):
+                nobody.execute(statement)
+
+
 @pytest.mark.parametrize("kind", [*ROLES, "nobody"])
 def test_the_checks_need_no_right_and_find_nothing(logins, kind):
     done = manage("check", "--database", "default", url=logins.url(kind))

@@ -1,16 +1,20 @@
-"""RunSQL for PostgreSQL alone. A project may have other databases; there the outbox is not created."""
+"""Operations that run the SQL of sql/ on PostgreSQL alone.
 
+A project may have other databases. The outbox is not created there: Django passes over its tables, whose
+models have `required_db_vendor`, and RunSQL passes over the rest.
+"""
+
+from pathlib import Path
 from typing import Any
 
 from django.db import migrations
 from django.db.backends.base.schema import BaseDatabaseSchemaEditor
 
+SQL = Path(__file__).with_name("sql")
+
 
 class RunSQL(migrations.RunSQL):
-    """Django's RunSQL, which passes over the databases of other vendors.
-
-    The models have `required_db_vendor`, so that Django itself passes over their tables.
-    """
+    """Django's RunSQL, which passes over the databases of other vendors."""
 
     def database_forwards(
         self, app_label: str, schema_editor: BaseDatabaseSchemaEditor, *states: Any
@@ -23,3 +27,15 @@ class RunSQL(migrations.RunSQL):
     ) -> None:
         if schema_editor.connection.vendor == "postgresql":
             super().database_backwards(app_label, schema_editor, *states)
+
+
+def run_file(name: str) -> RunSQL:
+    """Return the operation that runs sql/`name`.sql, and sql/`name`_reverse.sql backwards.
+
+    The files are frozen once released, as migrations are: a database may have run them.
+    """
+    return RunSQL(_read(name), _read(f"{name}_reverse"))
+
+
+def _read(name: str) -> str:
+    return (SQL / f"{name}.sql").read_text("utf-8")

@@ -1,6 +1,7 @@
 """The worker's half of the wake protocol: sleep so that no event is missed, and wake at once.
 
-The trigger (migrations/0004) notifies only while a worker sleeps. Two advisory locks decide it:
+The trigger, in migrations/sql/0001_wake.sql, notifies only while a worker sleeps. Two advisory locks
+decide it:
 
     K  held shared, to the end of its transaction, by every transaction that has emitted
     S  held shared, for as long as it sleeps, by every sleeping worker

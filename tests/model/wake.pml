@@ -12,8 +12,8 @@ NO_OUTLOOK only if there are FAILURES):
     spin -DNO_PROBE -t -p wake.pml
 
 tests/test_model.py does this for all of them, and holds the order of the steps against the code:
-"sql: NAME" is where a statement of store.py runs, "trigger: NAME" a call in spark_outbox_wake(), of
-migration 0004. The rest follows
+"sql: NAME" is where a statement of store.py runs, "trigger: NAME" a call in spark_outbox_wake(),
+of migrations/sql/0001_wake.sql. The rest follows
 
     Worker._work, Worker._sleep, Worker.handle_batch, Worker._recover, Claims.next,
     Wake.listen, Wake.fall_asleep, Wake.wake_up, Wake.parting, Wake.wait

@@ -1,14 +1,6 @@
-"""spark_outbox_status, whatever times are in the table; frozen SQL, since a database may have run it.
+-- The state of the outbox, by group.
 
-Up to PostgreSQL 16 an age since `-infinity`, which SQL may have put there, is an error.
-"""
-
-from django.db import migrations
-
-from spark_outbox.migrations._postgresql import RunSQL
-
-STATUS = """
-create or replace view spark_outbox_status as
+create view spark_outbox_status as
 select
     event_group,
     count(*) filter (
@@ -22,21 +14,15 @@ select
     count(*) filter (where status = 'failed') as failed,
     count(*) filter (where status = 'unhandled') as unhandled,
     count(*) filter (where status = 'discarded') as discarded,
+    -- SQL may have written -infinity. Until PostgreSQL 17, an age since then is an error.
     statement_timestamp() - min(coalesce(available_at, created_at)) filter (
         where status = 'pending' and (available_at is null or available_at <= statement_timestamp())
-            {finite}
-    ) as oldest_pending_age
-from spark_outbox_event
+            and isfinite(coalesce(available_at, created_at))
+    ) as oldest_pending_age,
+    count(waits.event_id) filter (where status = 'pending') as waits_for_circuit
+from spark_outbox_event as event
+left join (
+    select distinct event_id from spark_outbox_delivery
+    where status = 'pending' and error = 'spark_outbox: not called, its circuit is open'
+) as waits on waits.event_id = event.id
 group by event_group;
-"""
-
-
-class Migration(migrations.Migration):
-    dependencies = [("spark_outbox", "0005_least_privilege")]
-
-    operations = [
-        RunSQL(
-            STATUS.format(finite="and isfinite(coalesce(available_at, created_at))"),
-            STATUS.format(finite=""),
-        ),
-    ]

@@ -1,0 +1,1 @@
+drop function spark_outbox_close_circuit(text);

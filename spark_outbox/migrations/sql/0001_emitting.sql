@@ -1,0 +1,145 @@
+-- The functions that emit: spark_emit() for SQL, the others for emit() and emit_many().
+--
+-- Some run with the rights of their owner, so that a role that emits needs few rights of its own. Such a
+-- role gets EXECUTE by deploy/roles.sql; others don't. The end of this file pins the search_path of all.
+
+create function spark_outbox_check_keys(keys text[]) returns void
+language plpgsql security definer as $body$
+declare
+    missing text;
+begin
+    -- The function is volatile, so this query sees a key that was committed while the INSERT waited.
+    select key into missing from unnest(keys) as given (key)
+    where not exists (select from spark_outbox_event as event where event.key = given.key)
+    limit 1;
+    if found then
+        raise unique_violation using
+            message = 'The event with the key ' || quote_literal(missing)
+                || ' was not written: another event has its id.',
+            hint = 'The sequence of the ids is behind the table, as after a restore of the data alone. '
+                'Put it right, then emit again: select setval(''spark_outbox_event_id_seq'', '
+                'greatest(nextval(''spark_outbox_event_id_seq''), max(id))) from spark_outbox_event;',
+            table = 'spark_outbox_event', constraint = 'spark_outbox_event_pkey';
+    end if;
+end
+$body$;
+
+comment on function spark_outbox_check_keys(text[]) is
+    'Raise unique_violation unless there is an event of each of these keys.';
+
+revoke execute on function spark_outbox_check_keys(text[]) from public;
+
+
+create function spark_emit(event_group text, key text, payload jsonb default '{}') returns bigint
+language plpgsql as $body$
+declare
+    new_key constant text := coalesce($2, gen_random_uuid()::text);
+    new_id bigint;
+begin
+    insert into spark_outbox_event (event_group, key, payload)
+    values ($1, new_key, coalesce($3, '{}'))
+    on conflict do nothing
+    returning id into new_id;
+    if new_id is null then
+        perform spark_outbox_check_keys(array[new_key]);
+    end if;
+    return new_id;
+end
+$body$;
+
+comment on function spark_emit(text, text, jsonb) is
+    'Write an event; returns its id, or NULL if there is an event of this key already.';
+
+
+-- Ids are allotted in the order given. Rows are written in the order of their keys, so that two
+-- transactions with the same keys can't deadlock.
+create function spark_outbox_emit_many(
+    keys text[], groups text[], payloads jsonb[], header_objects jsonb[], ordering_keys text[],
+    times timestamptz[], delays interval[]
+) returns bigint
+language plpgsql security definer as $body$
+declare
+    ids constant regclass := pg_get_serial_sequence('spark_outbox_event', 'id');
+    new bigint;
+begin
+    insert into spark_outbox_event
+        (id, key, event_group, payload, headers, ordering_key, available_at)
+    select
+        id, key, event_group, payload, headers, ordering_key,
+        coalesce(available_at, statement_timestamp() + delay)
+    from (
+        select nextval(ids) as id, given.*
+        from unnest(keys, groups, payloads, header_objects, ordering_keys, times, delays)
+            with ordinality as given
+            (key, event_group, payload, headers, ordering_key, available_at, delay, place)
+        order by place
+    ) as numbered
+    order by key collate "C", id
+    on conflict do nothing;
+    get diagnostics new = row_count;
+    if new < cardinality(keys) then
+        perform spark_outbox_check_keys(keys);
+    end if;
+    return new;
+end
+$body$;
+
+comment on function spark_outbox_emit_many is
+    'Write events, with ids in the order given; returns how many were new. For emit_many().';
+
+revoke execute on function spark_outbox_emit_many from public;
+
+
+-- For on_duplicate="check" by a role that may not read payloads.
+create function spark_outbox_is_same(key text, event_group text, payload jsonb) returns boolean
+language sql stable security definer as $body$
+    select exists (
+        select from spark_outbox_event as event
+        where event.key = $1 and event.event_group = $2 and event.payload = $3
+    )
+$body$;
+
+comment on function spark_outbox_is_same(text, text, jsonb) is
+    'Whether the event of this key has this group and payload.';
+
+revoke execute on function spark_outbox_is_same(text, text, jsonb) from public;
+
+
+-- Everybody may call it: `manage.py check` needs no privileges.
+create function spark_outbox_ids_are_behind() returns boolean
+language plpgsql security definer as $body$
+declare
+    highest constant bigint := max(id) from spark_outbox_event;
+    behind boolean;
+begin
+    execute 'select $1 > last_value or $1 = last_value and not is_called from '
+        || pg_get_serial_sequence('spark_outbox_event', 'id')
+    into behind using highest;
+    return coalesce(behind, false);
+end
+$body$;
+
+comment on function spark_outbox_ids_are_behind() is
+    'Whether the sequence is yet to give out an id that an event has.';
+
+
+-- Pin the search_path: no caller's search_path can put another table or function in the way. pg_catalog
+-- comes first, since others may be allowed to create in the outbox's schema.
+do $do$
+declare
+    home constant regnamespace := (
+        select relnamespace from pg_class where oid = 'spark_outbox_event'::regclass
+    );
+    function regprocedure;
+begin
+    foreach function in array array[
+        'spark_outbox_check_keys(text[])',
+        'spark_emit(text, text, jsonb)',
+        'spark_outbox_emit_many(text[], text[], jsonb[], jsonb[], text[], timestamptz[], interval[])',
+        'spark_outbox_is_same(text, text, jsonb)',
+        'spark_outbox_ids_are_behind()'
+    ]::regprocedure[] loop
+        execute format('alter function %s set search_path = pg_catalog, %s, pg_temp', function, home);
+    end loop;
+end
+$do$;

@@ -1,0 +1,1 @@
+drop view spark_outbox_status;

@@ -1,0 +1,39 @@
+-- The trigger that wakes sleeping workers.
+--
+-- A transaction that notifies holds a lock of the whole database while it commits. So the trigger
+-- notifies only if a worker sleeps. Two advisory locks tell; the trigger waits for neither:
+--
+--     K (7531001, the table's OID)  shared, by each transaction that has emitted, until it ends
+--     S (7531002, the table's OID)  shared, by each worker that sleeps
+--
+-- spark_outbox/wake.py describes the worker's half. The trigger's argument is its mode, `gated` or
+-- `always`; for SPARK_OUTBOX["WAKE"] = "never" there is no trigger.
+
+create function spark_outbox_wake() returns trigger
+language plpgsql set search_path = pg_catalog, pg_temp as $body$
+declare
+    mode constant text := tg_argv[0];
+    this constant integer := tg_relid::integer;
+begin
+    if mode = 'gated'
+        and pg_try_advisory_xact_lock_shared(7531001, this) -- fails while a worker probes K
+        and pg_try_advisory_lock(7531002, this)             -- fails while a worker sleeps
+        and pg_advisory_unlock(7531002, this)
+    then
+        return null;
+    end if;
+    -- An INSERT that met only duplicates wakes nobody. A transition table would tell exactly, but would
+    -- make each emit a tenth dearer; the session's statistics are read only if a worker sleeps. They
+    -- count this transaction's rows, and may count rows of the last second: then one NOTIFY is too many.
+    -- Without statistics, notify.
+    if pg_stat_get_xact_tuples_inserted(tg_relid) > 0
+        or not current_setting('track_counts')::boolean
+    then
+        perform pg_notify('spark_outbox', '');
+    end if;
+    return null;
+end
+$body$;
+
+create trigger spark_outbox_wake after insert on spark_outbox_event
+    for each statement execute function spark_outbox_wake('gated');
