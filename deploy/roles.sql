@@ -28,7 +28,7 @@ end $$;
 revoke all on spark_outbox_event, spark_outbox_delivery, spark_outbox_session, spark_outbox_status
     from spark_outbox_emitter, spark_outbox_worker, spark_outbox_viewer;
 revoke all on function
-    spark_outbox_is_same(text, text, jsonb), spark_outbox_check_keys(text[]), spark_outbox_emit_many
+    spark_outbox_is_same, spark_outbox_check_keys, spark_outbox_emit_many
     from spark_outbox_emitter, spark_outbox_worker, spark_outbox_viewer;
 
 -- The emitter writes new events: pending ones, with no attempt behind them, at the time that it is. Of
@@ -38,7 +38,7 @@ revoke all on function
 grant insert (key, event_group, payload, headers, ordering_key, available_at), select (id, created_at)
     on spark_outbox_event to spark_outbox_emitter;
 grant execute on function
-    spark_outbox_is_same(text, text, jsonb), spark_outbox_check_keys(text[]), spark_outbox_emit_many
+    spark_outbox_is_same, spark_outbox_check_keys, spark_outbox_emit_many
     to spark_outbox_emitter;
 
 -- The worker moves events from status to status. It can't change what an event says, nor delete one.

@@ -8,21 +8,50 @@ rights of its owner, so that who emits need not be allowed to choose ids.
 spark_outbox_check_keys() tells a duplicate, whose key is there, from an event that was not written since
 another one has its id. It takes a new snapshot (it is volatile), which shows a key that was committed
 while the INSERT waited for it.
+
+A search_path may find the table in one schema and these functions in another, where they would write to
+a table of their own. So the caller says which table it means, and a function of another outbox refuses.
 """
+
+from importlib import import_module
 
 from django.db import migrations
 
 from spark_outbox.migrations._postgresql import RunSQL
 
+BEFORE = import_module("spark_outbox.migrations.0005_least_privilege")
+
 HOME = "(select relnamespace::regnamespace from pg_class where oid = 'spark_outbox_event'::regclass)"
+
+CHECK_HOME = f"""
+do $do$ begin execute format($format$
+create function spark_outbox_check_home(outbox regclass) returns void
+language plpgsql set search_path = pg_catalog, %s, pg_temp as $body$
+begin
+    if outbox is distinct from to_regclass('spark_outbox_event') then
+        raise undefined_function using
+            message = concat(
+                'The search_path finds the table ', outbox, ', but the functions of another outbox.'
+            ),
+            hint = 'Run migrate for the outbox that is meant, so that the schema of its table has the '
+                'functions, too; or correct the search_path.';
+    end if;
+end
+$body$;
+$format$, {HOME}); end $do$;
+
+comment on function spark_outbox_check_home(regclass) is
+    'Raise undefined_function unless this is the table of the outbox that the functions belong to.';
+"""
 
 CHECK_KEYS = f"""
 do $do$ begin execute format($format$
-create function spark_outbox_check_keys(keys text[]) returns void
+create function spark_outbox_check_keys(outbox regclass, keys text[]) returns void
 language plpgsql security definer set search_path = pg_catalog, %s, pg_temp as $body$
 declare
     missing text;
 begin
+    perform spark_outbox_check_home(outbox);
     select key into missing from unnest(keys) as given (key)
     where not exists (select from spark_outbox_event as event where event.key = given.key)
     limit 1;
@@ -39,23 +68,25 @@ end
 $body$;
 $format$, {HOME}); end $do$;
 
-comment on function spark_outbox_check_keys(text[]) is
+comment on function spark_outbox_check_keys(regclass, text[]) is
     'Raise unique_violation unless there is an event of each of these keys.';
 
-revoke execute on function spark_outbox_check_keys(text[]) from public;
+revoke execute on function spark_outbox_check_keys(regclass, text[]) from public;
 """
 
 EMIT_MANY = f"""
 do $do$ begin execute format($format$
 create function spark_outbox_emit_many(
-    keys text[], groups text[], payloads jsonb[], header_objects jsonb[], ordering_keys text[],
-    times timestamptz[], delays interval[]
+    outbox regclass, keys text[], groups text[], payloads jsonb[], header_objects jsonb[],
+    ordering_keys text[], times timestamptz[], delays interval[]
 ) returns bigint
 language plpgsql security definer set search_path = pg_catalog, %s, pg_temp as $body$
 declare
-    ids constant regclass := pg_get_serial_sequence('spark_outbox_event', 'id');
+    ids regclass;
     new bigint;
 begin
+    perform spark_outbox_check_home(outbox);
+    ids := pg_get_serial_sequence('spark_outbox_event', 'id');
     insert into spark_outbox_event
         (id, key, event_group, payload, headers, ordering_key, available_at)
     select
@@ -72,7 +103,7 @@ begin
     on conflict do nothing;
     get diagnostics new = row_count;
     if new < cardinality(keys) then
-        perform spark_outbox_check_keys(keys);
+        perform spark_outbox_check_keys(outbox, keys);
     end if;
     return new;
 end
@@ -84,6 +115,29 @@ comment on function spark_outbox_emit_many is
 
 revoke execute on function spark_outbox_emit_many from public;
 """
+
+IS_SAME = f"""
+drop function spark_outbox_is_same(text, text, jsonb);
+
+do $do$ begin execute format($format$
+create function spark_outbox_is_same(outbox regclass, key text, event_group text, payload jsonb)
+returns boolean
+language plpgsql stable security definer set search_path = pg_catalog, %s, pg_temp as $body$
+begin
+    perform spark_outbox_check_home(outbox);
+    return exists (
+        select from spark_outbox_event as event
+        where event.key = $2 and event.event_group = $3 and event.payload = $4
+    );
+end
+$body$;
+$format$, {HOME}); end $do$;
+
+comment on function spark_outbox_is_same is 'Whether the event of this key has this group and payload.';
+
+revoke execute on function spark_outbox_is_same from public;
+"""
+IS_SAME_REVERSE = "drop function spark_outbox_is_same;" + BEFORE.IS_SAME
 
 SPARK_EMIT = f"""
 do $do$ begin execute format($format$
@@ -99,7 +153,7 @@ begin
     on conflict do nothing
     returning id into new_id;
     if new_id is null then
-        perform spark_outbox_check_keys(array[new_key]);
+        perform spark_outbox_check_keys('spark_outbox_event', array[new_key]);
     end if;
     return new_id;
 end
@@ -145,8 +199,10 @@ class Migration(migrations.Migration):
     dependencies = [("spark_outbox", "0006_status_of_odd_times")]
 
     operations = [
-        RunSQL(CHECK_KEYS, "drop function spark_outbox_check_keys(text[]);"),
+        RunSQL(CHECK_HOME, "drop function spark_outbox_check_home;"),
+        RunSQL(CHECK_KEYS, "drop function spark_outbox_check_keys(regclass, text[]);"),
         RunSQL(EMIT_MANY, "drop function spark_outbox_emit_many;"),
+        RunSQL(IS_SAME, IS_SAME_REVERSE),
         RunSQL(SPARK_EMIT, SPARK_EMIT_REVERSE),
         RunSQL(IDS_ARE_BEHIND, "drop function spark_outbox_ids_are_behind();"),
     ]
