@@ -293,6 +293,21 @@ def test_a_look_at_what_is_passed_over_comes_to_an_end(own_registry, ordering_ke
     assert status("bad") == "pending"
 
 
+@pytest.mark.parametrize("body", [raising("P0001"), NOT_APPLIED])
+def test_in_process_what_is_passed_over_is_not_called_again_at_each_commit(settings, own_registry, body):
+    settings.SPARK_OUTBOX = {"DISPATCH": "on_commit"}
+    own_registry.add_handler(note, group="")
+    called = []
+    own_registry.add_handler(lambda event: called.append(event.key), group="", name="called")
+    with trigger(body, ALWAYS):
+        emit("g", "bad")
+        attempts = called.count("bad")
+        for n in range(3):
+            emit("g", f"{n}")
+        assert called.count("bad") == attempts
+    assert handled() == ["0", "1", "2"]
+
+
 # Which outbox
 
 
