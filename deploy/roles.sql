@@ -30,7 +30,7 @@ revoke all on spark_outbox_event, spark_outbox_delivery, spark_outbox_session, s
 -- These functions run with the rights of their owner. `pg_dump --no-privileges` leaves out that they are not
 -- for everybody.
 revoke all on function
-    spark_outbox_is_same(text, text, jsonb), spark_outbox_check_keys(text[]), spark_outbox_emit_many
+    spark_outbox_is_same, spark_outbox_check_keys, spark_outbox_emit_many
     from public, spark_outbox_emitter, spark_outbox_worker, spark_outbox_viewer;
 
 -- The emitter writes new events: pending ones, with no attempt behind them, at the time that it is. Of
@@ -40,7 +40,7 @@ revoke all on function
 grant insert (key, event_group, payload, headers, ordering_key, available_at), select (id, created_at)
     on spark_outbox_event to spark_outbox_emitter;
 grant execute on function
-    spark_outbox_is_same(text, text, jsonb), spark_outbox_check_keys(text[]), spark_outbox_emit_many
+    spark_outbox_is_same, spark_outbox_check_keys, spark_outbox_emit_many
     to spark_outbox_emitter;
 
 -- The worker moves events from status to status. It can't change what an event says, nor delete one.

@@ -144,14 +144,17 @@ returning id, (extract(epoch from created_at) * 1000000)::bigint
 """
 
 # A function, which allots the ids in the order given, and writes in that of the keys.
+# Each function is told which table is meant: if it is that of another outbox, found in another schema of
+# the search_path, it raises undefined_function.
 INSERT_MANY = """
 select spark_outbox_emit_many(
+    'spark_outbox_event'::regclass,
     %s::text[], %s::text[], %s::jsonb[], %s::jsonb[], %s::text[], %s::timestamptz[], %s::interval[]
 )
 """
 
 # Of an INSERT that wrote nothing: whether a row of the key is the reason, or one of the same id.
-CHECK_KEY = "select spark_outbox_check_keys(array[%s::text])"
+CHECK_KEY = "select spark_outbox_check_keys('spark_outbox_event'::regclass, array[%s::text])"
 PRIMARY_KEY = "spark_outbox_event_pkey"
 
 
@@ -194,7 +197,7 @@ def _collisions() -> Iterator[None]:
 
 
 # A function, so that who emits need not be allowed to read what others have emitted.
-SAME_EVENT = "select spark_outbox_is_same(%s, %s, %s::jsonb)"
+SAME_EVENT = "select spark_outbox_is_same('spark_outbox_event'::regclass, %s, %s, %s::jsonb)"
 
 
 def is_same(row: NewRow, *, using: str) -> bool:

@@ -156,6 +156,7 @@ def test_functions_pin_their_search_path():
         assert cursor.fetchone() == (1,)
     assert found == {
         "spark_emit": ["search_path=pg_catalog, public, pg_temp"],
+        "spark_outbox_check_home": ["search_path=pg_catalog, public, pg_temp"],
         "spark_outbox_check_keys": ["search_path=pg_catalog, public, pg_temp"],
         "spark_outbox_emit_many": ["search_path=pg_catalog, public, pg_temp"],
         "spark_outbox_ids_are_behind": ["search_path=pg_catalog, public, pg_temp"],

@@ -257,7 +257,7 @@ def test_whether_keys_are_there_is_read_off_their_index(full_table, count):
         )
         ((keys,),) = cursor.fetchall()
     for _ in range(8):  # so often that the plan is kept, which then knows no number of keys
-        _, pages = explain("select spark_outbox_check_keys(%s)", [keys])
+        _, pages = explain("select spark_outbox_check_keys('spark_outbox_event', %s)", [keys])
     assert pages < 10 + 5 * count
 
 

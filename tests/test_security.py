@@ -179,11 +179,11 @@ NOT_FOR_ANYBODY = [
     "create index on spark_outbox_event (payload)",
     "alter function spark_emit(text, text, jsonb) reset search_path",
     (
-        "create or replace function spark_outbox_is_same(key text, event_group text, payload jsonb) "
-        "returns boolean language sql as 'select true'"
+        "create or replace function spark_outbox_is_same(outbox regclass, key text, event_group text, "
+        "payload jsonb) returns boolean language sql as 'select true'"
     ),
     (
-        "create or replace function spark_outbox_check_keys(keys text[]) returns void "
+        "create or replace function spark_outbox_check_keys(outbox regclass, keys text[]) returns void "
         "language sql as 'select'"
     ),
     "alter function spark_outbox_emit_many security invoker",
@@ -207,7 +207,10 @@ NOT_FOR_ANYBODY = [
     "create role spark_test_other",
     "set session_replication_role = replica",
 ]
-EMIT_MANY = "select spark_outbox_emit_many('{x}', '{g}', '{}', '{}', '{}', '{}', '{}')"
+OUTBOX = "'spark_outbox_event'::regclass"
+EMIT_MANY = (
+    f"select spark_outbox_emit_many({OUTBOX}, '{{x}}', '{{g}}', '{{}}', '{{}}', '{{}}', '{{}}', '{{}}')"
+)
 DENIED = {
     "nobody": [
         "select id from spark_outbox_event",
@@ -215,8 +218,8 @@ DENIED = {
         "select * from spark_outbox_status",
         "insert into spark_outbox_event (key, event_group) values ('x', 'g')",
         "select spark_emit('g', 'x')",
-        "select spark_outbox_is_same('key', 'g', '{}')",
-        "select spark_outbox_check_keys('{key}')",
+        f"select spark_outbox_is_same({OUTBOX}, 'key', 'g', '{{}}')",
+        f"select spark_outbox_check_keys({OUTBOX}, '{{key}}')",
         EMIT_MANY,
         "select spark_outbox_close_circuit('h')",
     ],
@@ -255,8 +258,8 @@ DENIED = {
         "select id from spark_outbox_event for key share",
         "insert into spark_outbox_event (key, event_group) values ('x', 'g')",
         "select spark_emit('g', 'x')",
-        "select spark_outbox_is_same('key', 'g', '{}')",
-        "select spark_outbox_check_keys('{key}')",
+        f"select spark_outbox_is_same({OUTBOX}, 'key', 'g', '{{}}')",
+        f"select spark_outbox_check_keys({OUTBOX}, '{{key}}')",
         EMIT_MANY,
         "select spark_outbox_close_circuit('h')",
         "update spark_outbox_event set status = 'done'",
@@ -305,14 +308,14 @@ def test_the_worker_s_role_closes_circuits(logins):
 def test_the_roles_take_from_everybody_what_a_restore_without_privileges_gives(logins):
     """`pg_dump --no-privileges` leaves out that some functions are not for everybody."""
     functions = "spark_outbox_is_same, spark_outbox_check_keys, spark_outbox_emit_many"
-    is_same = "select spark_outbox_is_same('key', 'g', '{}')"
+    is_same = f"select spark_outbox_is_same({OUTBOX}, 'key', 'g', '{{}}')"
     with connect() as admin, logins.connect("nobody") as nobody:
         admin.execute(f"grant execute on function {functions} to public")
         try:
             assert nobody.execute(is_same).fetchone() == (False,)
         finally:
             admin.execute(ROLES_SQL)
-        for statement in (is_same, "select spark_outbox_check_keys('{key}')", EMIT_MANY):
+        for statement in (is_same, f"select spark_outbox_check_keys({OUTBOX}, '{{key}}')", EMIT_MANY):
             with pytest.raises(InsufficientPrivilege):
                 nobody.execute(statement)
 
@@ -517,12 +520,13 @@ def test_no_search_path_makes_the_outbox_run_what_is_not_its_own(
         victim.execute("insert into public.spark_outbox_event (key, event_group) values ('1', 'g')")
         for key in ("2", None):
             assert victim.execute("select public.spark_emit('g', %s)", [key]).fetchone()[0]
-        same = "select public.spark_outbox_is_same('key', 'g', '{\"secret\": 1}')"
+        outbox = "'public.spark_outbox_event'::pg_catalog.regclass"
+        same = f"select public.spark_outbox_is_same({outbox}, 'key', 'g', '{{\"secret\": 1}}')"
         assert victim.execute(same).fetchone() == (True,)
         assert notifications(listener) == (3 if sleeping or mode == "always" else 0)
         assert victim.execute("select public.spark_emit('g', 'key')").fetchone() == (None,)
         many = "'{3, key}', '{g, g}', '{null, null}', '{null, null}', '{o, o}', '{}', '{}'"
-        many = f"select public.spark_outbox_emit_many({many})".replace("null", '"{}"')
+        many = f"select public.spark_outbox_emit_many({outbox}, {many})".replace("null", '"{}"')
         assert victim.execute(many).fetchone() == (1,)
         assert victim.execute("select public.spark_outbox_ids_are_behind()").fetchone() == (False,)
     assert OutboxEvent.objects.count() == 5

@@ -55,6 +55,7 @@ class Claims:
         batch_size: int,
         commit_interval: float,
         clock: Callable[[], float],
+        passed_over: set[int],
     ) -> None:
         self.using = using
         self.groups = groups
@@ -70,7 +71,7 @@ class Claims:
         self._due_at = -math.inf  # when a busy worker looks for due events again
         self._order_at = -math.inf  # when a busy worker that found no ordered events looks again
         self._failed_head = conf.current().FAILED_HEAD
-        self._passed_over: set[int] = set()
+        self._passed_over = passed_over
         self._turns = Turns()
         self._keys = Rounds(ordered=True, groups=groups, using=using, clock=clock)
         self._whole: set[str] = set()  # keys of which the last claim has all that there is

@@ -56,13 +56,16 @@ class Deferred(NamedTuple):
 
 
 class Experience:
-    """What is known of one database's handlers: circuits, and who is slow. Threads may share it."""
+    """What is known of one database: circuits of its handlers, who is slow, which events to pass over.
+    Threads may share it."""
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self.settings = conf.current()
         self.breakers = Breakers(self.settings.BREAK_AFTER, clock)
         self.slow: dict[str, float] = {}
         """By name, the recent seconds of handlers that outlast the commit interval."""
+        self.passed_over: set[int] = set()
+        """Events whose rows PostgreSQL refuses to change, to whatever end."""
 
 
 class Dispatcher:
@@ -84,9 +87,8 @@ class Dispatcher:
         alarm: Alarm | None = None,
         in_hand: InHand,
         on_error: Callable[[Event, Handler, BaseException], None] | None = None,
-        experience: Experience | None = None,
+        experience: Experience,
     ) -> None:
-        experience = experience or Experience(clock)
         self._handlers_for = handlers_for
         self._using = using
         self._commit_interval = commit_interval

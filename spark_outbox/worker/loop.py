@@ -57,7 +57,7 @@ class Worker:
     process has used more than `max_rss` MiB.
     `on_ready` is called with the server's version whenever a new session is prepared and LISTENs;
     `on_error` with the event, the handler and what it raised. `experience` is what other workers of this
-    process have learned about the handlers.
+    process have learned about the handlers, and about events that can't be settled.
     """
 
     def __init__(
@@ -80,6 +80,7 @@ class Worker:
         experience: Experience | None = None,
     ) -> None:
         settings = conf.current()
+        experience = experience or Experience(clock)
         commit_interval = commit_interval or settings.COMMIT_INTERVAL
         self.using = using
         self.groups = groups
@@ -92,6 +93,7 @@ class Worker:
             batch_size=batch_size or settings.BATCH_SIZE,
             commit_interval=commit_interval,
             clock=clock,
+            passed_over=experience.passed_over,
         )
         self._isolation = Isolation(using)
         self._alarm = alarm

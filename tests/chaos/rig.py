@@ -169,17 +169,23 @@ class Rig:
         }
 
     def _start(self) -> None:
-        """Start everyone. Where there is no pgbouncer, those that would go through it go directly."""
+        """Start everyone. Where there is no pgbouncer, those that would go through it go directly.
+
+        Those that go directly have psycopg's pool in their settings.
+        """
         direct, cut = self.server.url(), self.proxy.url
         pooled, listens, polls = direct, "own", "own"
         if self.bouncer is not None:
             pooled, listens, polls = self.bouncer.url, "direct", "poll"
-        for name, url in (("direct", direct), ("cut", cut), ("pooled", pooled)):
-            self._add(
-                self.writers, f"writer-{name}", ("-m", "tests.chaos.writer", f"writer-{name}"), url
-            )
+        for name, url, pool in (("direct", direct, "yes"), ("cut", cut, ""), ("pooled", pooled, "")):
+            command = ("-m", "tests.chaos.writer", f"writer-{name}")
+            self._add(self.writers, f"writer-{name}", command, url, CHAOS_POOL=pool)
         self._add(
-            self.workers, "worker-direct", (*WORKER, "--processes", "2", "--max-rss", "150"), direct
+            self.workers,
+            "worker-direct",
+            (*WORKER, "--processes", "2", "--max-rss", "150"),
+            direct,
+            CHAOS_POOL="yes",
         )
         self._add(self.workers, "worker-cut", WORKER, cut, CHAOS_RELEASE="new")
         self._add(self.workers, "worker-pooled", WORKER, pooled, CHAOS_LISTEN=listens)

@@ -13,4 +13,6 @@ _listen, _poll = {"own": ("", 3600), "direct": ("direct", 3600), "poll": (None, 
 ]
 if _listen == "direct":
     DATABASES["direct"] = django_database(os.environ["CHAOS_DIRECT_URL"])  # noqa: F405
+if os.environ.get("CHAOS_POOL"):  # psycopg's: a pool in the process itself
+    DATABASES["default"]["OPTIONS"]["pool"] = True  # noqa: F405
 SPARK_OUTBOX = {"LISTEN_DATABASE": _listen, "POLL_INTERVAL": _poll, "REQUIRE_ATOMIC": True}

@@ -78,6 +78,8 @@ class Writer:
                 if self.renewing:
                     self.renew()
                 self.commit_some()
+                if "pool" in connection.settings_dict["OPTIONS"]:
+                    connection.close()  # as after a request: it goes back to the pool
                 self.wait()
             except (Error, SparkOutboxError) as error:
                 if isinstance(error, IdCollision):

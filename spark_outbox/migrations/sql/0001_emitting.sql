@@ -3,11 +3,32 @@
 -- Some run with the rights of their owner, so that a role that emits needs few rights of its own. Such a
 -- role gets EXECUTE by deploy/roles.sql; others don't. The end of this file pins the search_path of all.
 
-create function spark_outbox_check_keys(keys text[]) returns void
+-- A search_path may find the table in one schema and these functions in another, where they would write to
+-- a table of their own. So the caller says which table it means, and a function of another outbox refuses.
+create function spark_outbox_check_home(outbox regclass) returns void
+language plpgsql as $body$
+begin
+    if outbox is distinct from to_regclass('spark_outbox_event') then
+        raise undefined_function using
+            message = concat(
+                'The search_path finds the table ', outbox, ', but the functions of another outbox.'
+            ),
+            hint = 'Run migrate for the outbox that is meant, so that the schema of its table has the '
+                'functions, too; or correct the search_path.';
+    end if;
+end
+$body$;
+
+comment on function spark_outbox_check_home(regclass) is
+    'Raise undefined_function unless this is the table of the outbox that the functions belong to.';
+
+
+create function spark_outbox_check_keys(outbox regclass, keys text[]) returns void
 language plpgsql security definer as $body$
 declare
     missing text;
 begin
+    perform spark_outbox_check_home(outbox);
     -- The function is volatile, so this query sees a key that was committed while the INSERT waited.
     select key into missing from unnest(keys) as given (key)
     where not exists (select from spark_outbox_event as event where event.key = given.key)
@@ -24,10 +45,10 @@ begin
 end
 $body$;
 
-comment on function spark_outbox_check_keys(text[]) is
+comment on function spark_outbox_check_keys(regclass, text[]) is
     'Raise unique_violation unless there is an event of each of these keys.';
 
-revoke execute on function spark_outbox_check_keys(text[]) from public;
+revoke execute on function spark_outbox_check_keys(regclass, text[]) from public;
 
 
 create function spark_emit(event_group text, key text, payload jsonb default '{}') returns bigint
@@ -41,7 +62,7 @@ begin
     on conflict do nothing
     returning id into new_id;
     if new_id is null then
-        perform spark_outbox_check_keys(array[new_key]);
+        perform spark_outbox_check_keys('spark_outbox_event', array[new_key]);
     end if;
     return new_id;
 end
@@ -54,14 +75,16 @@ comment on function spark_emit(text, text, jsonb) is
 -- Ids are allotted in the order given. Rows are written in the order of their keys, so that two
 -- transactions with the same keys can't deadlock.
 create function spark_outbox_emit_many(
-    keys text[], groups text[], payloads jsonb[], header_objects jsonb[], ordering_keys text[],
-    times timestamptz[], delays interval[]
+    outbox regclass, keys text[], groups text[], payloads jsonb[], header_objects jsonb[],
+    ordering_keys text[], times timestamptz[], delays interval[]
 ) returns bigint
 language plpgsql security definer as $body$
 declare
-    ids constant regclass := pg_get_serial_sequence('spark_outbox_event', 'id');
+    ids regclass;
     new bigint;
 begin
+    perform spark_outbox_check_home(outbox);
+    ids := pg_get_serial_sequence('spark_outbox_event', 'id');
     insert into spark_outbox_event
         (id, key, event_group, payload, headers, ordering_key, available_at)
     select
@@ -78,7 +101,7 @@ begin
     on conflict do nothing;
     get diagnostics new = row_count;
     if new < cardinality(keys) then
-        perform spark_outbox_check_keys(keys);
+        perform spark_outbox_check_keys(outbox, keys);
     end if;
     return new;
 end
@@ -91,18 +114,21 @@ revoke execute on function spark_outbox_emit_many from public;
 
 
 -- For on_duplicate="check" by a role that may not read payloads.
-create function spark_outbox_is_same(key text, event_group text, payload jsonb) returns boolean
-language sql stable security definer as $body$
-    select exists (
+create function spark_outbox_is_same(outbox regclass, key text, event_group text, payload jsonb)
+returns boolean
+language plpgsql stable security definer as $body$
+begin
+    perform spark_outbox_check_home(outbox);
+    return exists (
         select from spark_outbox_event as event
-        where event.key = $1 and event.event_group = $2 and event.payload = $3
-    )
+        where event.key = $2 and event.event_group = $3 and event.payload = $4
+    );
+end
 $body$;
 
-comment on function spark_outbox_is_same(text, text, jsonb) is
-    'Whether the event of this key has this group and payload.';
+comment on function spark_outbox_is_same is 'Whether the event of this key has this group and payload.';
 
-revoke execute on function spark_outbox_is_same(text, text, jsonb) from public;
+revoke execute on function spark_outbox_is_same from public;
 
 
 -- Everybody may call it: `manage.py check` needs no privileges.
@@ -133,10 +159,12 @@ declare
     function regprocedure;
 begin
     foreach function in array array[
-        'spark_outbox_check_keys(text[])',
+        'spark_outbox_check_home(regclass)',
+        'spark_outbox_check_keys(regclass, text[])',
         'spark_emit(text, text, jsonb)',
-        'spark_outbox_emit_many(text[], text[], jsonb[], jsonb[], text[], timestamptz[], interval[])',
-        'spark_outbox_is_same(text, text, jsonb)',
+        'spark_outbox_emit_many('
+            'regclass, text[], text[], jsonb[], jsonb[], text[], timestamptz[], interval[])',
+        'spark_outbox_is_same(regclass, text, text, jsonb)',
         'spark_outbox_ids_are_behind()'
     ]::regprocedure[] loop
         execute format('alter function %s set search_path = pg_catalog, %s, pg_temp', function, home);
