@@ -6,6 +6,7 @@ import socket
 import time
 from collections.abc import Callable, Container, Sequence
 from functools import partial
+from typing import Literal
 
 from django.db import transaction
 
@@ -16,7 +17,7 @@ from spark_outbox.events import Event
 from spark_outbox.outcomes import Call, Open, Outcomes, as_text, judge, next_attempt
 from spark_outbox.references import References
 from spark_outbox.refusals import Refused, persevere, refusals
-from spark_outbox.registry import Registry
+from spark_outbox.registry import Handler, Registry
 from spark_outbox.store import Ended, Running
 
 logger = logging.getLogger(__name__)
@@ -224,14 +225,19 @@ def _take_over(
 
 
 def book(
-    in_hand: Sequence[tuple[int, int]], error: BaseException | None, registry: Registry, *, using: str
+    in_hand: Sequence[tuple[int, int]],
+    error: BaseException | None,
+    registry: Registry,
+    *,
+    session: int = 0,
+    using: str,
 ) -> list[int]:
     """Count attempts that ended with `error`, and with the connection on which they were made.
 
-    `in_hand` has pairs of an event's id and its handler's number. Waits for up to CRASH_PATIENCE until
-    the server sees that the connection is gone. Without an error nobody is to blame, as the process was
-    stopped: detached handlers are put back, and nothing is counted. Returns the events that can't be
-    marked as failed either.
+    `in_hand` has pairs of an event's id and its handler's number, `session` is that of the worker, 0 if
+    it had none. Waits for up to CRASH_PATIENCE until the server sees that the connection is gone.
+    Without an error nobody is to blame, as the process was stopped: detached handlers are put back, and
+    nothing is counted. Returns the events that can't be marked as failed either.
     """
     stuck: list[int] = []
     left = list(in_hand)
@@ -241,7 +247,9 @@ def book(
         left = [
             (event_id, number)
             for event_id, number in left
-            if not _book_or_fail(event_id, number, error, registry, stuck, whole=whole, using=using)
+            if not _book_or_fail(
+                event_id, number, error, registry, stuck, session=session, whole=whole, using=using
+            )
         ]
         if left:
             time.sleep(0.02)
@@ -262,11 +270,14 @@ def _book_or_fail(
     registry: Registry,
     stuck: list[int],
     *,
+    session: int,
     whole: bool,
     using: str,
 ) -> bool:
     """Count one attempt; if PostgreSQL refuses that, let the event fail, or note that it is `stuck`."""
-    write_it = partial(_book_one, event_id, number, error, registry, whole=whole, using=using)
+    write_it = partial(
+        _book_one, event_id, number, error, registry, session=session, whole=whole, using=using
+    )
     try:
         return persevere(write_it, using=using)
     except Refused as refused:
@@ -281,27 +292,21 @@ def _book_one(
     error: BaseException | None,
     registry: Registry,
     *,
+    session: int,
     whole: bool,
     using: str,
 ) -> bool:
     """Count one attempt; return whether that is settled, or to be tried again: until the server has seen
     that the connection is gone, the event's row is locked, and the session is.
 
-    Whoever takes over a running delivery counts it, too. So this one is put back and counted in one
-    transaction, unless it has been taken over since the process died. An event that was in hand with
-    others, as a `whole`, need not be the one that is at fault: it is tried again by itself.
+    An event that was in hand with others, as a `whole`, need not be the one that is at fault: it is
+    tried again by itself.
     """
     handler = registry.handlers[number]
     with transaction.atomic(using=using):
-        session, taken_over = store.held_by(event_id, handler.name, GONE, using=using)
-        if session is not None:
-            if not store.is_session_gone(session, using=using):
-                return False
-            running = Running(event_id, handler.name, session)
-            if not store.take_back([running], to_settle=error is not None, using=using):
-                return True  # taken over in this moment
-        if taken_over or error is None:
-            return True
+        state = _put_back(event_id, handler, error, session=session, using=using)
+        if state != "owed" or error is None:
+            return state != "held"
         if not store.claim_one(event_id, using=using):
             return not store.is_unfinished(event_id, using=using)
         (row,) = store.events_by_id([event_id], using=using)
@@ -314,6 +319,32 @@ def _book_one(
         opened = Open(event, registry.handlers_for(event.group), [], earlier, attempts)
         write(opened.alone(), using=using)
     return True
+
+
+def _put_back(
+    event_id: int, handler: Handler, error: BaseException | None, *, session: int, using: str
+) -> Literal["owed", "held", "over"]:
+    """Make the delivery that a worker of this `session` was at pending, if it is `running`.
+
+    Whoever takes over a running delivery counts it, too, but does not know what it died of: so that is
+    undone, in order to count it with its cause. But it is "over", once another attempt has begun. It is
+    "held" until the server has seen that the worker is gone.
+    """
+    to_settle = error is not None
+    holder, is_running = store.held_by(event_id, handler.name, using=using)
+    running = Running(event_id, handler.name, holder)
+    done = True
+    if is_running and (holder == session or not session or handler.atomic):
+        done = store.is_session_gone(holder, using=using) and bool(
+            store.take_back([running], to_settle=to_settle, using=using)
+        )
+    elif holder and holder == session:
+        done = store.undo_take_over(running, to_settle=to_settle, using=using)
+        if done and error is None:
+            store.wake_others(using=using)  # they need not have known of it
+    elif session and not handler.atomic:
+        return "over"
+    return "owed" if done else "held"
 
 
 def tell_lost(count: int) -> None:

@@ -22,6 +22,7 @@ from spark_outbox.errors import ConnectionLost, NotMigrated, SettingsError, desc
 from spark_outbox.events import Event
 from spark_outbox.isolation import Isolation
 from spark_outbox.outcomes import Batch, Outcomes
+from spark_outbox.presence import Presence
 from spark_outbox.references import References
 from spark_outbox.refusals import TIMES, Refused, Suspects, refusals
 from spark_outbox.registry import Handler, Registry, registry
@@ -95,8 +96,10 @@ class Worker:
         self._isolation = Isolation(using)
         self._alarm = alarm
         self._is_supervised = in_hand is not None
-        self._direct = settings.direct(using)  # it LISTENs, and holds the lock of our session
-        self._in_hand = Watched(in_hand or Hand(), registry, using=using, direct=self._direct)
+        self._direct = settings.direct(using)  # it LISTENs
+        in_hand = in_hand or Hand()
+        self._presence = Presence(using=using, direct=self._direct or using, in_hand=in_hand)
+        self._in_hand = Watched(in_hand, registry, using=using, presence=self._presence)
         self._dispatcher = Dispatcher(
             registry.handlers_for,
             using=using,
@@ -114,6 +117,7 @@ class Worker:
         self._detached = Detached(
             using=using,
             direct=self._direct,
+            presence=self._presence,
             wake=self._wake,
             dispatcher=self._dispatcher,
             registry=registry,
@@ -170,7 +174,7 @@ class Worker:
                     finished = self._stopping and not self._detached.calls
         finally:
             calls.close()
-            self._detached.close()
+            self._presence.end()
         logger.info("Stopped on database %s.", self.using, extra={"database": self.using})
 
     def _work(self, drain: bool, once: bool) -> bool:
@@ -210,7 +214,7 @@ class Worker:
                 while handled := self.handle_batch() or self.handle_batch(sweep=True):
                     total += handled
             finally:
-                self._detached.close()
+                self._presence.end()
         return total
 
     def open(self) -> int:
@@ -248,7 +252,7 @@ class Worker:
                 with self._isolation.batch(references, strict=self._claims.careful):
                     outcomes = self._dispatcher.dispatch(batch, self._isolation, self._is_stopping)
                 self._ask()
-                identity = self._detached.identify() if outcomes.calls else 0
+                identity = self._presence.hold() if outcomes.calls else 0
                 settle.write(outcomes, session=identity, using=self.using)
                 self._claims.hand_over(batch, outcomes)
                 self._in_hand.clear()
@@ -379,7 +383,6 @@ class Worker:
     def _sleep(self) -> int:
         """Wait until there may be something to do; see `wake` for the protocol. Return how many events
         were handled instead, as there was something to do."""
-        self._detached.resign()
         pause = self._wake.fall_asleep()
         reason = "round"
         while reason == "round" and not self._stopping:
@@ -445,12 +448,10 @@ class Worker:
                 raise SettingsError(f"--groups {self.groups!r}: {error}") from error
         self._check_direct()
         self._wake.listen()
-        if self._detached.calls:
-            self._detached.identify()
+        if self._direct is not None and self._in_hand.enlist():
+            self._claims.look_closely()
         self._session = self._raw()
         self._was_ready = True
-        if self._in_hand.enlist():
-            self._claims.look_closely()
         self._book_convicted()
         self._put_back_unhandled()
         logger.info("Ready on database %s.", self.using, extra={"database": self.using})
