@@ -45,6 +45,7 @@ class Detached:
         self.calls: list[Call] = []
         """Under way, or ended and not settled."""
         self._take_over_at = -math.inf
+        self._stuck: set[int] = set()  # events that can't be put back, which was logged
 
     @property
     def has_ended(self) -> bool:
@@ -96,5 +97,7 @@ class Detached:
             if self.calls:
                 self._presence.hold()  # the connection may have been lost
             mine = {(call.event.id, call.handler.name) for call in self.calls}
-            settle.take_over(session=self._presence.session, mine=mine, using=self._using)
+            self._stuck = settle.take_over(
+                session=self._presence.session, mine=mine, known=self._stuck, using=self._using
+            )
             self._take_over_at = self._clock() + TAKE_OVER_INTERVAL

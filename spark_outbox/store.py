@@ -883,16 +883,22 @@ IS_SESSION_GONE = "select pg_try_advisory_xact_lock(7531003, %s)"
 RUNNING_SESSIONS = "select distinct session from spark_outbox_delivery where status = 'running'"
 
 # Not found in a race: an event and its delivery begin to run, and stop, in one transaction.
-REOPEN_STRAYS = """
-update spark_outbox_event set status = 'pending', available_at = statement_timestamp()
-where id in (
+_STRAYS = """
     select id from spark_outbox_event as event
     where status = 'running' and not exists (
         select from spark_outbox_delivery
         where event_id = event.id and status = 'running'
     )
-    for no key update skip locked
-)
+"""
+
+REOPEN_STRAYS = f"""
+update spark_outbox_event set status = 'pending', available_at = statement_timestamp()
+where id in ({_STRAYS} for no key update skip locked)
+"""
+
+REOPEN_SOME_STRAYS = f"""
+update spark_outbox_event set status = 'pending', available_at = statement_timestamp()
+where id in ({_STRAYS} and id = any(%s) for no key update skip locked)
 """
 
 LOCK_RUNNING = """
@@ -1030,12 +1036,24 @@ def take_back(
     return taken
 
 
-def reopen_strays(*, using: str) -> int:
-    """Make running events pending again of which no delivery runs; return how many.
+def running_events(session: int | None, *, using: str) -> list[int]:
+    """Return the events of which deliveries run under a session."""
+    return sorted({event_id for event_id, _, _ in running_of(session, using=using)})
+
+
+def strays(*, using: str) -> list[int]:
+    """Return running events of which no delivery runs.
 
     A person may have discarded the delivery, or SQL may have made the event so.
     """
-    return _run(REOPEN_STRAYS, using=using)
+    return [event_id for (event_id,) in _rows(_STRAYS, using=using)]
+
+
+def reopen_strays(only: list[int] | None = None, *, using: str) -> int:
+    """Make them, or some of them, pending again; return how many."""
+    if only is None:
+        return _run(REOPEN_STRAYS, using=using)
+    return _run(REOPEN_SOME_STRAYS, [only], using=using)
 
 
 # Workers' rows, which tell of an unclean end: see crashes.py
