@@ -24,7 +24,7 @@ from spark_outbox.isolation import Isolation
 from spark_outbox.outcomes import Batch, Outcomes
 from spark_outbox.presence import Presence
 from spark_outbox.references import References
-from spark_outbox.refusals import TIMES, Refused, Suspects, refusals
+from spark_outbox.refusals import TIMES, Refused, Suspects, is_final, refusals
 from spark_outbox.registry import Handler, Registry, registry
 from spark_outbox.rest import next_look
 from spark_outbox.wake import Wake, poll
@@ -141,8 +141,9 @@ class Worker:
         """Handle events until `stop` is called; with `drain`, until none is ready; or `once`, a batch.
 
         Outlives the database: it reconnects with a growing pause. With `drain` or `once` only from
-        when it has been there: who waits for the end is told what is wrong. Raises NotMigrated if the
-        database has no outbox, SettingsError if PostgreSQL can't read `groups`.
+        when it has been there, and while it does not refuse what the worker itself asks: who waits for
+        the end is told what is wrong. Raises NotMigrated if the database has no outbox, SettingsError if
+        PostgreSQL can't read `groups`.
         """
         self._check_handlers()
         session.set_bounds(self.using, self._direct)
@@ -168,7 +169,7 @@ class Worker:
                         self._claims.leave()
                         self._in_hand.resign()
                 except Error as error:
-                    if (drain or once) and not self._was_ready:
+                    if (drain or once) and (not self._was_ready or self._is_refused(error)):
                         raise
                     self._recover(error)
                     finished = self._stopping and not self._detached.calls
@@ -236,7 +237,7 @@ class Worker:
         refuses alone fails. Raises what comes of an outage.
         """
         references = References(self.using)
-        batch = Batch([])
+        batch, outcomes = Batch([]), Outcomes()
         try:
             with refusals(using=self.using), transaction.atomic(using=self.using):
                 first = self._wake.parting(self.using) or self._first
@@ -264,11 +265,11 @@ class Worker:
         except Refused as refused:
             self._abandon()
             if not batch.events:
-                raise refused.error from None
-            return self._narrow(batch, refused, sweep)
+                raise refused.error from refused.error.__cause__  # which has the SQLSTATE
+            return self._narrow(batch, outcomes, refused, sweep)
         except Error:
             if self._is_cut_off():
-                self._suspect(batch, self._in_hand.in_hand())
+                self._suspect(batch, outcomes, self._in_hand.in_hand())
             self._abandon()
             raise
         except BaseException:
@@ -308,7 +309,7 @@ class Worker:
         self._in_hand.forget()
         self._dispatcher.abandon()
 
-    def _narrow(self, batch: Batch, refused: Refused, sweep: bool) -> int:
+    def _narrow(self, batch: Batch, outcomes: Outcomes, refused: Refused, sweep: bool) -> int:
         """After PostgreSQL has refused to settle a batch: find the event that is at fault."""
         event = batch.events[0]
         if not self._claims.careful or len(batch.events) > 1:
@@ -322,7 +323,7 @@ class Worker:
         elif refused.may_pass and not self._suspects.is_at_fault(event.id):
             self._wake.pause(random.uniform(*REFUSED_PAUSES))  # noqa: S311
         elif refused.may_pass:
-            called = self._calls_of(batch)
+            called = self._calls_of(batch, outcomes)
             stuck = settle.book(called, refused.error, self._registry, using=self.using)
             self._claims.pass_over(stuck)
             return 1
@@ -337,25 +338,40 @@ class Worker:
         raw: Any = None if self._session is None else self._session[0]
         return raw is not None and raw.closed
 
-    def _suspect(self, batch: Batch, in_hand: list[tuple[int, int]]) -> None:
+    def _is_refused(self, error: Error) -> bool:
+        """Return whether the database is there, and will not do what the worker asks another time."""
+        raw: Any = connections[self.using].connection
+        return raw is not None and not raw.closed and is_final(error)
+
+    def _suspect(self, batch: Batch, outcomes: Outcomes, in_hand: list[tuple[int, int]]) -> None:
         """After a lost connection: if that has always come with the same event, it is the event's fault.
 
-        From now on events are handled one by one, so that the next one has a single suspect.
+        From now on events are handled one by one, so that the next one has a single suspect. Nothing is
+        in hand any more if the connection was lost as the event was settled, through a deferred trigger
+        say; and not yet, if that was before it was dispatched: then it is nobody's fault.
         """
         if not batch.events:
             return
-        if not in_hand and len(batch.events) == 1:
-            in_hand = self._calls_of(batch)
+        if not in_hand and len(batch.events) == 1 and outcomes.reached:
+            in_hand = self._calls_of(batch, outcomes)
         at_fault = {event_id for event_id in dict(in_hand) if self._suspects.is_at_fault(event_id)}
         self._convicted = [called for called in in_hand if called[0] in at_fault]
         self._claims.doubt(batch)
 
-    def _calls_of(self, batch: Batch) -> list[tuple[int, int]]:
-        """Return the calls that the only event of a batch owes, as they are noted in `InHand`."""
+    def _calls_of(self, batch: Batch, outcomes: Outcomes) -> list[tuple[int, int]]:
+        """Return the calls that were made with the only event of a batch, as they are noted in `InHand`.
+
+        If it is the event's fault, nobody knows which handler's; but of none that was not called, as one
+        that is detached. If none was, each that is owed is charged: else the event would stay for ever.
+        """
         (event,) = batch.events
+        if event.id in outcomes.passed:
+            return []
         handlers = self._registry.handlers_for(event.group)
         owed = batch.owed(event, handlers) if event.id in batch.earlier else handlers
-        return [(event.id, handler.number) for handler in owed]
+        uncalled = {attempt.handler for attempt in outcomes.attempts if not attempt.counts}
+        called = [handler for handler in owed if handler.name not in uncalled]
+        return [(event.id, handler.number) for handler in called or owed]
 
     def _book_convicted(self) -> None:
         """Count an attempt for what has cost the worker its connection, now that it has another."""
