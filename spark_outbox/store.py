@@ -799,7 +799,10 @@ on conflict (event_id, handler) do update set
     duration = excluded.duration,
     available_at = excluded.available_at,
     worker = excluded.worker,
-    session = excluded.session,
+    session = case
+        when excluded.session is not null or excluded.attempts > 0 then excluded.session
+        else delivery.session
+    end,
     attempts = least(greatest(delivery.attempts, 0), 2147483646) + excluded.attempts,
     attempted_at = excluded.attempted_at
 where delivery.status = 'pending'
@@ -883,16 +886,22 @@ IS_SESSION_GONE = "select pg_try_advisory_xact_lock(7531003, %s)"
 RUNNING_SESSIONS = "select distinct session from spark_outbox_delivery where status = 'running'"
 
 # Not found in a race: an event and its delivery begin to run, and stop, in one transaction.
-REOPEN_STRAYS = """
-update spark_outbox_event set status = 'pending', available_at = statement_timestamp()
-where id in (
+_STRAYS = """
     select id from spark_outbox_event as event
     where status = 'running' and not exists (
         select from spark_outbox_delivery
         where event_id = event.id and status = 'running'
     )
-    for no key update skip locked
-)
+"""
+
+REOPEN_STRAYS = f"""
+update spark_outbox_event set status = 'pending', available_at = statement_timestamp()
+where id in ({_STRAYS} for no key update skip locked)
+"""
+
+REOPEN_SOME_STRAYS = f"""
+update spark_outbox_event set status = 'pending', available_at = statement_timestamp()
+where id in ({_STRAYS} and id = any(%s) for no key update skip locked)
 """
 
 LOCK_RUNNING = """
@@ -909,7 +918,8 @@ _DIED = """
 
 TAKE_BACK = f"""
 update spark_outbox_delivery as delivery
-set status = 'pending', session = null, available_at = statement_timestamp(),
+set status = 'pending', available_at = statement_timestamp(),
+    session = case when {_DIED} then delivery.session end,
     attempts = least(greatest(delivery.attempts, 0), 2147483646) + ({_DIED})::integer,
     attempted_at = case when {_DIED} then statement_timestamp() else delivery.attempted_at end,
     error = case when {_DIED} then %(death)s else delivery.error end,
@@ -922,10 +932,28 @@ returning delivery.event_id, delivery.handler
 """
 
 HELD_BY = """
-select case when status = 'running' then coalesce(session, 0) end,
-    status = 'pending' and error = %s and attempted_at > statement_timestamp() - interval '10 seconds'
-from spark_outbox_delivery
+select coalesce(session, 0), status = 'running' from spark_outbox_delivery
+where event_id = %s and handler = %s and status in ('running', 'pending', 'failed')
+"""
+
+# Whatever has come of it, unless another attempt has begun.
+LOCK_TAKEN_OVER = """
+select event.id from spark_outbox_event as event join spark_outbox_delivery as delivery
+    on delivery.event_id = event.id
+where event.id = %s and event.status in ('pending', 'failed')
+    and delivery.handler = %s and delivery.session = %s and delivery.status in ('pending', 'failed')
+for no key update skip locked
+"""
+
+UNCOUNT = """
+update spark_outbox_delivery set status = 'pending', session = null, attempts = greatest(attempts, 1) - 1
 where event_id = %s and handler = %s
+"""
+
+REOPEN_TAKEN_OVER = """
+update spark_outbox_event
+set status = 'pending', finished_at = null, attempts = greatest(attempts, 1) - %s
+where id = %s
 """
 
 RUNNING_OF = """
@@ -941,7 +969,10 @@ where id = any(%s) and status = 'running'
 
 
 class Running(NamedTuple):
-    """A delivery that some worker has begun; it is that worker's while it has this session."""
+    """A delivery that some worker has begun; it is that worker's while it has this session.
+
+    If another takes it over, which counts as an attempt, it still says whose attempt that was.
+    """
 
     event_id: int
     handler: str
@@ -966,11 +997,24 @@ def is_session_gone(session: int | None, *, using: str) -> bool:
     return session is None or bool(value(IS_SESSION_GONE, [session], using=using))
 
 
-def held_by(event_id: int, handler: str, death: str, *, using: str) -> tuple[int | None, bool]:
-    """Return the session under which a delivery is running, None if it is not; and whether it has just
-    been taken over, with `death` as its error."""
-    found = _rows(HELD_BY, [death, event_id, handler], using=using)
-    return found[0] if found else (None, False)
+def held_by(event_id: int, handler: str, *, using: str) -> tuple[int, bool]:
+    """Return the session of a delivery's last attempt, and whether that is still running.
+
+    It is 0 if nobody knows it: the attempt has ended in the ordinary way, or in a worker's transaction.
+    """
+    found = _rows(HELD_BY, [event_id, handler], using=using)
+    return found[0] if found else (0, False)
+
+
+def undo_take_over(running: Running, *, to_settle: bool, using: str) -> bool:
+    """Take back that a delivery's last attempt was counted as it was taken over, and make its event
+    pending if it has failed of that; return whether that could be done now. See `take_back`.
+    """
+    if not _rows(LOCK_TAKEN_OVER, list(running), using=using):
+        return False
+    _run(UNCOUNT, list(running[:2]), using=using)
+    _run(REOPEN_TAKEN_OVER, [int(to_settle), running.event_id], using=using)
+    return True
 
 
 def running_of(session: int | None, *, using: str) -> list[Running]:
@@ -995,22 +1039,32 @@ def take_back(
     return taken
 
 
-def reopen_strays(*, using: str) -> int:
-    """Make running events pending again of which no delivery runs; return how many.
+def running_events(session: int | None, *, using: str) -> list[int]:
+    """Return the events of which deliveries run under a session."""
+    return sorted({event_id for event_id, _, _ in running_of(session, using=using)})
+
+
+def strays(*, using: str) -> list[int]:
+    """Return running events of which no delivery runs.
 
     A person may have discarded the delivery, or SQL may have made the event so.
     """
-    return _run(REOPEN_STRAYS, using=using)
+    return [event_id for (event_id,) in _rows(_STRAYS, using=using)]
+
+
+def reopen_strays(only: list[int] | None = None, *, using: str) -> int:
+    """Make them, or some of them, pending again; return how many."""
+    if only is None:
+        return _run(REOPEN_STRAYS, using=using)
+    return _run(REOPEN_SOME_STRAYS, [only], using=using)
 
 
 # Workers' rows, which tell of an unclean end: see worker/crashes.py
 
-LOCK_WORKER = "select pg_try_advisory_lock(7531004, %s)"
-UNLOCK_WORKER = "select pg_advisory_unlock(7531004, %s)"
-
 ENLIST = """
 insert into spark_outbox_session (session, name) values (%s, %s)
-on conflict (session) do update set event_id = null, handler = '', times = 0
+on conflict (session) do update
+set event_id = null, handler = '', times = 0, started_at = excluded.started_at
 """
 
 DISMISS = """
@@ -1019,9 +1073,13 @@ delete from spark_outbox_session where session in (
 )
 """
 
+# Of one that was there before the server was restarted nobody knows whether it has died.
 FALLEN_WORKERS = """
-select session, event_id, handler, times from spark_outbox_session
-where session <> %s and pg_try_advisory_xact_lock(7531004, session)
+select
+    session, event_id, handler,
+    case when started_at > pg_postmaster_start_time() then times else 0 end
+from spark_outbox_session
+where session <> %s and pg_try_advisory_xact_lock(7531003, session)
 """
 
 NOTE_CALL = """
@@ -1037,15 +1095,6 @@ class FallenWorker(NamedTuple):
     event_id: int | None
     handler: str
     times: int
-
-
-def lock_worker(session: int, *, using: str) -> bool:
-    """Hold the lock of a worker's row for as long as this connection lives; False if somebody has it."""
-    return bool(value(LOCK_WORKER, [session], using=using))
-
-
-def unlock_worker(session: int, *, using: str) -> None:
-    value(UNLOCK_WORKER, [session], using=using)
 
 
 def enlist(session: int, name: str, *, using: str) -> None:

@@ -6,9 +6,11 @@ import threading
 
 import pytest
 from django.db import connection
+from django.db.models.expressions import RawSQL
 
 from spark_outbox import emit, emit_many, handler
 from spark_outbox.models import Delivery, WorkerSession
+from spark_outbox.worker.loop import Worker
 from tests.tools import (
     PATIENCE,
     WorkerProcess,
@@ -109,6 +111,48 @@ def test_a_worker_that_lives_is_not_taken_for_a_dead_one(own_registry):
             emit("g", "key")
             wait_until_done(1)
         assert WorkerSession.objects.count() == 1
+
+
+def test_an_outage_of_its_connection_is_not_taken_for_a_workers_end(own_registry):
+    """A call that it makes was counted, as if the worker had died of it."""
+    release, started = threading.Event(), threading.Event()
+
+    def wait(event):
+        if not started.is_set():
+            started.set()
+            assert release.wait(PATIENCE)
+
+    handler("", name="h")(wait)
+    event = emit("g", "key")
+    with worker_thread():
+        assert started.wait(PATIENCE)
+        WorkerSession.objects.update(event_id=event.id, handler="h", times=2)
+        with connect() as other:
+            other.execute(
+                "select pg_terminate_backend(pid, 10000) from pg_stat_activity "
+                "where application_name = 'spark_worker'"
+            )
+        Worker().run(drain=True)
+        assert status() == "done"
+        assert WorkerSession.objects.get().times == 2
+        release.set()
+    assert not Delivery.objects.exists()
+
+
+@pytest.mark.parametrize(("since", "attempts"), [("-1 second", []), ("1 second", [("h", 1)])])
+def test_a_restart_of_the_server_is_no_workers_end(own_registry, since, attempts):
+    own_registry.add_handler(note, group="", name="h")
+    event = emit("g", "key", delay=3600)
+    WorkerSession.objects.create(
+        session=1,
+        name="dead",
+        event_id=event.id,
+        handler="h",
+        times=2,
+        started_at=RawSQL("pg_postmaster_start_time() + %s::interval", [since]),
+    )
+    Worker().run(drain=True)
+    assert list(Delivery.objects.values_list("handler", "attempts")) == attempts
 
 
 def test_a_worker_that_was_cut_off_has_its_row_again(own_registry):

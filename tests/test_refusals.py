@@ -5,14 +5,18 @@ import contextlib
 import threading
 
 import pytest
-from django.db import ProgrammingError, connection, transaction
+from django.db import DataError, ProgrammingError, connection, transaction
 from psycopg.conninfo import make_conninfo
 
-from spark_outbox import emit, emit_many, handler
+from spark_outbox import emit, emit_many, handler, store
 from spark_outbox.errors import DuplicateKey
 from spark_outbox.models import Delivery, OutboxEvent
+from spark_outbox.worker import running as detached_calls
+from spark_outbox.worker import settle
+from spark_outbox.worker.isolation import Isolation
 from spark_outbox.worker.loop import Worker
 from tests.tools import (
+    PATIENCE,
     connect,
     conninfo,
     deliveries,
@@ -240,6 +244,51 @@ def test_a_table_that_is_not_there_for_a_moment_is_no_events_fault(own_registry,
     assert deliveries() == {"h": ("done", 2)}
 
 
+@pytest.mark.parametrize("how", ["drain", "once"])
+@pytest.mark.parametrize("table", ["spark_outbox_delivery", None])
+def test_what_postgresql_refuses_to_a_worker_that_is_to_end_ends_it(
+    own_registry, monkeypatch, how, table
+):
+    """It was refused again and again: a deployment waited for ever."""
+    own_registry.add_handler(note, group="")
+    emit("g", "key")
+    sessions = []
+
+    def claim(*arguments, using, **options):
+        return store.value("select 1 / 0", using=using)
+
+    def ready(_):
+        sessions.append(connection.connection)
+        assert len(sessions) == 1
+        if table is None:
+            monkeypatch.setattr(store, "claim_ready", claim)
+        else:
+            other.execute(f"alter table {table} rename to away")
+
+    with connect() as other:
+        try:
+            with pytest.raises(DataError if table is None else ProgrammingError):
+                Worker(on_ready=ready).run(**{how: True})
+        finally:
+            if table is not None:
+                other.execute(f"alter table away rename to {table}")
+
+
+@pytest.mark.parametrize("how", ["drain", "once"])
+def test_an_outage_does_not_end_a_worker_that_is_to_end_later(own_registry, how):
+    own_registry.add_handler(note, group="")
+    emit("g", "key")
+    sessions = []
+
+    def ready(_):
+        sessions.append(connection.connection.info.backend_pid)
+        if len(sessions) == 1:
+            terminate_from_outside(None)
+
+    Worker(on_ready=ready).run(**{how: True})
+    assert (status(), len(sessions)) == ("done", 2)
+
+
 # One row that nobody can change, in whatever state it is met
 
 ALWAYS = "new.key = 'bad'"
@@ -255,6 +304,36 @@ def test_a_row_that_is_to_be_put_back_and_cannot_be_stops_no_worker(own_registry
         emit_many({"group": "g", "key": f"{n}"} for n in range(5))
         eventually(lambda: OutboxEvent.objects.filter(status="done").count() == 5)
     assert status("bad") == state
+
+
+@pytest.mark.parametrize("state", ["stray", "left by a worker"])
+def test_what_cannot_be_put_back_keeps_no_others_and_is_logged_once(own_registry, caplog, state):
+    detached = own_registry.add_handler(note, group="^detached$", name="h", atomic=False)
+    own_registry.add_handler(note, group="^g$")
+    for key in ("1", "bad", "2"):
+        emit("detached", key)
+    OutboxEvent.objects.update(status="running")
+    if state != "stray":
+        for event in OutboxEvent.objects.all():
+            Delivery.objects.create(event=event, handler=detached.name, status="running", session=1)
+    looks, take_over = [], settle.take_over
+
+    def look(**options):
+        looks.append(options)
+        return take_over(**options)
+
+    with pytest.MonkeyPatch.context() as patch, trigger(raising("P0001"), ALWAYS):
+        patch.setattr(detached_calls, "TAKE_OVER_INTERVAL", 0.0)
+        patch.setattr(settle, "take_over", look)
+        with worker_thread(poll_interval=0.01):
+            eventually(lambda: [status("1"), status("2")] == ["done", "done"])
+            seen = len(looks)
+            for number in range(3):
+                emit("g", f"after {number}")
+                eventually(lambda number=number: status(f"after {number}") == "done")
+            eventually(lambda: len(looks) > seen + 2)
+    assert status("bad") == "running"
+    assert caplog.text.count("can't be put back") == 1
 
 
 @pytest.mark.parametrize("code", ["57014", "40001", "55P03"])
@@ -431,6 +510,31 @@ def test_a_function_whose_table_is_gone_is_that_of_another_outbox(whole_tenant, 
     assert list(statuses()) == ["key"]
 
 
+def test_an_attempt_is_counted_also_if_the_closed_connection_lingers(own_registry, monkeypatch):
+    """The server may take a moment to see that it is gone, and the event's row is locked until then."""
+    seen, claim_one = threading.Event(), store.claim_one
+
+    def claim(*arguments, **options):
+        claimed = claim_one(*arguments, **options)
+        seen.set()
+        return claimed
+
+    def fail(event):
+        connection.close()
+        lingering.execute("select from spark_outbox_event for update")
+        raise OSError
+
+    monkeypatch.setattr(store, "claim_one", claim)
+    handler("", name="h", max_attempts=1)(fail)
+    with connect(autocommit=False) as lingering, worker_thread():
+        emit("g", "key")
+        assert seen.wait(PATIENCE)
+        assert status() == "pending"
+        lingering.rollback()
+        eventually(lambda: status() == "failed")
+    assert deliveries() == {"h": ("failed", 1)}
+
+
 # An outage that one event brings about
 
 
@@ -478,6 +582,64 @@ def test_only_the_handler_that_was_running_is_charged(own_registry):
         eventually(lambda: deliveries().get("second") == ("failed", 1))
         eventually(lambda: status("bad") == "failed")
     assert len(handled()) == 2  # the first's and the third's, once each
+
+
+@contextlib.contextmanager
+def lost_in_commit():
+    """Have a deferred trigger end the session that commits the settling of an event."""
+    with connect() as other:
+        other.execute(
+            "create function no() returns trigger language plpgsql as "
+            "$$ begin perform pg_terminate_backend(pg_backend_pid()); return null; end $$; "
+            "create constraint trigger no after update on spark_outbox_event "
+            "deferrable initially deferred for each row when "
+            "(old.attempts = 0 and new.status in ('done', 'running') and new.key = 'bad') "
+            "execute function no()"
+        )
+        try:
+            yield
+        finally:
+            other.execute("drop function no cascade")
+
+
+def test_a_connection_that_is_lost_in_commit_is_charged_to_the_handlers_that_were_called(own_registry):
+    """Nobody knows which of them it was; but those that were not called it was not."""
+    called = []
+    handler("", name="first", max_attempts=1)(lambda event: called.append("first"))
+    handler("", name="second", max_attempts=1)(lambda event: called.append("second"))
+    handler("", name="detached", max_attempts=1, atomic=False)(lambda event: called.append("detached"))
+    emit("g", "bad")
+    with lost_in_commit(), worker_thread():
+        eventually(lambda: status("bad") == "failed")
+    assert deliveries() == {"first": ("failed", 1), "second": ("failed", 1), "detached": ("done", 1)}
+    assert called == ["first", "second"] * 3 + ["detached"]
+
+
+def test_an_event_that_loses_the_connection_in_commit_before_any_call_stops_no_worker(own_registry):
+    handler("", name="detached", max_attempts=1, atomic=False)(note)
+    emit("g", "bad")
+    emit("g", "good")
+    with lost_in_commit(), worker_thread():
+        eventually(lambda: statuses() == {"bad": "failed", "good": "done"})
+    assert "ConnectionLost" in Delivery.objects.get(event__key="bad").error
+
+
+def test_a_connection_that_is_lost_before_any_call_is_charged_to_nobody(own_registry, monkeypatch):
+    begin, lost = Isolation.batch, []
+
+    def lose(isolation, *arguments, **options):
+        if len(lost) < 4:
+            lost.append(connection.connection.info.backend_pid)
+            terminate(None)
+        return begin(isolation, *arguments, **options)
+
+    monkeypatch.setattr(Isolation, "batch", lose)
+    handler("", name="h", max_attempts=1)(note)
+    emit("g", "key")
+    with worker_thread():
+        eventually(lambda: status() == "done")
+    assert len(lost) == 4
+    assert not Delivery.objects.exists()
 
 
 def test_a_server_that_goes_away_again_and_again_charges_no_event_that_was_not_there(own_registry):

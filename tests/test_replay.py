@@ -133,3 +133,27 @@ def test_a_rehearsal_tells_what_would_happen_and_changes_nothing(past, own_regis
 def test_a_rehearsal_stops_at_its_limit(past):
     assert "2 events, 0 failures" in run("--handler", "new", "--rehearse", "--limit", "2")[0]
     assert past == ["order_1", "order_2"]
+
+
+@pytest.mark.parametrize(("atomic", "failures"), [(False, 0), (True, 2)])
+def test_a_rehearsal_lets_a_handler_be_durable_if_it_may(past, own_registry, atomic, failures):
+    """A detached one may, though the rehearsal itself is one transaction that is rolled back."""
+
+    def export(event):
+        with transaction.atomic(durable=True):
+            Handled.objects.create(key=event.key, handler="export")
+
+    own_registry.add_handler(export, group="^o", name="export", atomic=atomic)
+    out, error = run("--handler", "export", "--rehearse", "--limit", "2")
+    assert f"2 events, {failures} failures\n" in out
+    assert (error is None) == (not failures)
+    assert ("2 rows written to challenges_handled\n" in out) == (not failures)
+    assert not Handled.objects.filter(handler="export").exists()
+    with transaction.atomic(durable=True):  # what the rehearsal has allowed itself is over
+        pass
+    with (
+        transaction.atomic(),
+        pytest.raises(RuntimeError, match="durable"),
+        transaction.atomic(durable=True),
+    ):
+        pass

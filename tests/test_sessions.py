@@ -5,17 +5,18 @@ import threading
 
 import psycopg
 import pytest
-from django.db import close_old_connections, connection, connections, transaction
+from django.db import OperationalError, close_old_connections, connection, connections, transaction
 from psycopg.conninfo import make_conninfo
 
 from spark_outbox import checks, conf, emit, handler, store
-from spark_outbox.errors import SettingsError, WorkerDied
+from spark_outbox.errors import HandlerTimeout, SettingsError, WorkerDied
 from spark_outbox.models import Delivery, OutboxEvent
 from spark_outbox.registry.handlers import Registry
 from spark_outbox.worker import session, settle
 from spark_outbox.worker.loop import Worker
 from spark_outbox.worker.private import NAME, PrivateConnection
 from tests.tools import (
+    HOUR,
     PATIENCE,
     Flags,
     WorkerProcess,
@@ -140,23 +141,68 @@ def test_a_private_connection_belongs_to_no_pool(monkeypatch):
         eventually(lambda: other.execute("select pg_try_advisory_lock(7531003, 1)").fetchone()[0])
 
 
-def test_a_worker_keeps_its_private_connection_for_as_long_as_it_has_calls(own_registry):
+def test_a_worker_has_one_private_connection_whatever_it_does(own_registry):
     seen = []
 
     @handler("^detached$", name="h", atomic=False)
     def run(event):
-        seen.append(len(private_sessions()))
+        seen.append(private_sessions())
 
     own_registry.add_handler(note, group="^plain$")
     with worker_thread():
+        (pid,) = private_sessions()
         emit("plain", "0")
         wait_until_done(1)
-        assert not private_sessions()
         for number in (1, 2):
             emit("detached", f"{number}")
             wait_until_done(number + 1)
-            eventually(lambda: not private_sessions())
-    assert seen == [1, 1]
+        wait_until_asleep()
+        assert private_sessions() == {pid}
+    eventually(lambda: not private_sessions())
+    assert seen == [{pid}, {pid}]
+
+
+def test_a_worker_that_has_no_direct_connection_has_no_private_one(own_registry, settings):
+    settings.SPARK_OUTBOX = {"LISTEN_DATABASE": None}
+    own_registry.add_handler(note, group="")
+    with worker_thread(poll_interval=0.01):
+        emit("g", "key")
+        wait_until_done(1)
+        assert not private_sessions()
+
+
+def test_without_a_connection_to_spare_no_handler_is_called(own_registry, monkeypatch, caplog):
+    """Rather than called for nothing, again and again, as its batch can't be committed."""
+    connect_to, refusals = PrivateConnection._connect, iter(range(2))
+
+    def refuse(private):
+        if next(refusals, None) is None:
+            return connect_to(private)
+        raise OperationalError("sorry, too many clients already")
+
+    monkeypatch.setattr(PrivateConnection, "_connect", refuse)
+    calls = []
+    own_registry.add_handler(lambda event: calls.append("plain"), group="", name="plain")
+    own_registry.add_handler(lambda event: calls.append("detached"), group="", name="h", atomic=False)
+    emit("g", "key")
+    with worker_thread():
+        wait_until_done(1)
+    assert calls == ["plain", "detached"]
+    assert caplog.text.count("sorry, too many clients already") == 2
+
+
+def test_a_worker_that_is_ready_needs_no_more_connections(own_registry, monkeypatch):
+    def refuse(private):
+        raise OperationalError("sorry, too many clients already")
+
+    calls = []
+    own_registry.add_handler(lambda event: calls.append("plain"), group="", name="plain")
+    own_registry.add_handler(lambda event: calls.append("detached"), group="", name="h", atomic=False)
+    with worker_thread():
+        monkeypatch.setattr(PrivateConnection, "_connect", refuse)
+        emit("g", "key")
+        wait_until_done(1)
+    assert calls == ["plain", "detached"]
 
 
 def test_a_private_connection_that_is_lost_is_made_anew_and_its_calls_stay_ours(own_registry):
@@ -267,18 +313,87 @@ def test_what_ended_through_no_fault_of_its_handler_is_not_counted(own_registry,
     assert deliveries() == {"h": ("pending", 0)}
 
 
+def crash(event, error, registry):
+    """Book what the supervisor has seen: the worker of session 1 died of this event's handler."""
+    settle.book([(event.id, 0)], error, registry, session=1, using="default")
+
+
 def test_a_crash_that_was_taken_over_already_is_not_counted_twice(own_registry):
     own_registry.add_handler(note, group="", name="h", atomic=False)
     event = leave_running()
     settle.take_over(using="default")
-    settle.book([(event.id, 0)], WorkerDied("It died of signal SIGSEGV."), own_registry, using="default")
+    crash(event, WorkerDied("It died of signal SIGSEGV."), own_registry)
     assert deliveries() == {"h": ("pending", 1)}
+
+
+@pytest.mark.parametrize(("max_attempts", "judged"), [(1, False), (1, True), (2, False)])
+def test_the_cause_of_a_crash_is_known_also_if_it_was_taken_over_first(
+    own_registry, max_attempts, judged
+):
+    """Whoever takes over knows only that the worker is gone; the supervisor knows why."""
+    calls = []
+    handler("", name="h", atomic=False, max_attempts=max_attempts, backoff=HOUR)(calls.append)
+    event = leave_running()
+    settle.take_over(using="default")
+    if judged:
+        Worker().run(drain=True)
+        assert deliveries() == {"h": ("failed", 1)}
+    crash(event, HandlerTimeout("It ran longer than its timeout."), own_registry)
+    failed = "failed" if max_attempts == 1 else "pending"
+    assert deliveries() == {"h": (failed, 1)}
+    assert Delivery.objects.get().error.startswith("spark_outbox.errors.HandlerTimeout: It ran longer")
+    assert "HandlerTimeout" in Delivery.objects.get().traceback
+    found = OutboxEvent.objects.get()
+    assert "HandlerTimeout" in found.last_error
+    assert found.status == failed
+    assert (found.finished_at is None) == (failed == "pending")
+    Worker().run(drain=True)
+    assert calls == []  # it waits for its backoff, or has failed
+
+
+def test_a_worker_that_was_stopped_has_burned_no_attempt_also_if_it_was_taken_over_first(own_registry):
+    own_registry.add_handler(note, group="", name="h", atomic=False)
+    event = leave_running()
+    settle.take_over(using="default")
+    crash(event, None, own_registry)
+    assert deliveries() == {"h": ("pending", 0)}
+    assert status() == "pending"
+    Worker().run(drain=True)
+    assert (status(), handled()) == ("done", ["key"])
+
+
+@pytest.mark.parametrize("outcome", ["fails", "runs", "dies"])
+def test_a_crash_that_is_booked_after_the_next_attempt_changes_nothing_of_that(own_registry, outcome):
+    """Which another worker has begun in the meantime: the first was counted as it was taken over."""
+
+    @handler("", name="h", atomic=False, max_attempts=5, backoff=HOUR)
+    def run(event):
+        if outcome == "fails":
+            raise OSError("another reason")
+
+    event = leave_running()
+    settle.take_over(using="default")
+    if outcome == "fails":
+        Worker().run(drain=True)
+    else:
+        OutboxEvent.objects.update(status="running")
+        Delivery.objects.update(status="running", session=2)
+    with connect() as other:
+        other.execute("select pg_advisory_lock(7531003, 2)")
+        if outcome == "runs":
+            crash(event, HandlerTimeout(), own_registry)
+            assert deliveries() == {"h": ("running", 1)}
+    if outcome == "dies":
+        settle.take_over(using="default")
+    crash(event, HandlerTimeout(), own_registry)
+    assert "HandlerTimeout" not in Delivery.objects.get().error
+    assert Delivery.objects.get().attempts == (1 if outcome == "runs" else 2)
 
 
 def test_a_crash_is_not_counted_by_a_take_over_as_well(own_registry):
     own_registry.add_handler(note, group="", name="h", atomic=False)
     event = leave_running()
-    settle.book([(event.id, 0)], WorkerDied("It died of signal SIGSEGV."), own_registry, using="default")
+    crash(event, WorkerDied("It died of signal SIGSEGV."), own_registry)
     settle.take_over(using="default")
     assert deliveries() == {"h": ("pending", 1)}
     assert "SIGSEGV" in Delivery.objects.get().error

@@ -63,8 +63,8 @@ DIED = "The worker process died of {cause} while it ran this handler."
 NEVER = float("inf")
 
 _SIZE = 16 * mmap.PAGESIZE
-_ROOM = (_SIZE // 8 - 4) // 2  # pairs of words, beside their count and the three at the end
-_ASKED, _DUE, _READY = -1, -2, -3
+_ROOM = (_SIZE // 8 - 5) // 2  # pairs of words, beside their count and the four at the end
+_ASKED, _DUE, _READY, _SESSION = -1, -2, -3, -4
 
 
 @dataclass(slots=True)
@@ -84,7 +84,7 @@ class Slot:
     """The deadline for whose sake it has."""
     _words: "memoryview[int]" = field(init=False)
     """Shared: how many calls are in hand, and their events and handlers; at _READY, whether a child of
-    this place has ever been ready."""
+    this place has ever been ready; at _SESSION, the child's session."""
     _times: "memoryview[float]" = field(init=False)
     """The same memory. At _ASKED, when the child began to wait for the database; at _DUE, when what it
     does has to end."""
@@ -124,6 +124,14 @@ class Slot:
         """Note, in the child, that it is ready."""
         self._words[_READY] = 1
 
+    def identify(self, session: int) -> None:
+        """Note, in the child, its session."""
+        self._words[_SESSION] = session
+
+    def session(self) -> int:
+        """Return the child's session; 0 if it had none."""
+        return int(self._words[_SESSION])
+
     def in_hand(self) -> list[tuple[int, int]]:
         words = self._words[1 : 2 * self._words[0] + 1].tolist()
         return list(zip(words[::2], words[1::2], strict=True))
@@ -143,6 +151,7 @@ class Slot:
         """Forget the last child, before another is started."""
         self.put_down()
         self.end_by(NEVER)
+        self.identify(0)
         self.started = time.monotonic()
         self.killed, self.overdue = False, NEVER
 
@@ -156,9 +165,9 @@ class Supervisor:
     A child that exits with 0 is done: it is started again at once, or not at all if `finite`. One
     that exits with EX_CONFIG would do so again: then all are stopped, and `run` returns that code. Any
     other end is a crash, but for those by the supervisor's own hand. `on_crash` gets the events and
-    handlers that the child had in hand, if any, and what they failed with; None for a child that was
-    killed since it did not stop in time. It runs in a process of its own, where signals to stop are
-    ignored, and has BOOKING_PATIENCE, or the `answer_timeout`.
+    handlers that the child had in hand, if any, what they failed with, and the child's session; the
+    error is None for a child that was killed since it did not stop in time. It runs in a process of its
+    own, where signals to stop are ignored, and has BOOKING_PATIENCE, or the `answer_timeout`.
     `on_ready` is called when a child is ready and all have been.
     """
 
@@ -171,7 +180,7 @@ class Supervisor:
         answer_timeout: float,
         finite: bool,
         on_ready: Callable[[], None],
-        on_crash: Callable[[list[tuple[int, int]], BaseException | None], None],
+        on_crash: Callable[[list[tuple[int, int]], BaseException | None, int], None],
     ) -> None:
         self._work = work
         self._slots = [Slot(number) for number in range(processes)]
@@ -274,7 +283,7 @@ class Supervisor:
                 signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
                 signal.signal(signal.SIGALRM, signal.SIG_DFL)  # it ends us, whatever we wait for
                 signal.setitimer(signal.ITIMER_REAL, min(BOOKING_PATIENCE, self._answer_timeout))
-                self._on_crash(in_hand, error)
+                self._on_crash(in_hand, error, slot.session())
                 code = 0
             finally:
                 _exit(code)

@@ -2,9 +2,10 @@
 
 A supervisor counts the attempt that killed its child. If a container's OOM killer takes both, nobody is
 left to count, and the event would kill each worker that comes after. So each worker has a row while it
-lives, and holds an advisory lock on its number. One that stops by itself deletes its row.
+lives, with its session, see presence.py. One that stops by itself deletes its row.
 
-A row that nobody holds the lock of tells of an unclean end. The worker that finds it handles as many
+A row whose session nobody holds tells of an unclean end; but not of a death, if the server was restarted
+since, as that ends all sessions. The worker that finds it handles as many
 events one by one as the dead one can have claimed. It writes each call into its own row before it makes
 it, on a connection of its own. If that is what a worker dies of twice in a row, the next one counts the
 attempt. From then on each such end counts at once. Otherwise no call is written.
@@ -20,10 +21,10 @@ from django.db import Error, transaction
 from spark_outbox import store
 from spark_outbox.errors import WorkerDied, describe
 from spark_outbox.registry.handlers import Registry
-from spark_outbox.worker import session, settle
+from spark_outbox.worker import settle
 from spark_outbox.worker.event_loop import InHand
 from spark_outbox.worker.outcome import Batch
-from spark_outbox.worker.private import PrivateConnection
+from spark_outbox.worker.presence import Presence
 
 logger = logging.getLogger(__name__)
 
@@ -35,17 +36,15 @@ counts as an attempt."""
 class Watched(InHand):
     """One worker's note of what is in hand, which is written down while `watch` says so.
 
-    `inner` is the note that the supervisor reads. `direct` is the alias of a connection that is no
-    pooler's; where there is none, nothing is ever written.
+    `inner` is the note that the supervisor reads. Until `enlist`, nothing is written.
     """
 
-    def __init__(self, inner: InHand, registry: Registry, *, using: str, direct: str | None) -> None:
+    def __init__(self, inner: InHand, registry: Registry, *, using: str, presence: Presence) -> None:
         self._inner = inner
         self._registry = registry
         self._using = using
-        self._direct = direct
-        self._session = 0
-        self._private = PrivateConnection(direct or using)
+        self._presence = presence
+        self._session = 0  # that of our row; 0 if there is none
         self._fallen: list[int] = []
         self._times: dict[tuple[int | None, str], int] = {}
         self._is_watching = self._has_killed = False
@@ -54,16 +53,13 @@ class Watched(InHand):
     # The worker's row
 
     def enlist(self) -> bool:
-        """Have a row, and hold its lock, on a new connection; return whether to look closely.
+        """Have a row; return whether to look closely.
 
         Counts the calls that workers were making that did not stop by themselves.
         """
-        if self._direct is None:
-            return False
-        while not self._session or not store.lock_worker(self._session, using=self._direct):
-            if self._session:  # the server has not seen yet that our old connection is gone
-                store.dismiss([self._session], using=self._using)
-            self._session = session.new_number()
+        former, self._session = self._session, self._presence.confirm()
+        if former not in (0, self._session):
+            store.dismiss([former], using=self._using)
         name = f"{socket.gethostname()}:{os.getpid()}"
         store.enlist(self._session, name, using=self._using)
         with transaction.atomic(using=self._using):
@@ -80,9 +76,8 @@ class Watched(InHand):
         """The worker stops by itself."""
         if self._session:
             store.dismiss([self._session], using=self._using)
-            store.unlock_worker(self._session, using=self._direct or self._using)
             self._session = 0
-        self._private.close()
+            self._presence.end()
 
     def _count(self, fallen: store.FallenWorker) -> None:
         for handler in self._registry.handlers:
@@ -91,7 +86,7 @@ class Watched(InHand):
                     "The worker process and its supervisor died while it ran this handler."
                 )
                 called = [(fallen.event_id, handler.number)]
-                settle.book(called, error, self._registry, using=self._using)
+                settle.book(called, error, self._registry, session=fallen.session, using=self._using)
 
     # Its calls
 
@@ -111,7 +106,6 @@ class Watched(InHand):
         if self._fallen and not closely:
             store.dismiss(self._fallen, using=self._using)
             self._fallen, self._times = [], {}
-            self._private.close()
 
     def forget(self) -> None:
         """The batch was rolled back: what was noted is not in hand any more."""
@@ -119,7 +113,7 @@ class Watched(InHand):
         if self._has_noted:
             self._has_noted = False
             with contextlib.suppress(Error):  # then it is gone with the connection, or with the worker
-                self._private.run(store.forget_call, [self._session])
+                self._presence.run(store.forget_call, [self._session])
 
     def take_in_hand(self, *called: tuple[int, int]) -> None:
         self._inner.take_in_hand(*called)
@@ -129,9 +123,8 @@ class Watched(InHand):
             times = TIMES if self._has_killed else self._times.get((event_id, name), 0) + 1
             self._has_noted = True
             try:
-                self._private.run(store.note_call, [self._session], event_id, name, times)
+                self._presence.run(store.note_call, [self._session], event_id, name, times)
             except Error as error:  # the call is not at fault, and is made all the same
-                self._private.close()
                 context = {"event_id": event_id, "error": describe(error)}
                 logger.warning(
                     "The call on event %(event_id)s could not be written down (%(error)s).",
@@ -144,6 +137,9 @@ class Watched(InHand):
 
     def rest(self) -> None:
         self._inner.rest()
+
+    def identify(self, session: int) -> None:
+        self._inner.identify(session)
 
     def in_hand(self) -> list[tuple[int, int]]:
         return self._inner.in_hand()

@@ -45,6 +45,9 @@ class InHand(Protocol):
     def rest(self) -> None:
         """Note that we do not, until `put_down`."""
 
+    def identify(self, session: int) -> None:
+        """Note the session that running deliveries of this worker bear."""
+
     def in_hand(self) -> list[tuple[int, int]]:
         """Return what was taken in hand and not put down."""
 
@@ -62,6 +65,9 @@ class Hand:
         self._called = ()
 
     def rest(self) -> None:
+        pass
+
+    def identify(self, session: int) -> None:
         pass
 
     def in_hand(self) -> list[tuple[int, int]]:

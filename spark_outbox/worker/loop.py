@@ -24,7 +24,8 @@ from spark_outbox.worker.dispatch import Dispatcher, Experience, TransactionLost
 from spark_outbox.worker.event_loop import PATIENCE, Alarm, Calls, Hand, InHand
 from spark_outbox.worker.isolation import Isolation
 from spark_outbox.worker.outcome import Batch, Outcomes
-from spark_outbox.worker.refusals import TIMES, Refused, Suspects, refusals
+from spark_outbox.worker.presence import Presence
+from spark_outbox.worker.refusals import TIMES, Refused, Suspects, is_final, refusals
 from spark_outbox.worker.rest import next_look
 from spark_outbox.worker.running import Detached
 from spark_outbox.worker.wake import Wake, poll
@@ -98,8 +99,10 @@ class Worker:
         self._isolation = Isolation(using)
         self._alarm = alarm
         self._is_supervised = in_hand is not None
-        self._direct = settings.direct(using)  # it LISTENs, and holds the lock of our session
-        self._in_hand = Watched(in_hand or Hand(), registry, using=using, direct=self._direct)
+        self._direct = settings.direct(using)  # it LISTENs
+        in_hand = in_hand or Hand()
+        self._presence = Presence(using=using, direct=self._direct or using, in_hand=in_hand)
+        self._in_hand = Watched(in_hand, registry, using=using, presence=self._presence)
         self._dispatcher = Dispatcher(
             registry.handlers_for,
             using=using,
@@ -117,6 +120,7 @@ class Worker:
         self._detached = Detached(
             using=using,
             direct=self._direct,
+            presence=self._presence,
             wake=self._wake,
             dispatcher=self._dispatcher,
             registry=registry,
@@ -140,8 +144,9 @@ class Worker:
         """Handle events until `stop` is called; with `drain`, until none is ready; or `once`, a batch.
 
         Outlives the database: it reconnects with a growing pause. With `drain` or `once` only from
-        when it has been there: who waits for the end is told what is wrong. Raises NotMigrated if the
-        database has no outbox, SettingsError if PostgreSQL can't read `groups`.
+        when it has been there, and while it does not refuse what the worker itself asks: who waits for
+        the end is told what is wrong. Raises NotMigrated if the database has no outbox, SettingsError if
+        PostgreSQL can't read `groups`.
         """
         self._check_handlers()
         session.set_bounds(self.using, self._direct)
@@ -167,13 +172,13 @@ class Worker:
                         self._claims.leave()
                         self._in_hand.resign()
                 except Error as error:
-                    if (drain or once) and not self._was_ready:
+                    if (drain or once) and (not self._was_ready or self._is_refused(error)):
                         raise
                     self._recover(error)
                     finished = self._stopping and not self._detached.calls
         finally:
             calls.close()
-            self._detached.close()
+            self._presence.end()
         logger.info("Stopped on database %s.", self.using, extra={"database": self.using})
 
     def _work(self, drain: bool, once: bool) -> bool:
@@ -213,7 +218,7 @@ class Worker:
                 while handled := self.handle_batch() or self.handle_batch(sweep=True):
                     total += handled
             finally:
-                self._detached.close()
+                self._presence.end()
         return total
 
     def open(self) -> int:
@@ -235,7 +240,7 @@ class Worker:
         refuses alone fails. Raises what comes of an outage.
         """
         references = References(self.using)
-        batch = Batch([])
+        batch, outcomes = Batch([]), Outcomes()
         try:
             with refusals(using=self.using), transaction.atomic(using=self.using):
                 first = self._wake.parting(self.using) or self._first
@@ -251,7 +256,7 @@ class Worker:
                 with self._isolation.batch(references, strict=self._claims.careful):
                     outcomes = self._dispatcher.dispatch(batch, self._isolation, self._is_stopping)
                 self._ask()
-                identity = self._detached.identify() if outcomes.calls else 0
+                identity = self._presence.hold() if outcomes.calls else 0
                 settle.write(outcomes, session=identity, using=self.using)
                 self._claims.hand_over(batch, outcomes)
                 self._in_hand.clear()
@@ -263,11 +268,11 @@ class Worker:
         except Refused as refused:
             self._abandon()
             if not batch.events:
-                raise refused.error from None
-            return self._narrow(batch, refused, sweep)
+                raise refused.error from refused.error.__cause__  # which has the SQLSTATE
+            return self._narrow(batch, outcomes, refused, sweep)
         except Error:
             if self._is_cut_off():
-                self._suspect(batch, self._in_hand.in_hand())
+                self._suspect(batch, outcomes, self._in_hand.in_hand())
             self._abandon()
             raise
         except BaseException:
@@ -307,7 +312,7 @@ class Worker:
         self._in_hand.forget()
         self._dispatcher.abandon()
 
-    def _narrow(self, batch: Batch, refused: Refused, sweep: bool) -> int:
+    def _narrow(self, batch: Batch, outcomes: Outcomes, refused: Refused, sweep: bool) -> int:
         """After PostgreSQL has refused to settle a batch: find the event that is at fault."""
         event = batch.events[0]
         if not self._claims.careful or len(batch.events) > 1:
@@ -321,7 +326,7 @@ class Worker:
         elif refused.may_pass and not self._suspects.is_at_fault(event.id):
             self._wake.pause(random.uniform(*REFUSED_PAUSES))  # noqa: S311
         elif refused.may_pass:
-            called = self._calls_of(batch)
+            called = self._calls_of(batch, outcomes)
             stuck = settle.book(called, refused.error, self._registry, using=self.using)
             self._claims.pass_over(stuck)
             return 1
@@ -336,25 +341,40 @@ class Worker:
         raw: Any = None if self._session is None else self._session[0]
         return raw is not None and raw.closed
 
-    def _suspect(self, batch: Batch, in_hand: list[tuple[int, int]]) -> None:
+    def _is_refused(self, error: Error) -> bool:
+        """Return whether the database is there, and will not do what the worker asks another time."""
+        raw: Any = connections[self.using].connection
+        return raw is not None and not raw.closed and is_final(error)
+
+    def _suspect(self, batch: Batch, outcomes: Outcomes, in_hand: list[tuple[int, int]]) -> None:
         """After a lost connection: if that has always come with the same event, it is the event's fault.
 
-        From now on events are handled one by one, so that the next one has a single suspect.
+        From now on events are handled one by one, so that the next one has a single suspect. Nothing is
+        in hand any more if the connection was lost as the event was settled, through a deferred trigger
+        say; and not yet, if that was before it was dispatched: then it is nobody's fault.
         """
         if not batch.events:
             return
-        if not in_hand and len(batch.events) == 1:
-            in_hand = self._calls_of(batch)
+        if not in_hand and len(batch.events) == 1 and outcomes.reached:
+            in_hand = self._calls_of(batch, outcomes)
         at_fault = {event_id for event_id in dict(in_hand) if self._suspects.is_at_fault(event_id)}
         self._convicted = [called for called in in_hand if called[0] in at_fault]
         self._claims.doubt(batch)
 
-    def _calls_of(self, batch: Batch) -> list[tuple[int, int]]:
-        """Return the calls that the only event of a batch owes, as they are noted in `InHand`."""
+    def _calls_of(self, batch: Batch, outcomes: Outcomes) -> list[tuple[int, int]]:
+        """Return the calls that were made with the only event of a batch, as they are noted in `InHand`.
+
+        If it is the event's fault, nobody knows which handler's; but of none that was not called, as one
+        that is detached. If none was, each that is owed is charged: else the event would stay for ever.
+        """
         (event,) = batch.events
+        if event.id in outcomes.passed:
+            return []
         handlers = self._registry.handlers_for(event.group)
         owed = batch.owed(event, handlers) if event.id in batch.earlier else handlers
-        return [(event.id, handler.number) for handler in owed]
+        uncalled = {attempt.handler for attempt in outcomes.attempts if not attempt.counts}
+        called = [handler for handler in owed if handler.name not in uncalled]
+        return [(event.id, handler.number) for handler in called or owed]
 
     def _book_convicted(self) -> None:
         """Count an attempt for what has cost the worker its connection, now that it has another."""
@@ -382,7 +402,6 @@ class Worker:
     def _sleep(self) -> int:
         """Wait until there may be something to do; see `wake` for the protocol. Return how many events
         were handled instead, as there was something to do."""
-        self._detached.resign()
         pause = self._wake.fall_asleep()
         reason = "round"
         while reason == "round" and not self._stopping:
@@ -448,12 +467,10 @@ class Worker:
                 raise SettingsError(f"--groups {self.groups!r}: {error}") from error
         self._check_direct()
         self._wake.listen()
-        if self._detached.calls:
-            self._detached.identify()
+        if self._direct is not None and self._in_hand.enlist():
+            self._claims.look_closely()
         self._session = self._raw()
         self._was_ready = True
-        if self._in_hand.enlist():
-            self._claims.look_closely()
         self._book_convicted()
         self._put_back_unhandled()
         logger.info("Ready on database %s.", self.using, extra={"database": self.using})

@@ -106,6 +106,12 @@ class Suspects:
         return bool(self._times)
 
 
+def is_final(error: BaseException) -> bool:
+    """Return whether PostgreSQL has answered, and would say no again."""
+    state = _state(error)
+    return bool(state) and not state.startswith((*OUTAGES, *PASSING))
+
+
 def _is_outage(error: BaseException) -> bool:
     state = _state(error)
     if not state:  # it is no answer of the server's: another connection could not be made, say

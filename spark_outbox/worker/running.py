@@ -1,22 +1,17 @@
 """Handlers at work outside of the worker's transaction: their deliveries are `running` meanwhile.
 
-A worker that has such deliveries holds the advisory lock of its session, a random number that they
-bear. Locks die with the connection: so others see at once that it is gone, and take them back; and
-what it finds out after that applies to nothing any more. The lock is on a private connection, which
-lasts whatever handlers do to those that they can reach.
+They bear the worker's session, see presence.py. If the lock of that is free, others take them back; and
+what the worker finds out after that applies to nothing any more.
 """
 
 import math
 from collections.abc import Callable
 
-from django.db import Error
-
-from spark_outbox import store
 from spark_outbox.registry.handlers import Registry
 from spark_outbox.worker import session, settle
 from spark_outbox.worker.dispatch import Dispatcher
 from spark_outbox.worker.outcome import Call, succeeded
-from spark_outbox.worker.private import PrivateConnection
+from spark_outbox.worker.presence import Presence
 from spark_outbox.worker.wake import Wake
 
 TAKE_OVER_INTERVAL = 1.0
@@ -32,6 +27,7 @@ class Detached:
         *,
         using: str,
         direct: str | None,
+        presence: Presence,
         wake: Wake,
         dispatcher: Dispatcher,
         registry: Registry,
@@ -40,7 +36,7 @@ class Detached:
     ) -> None:
         self._using = using
         self._direct = direct or using
-        self._private = PrivateConnection(self._direct)
+        self._presence = presence
         self._wake = wake
         self._dispatcher = dispatcher
         self._registry = registry
@@ -48,45 +44,17 @@ class Detached:
         self._on_settled = on_settled  # with ordering keys: others of them may be possible now
         self.calls: list[Call] = []
         """Under way, or ended and not settled."""
-        self._session = 0
         self._take_over_at = -math.inf
+        self._stuck: set[int] = set()  # events that can't be put back, which was logged
 
     @property
     def has_ended(self) -> bool:
         return any(call.ended for call in self.calls)
 
-    def identify(self) -> int:
-        """Return our session. Its lock is held from now on, until the connection is lost, or closed."""
-        if not self._private.is_open:
-            session.check_direct(self._using, self._direct)
-        try:
-            self._hold()
-        except Error:
-            if not self._private.is_open:
-                raise
-            self._private.close()  # it was lost since it was last used
-            self._hold()
-        return self._session
-
-    def _hold(self) -> None:
-        # On a new connection the old number, if nobody is taking over what bears it.
-        self._session = self._session or session.new_number()
-        while not self._private.run(store.lock_session, self._session):
-            self._session = session.new_number()
-
-    def resign(self) -> None:
-        """Give up our session, unless there are calls under way."""
-        if not self.calls:
-            self._private.close()
-
-    def close(self) -> None:
-        """Give up our session, and let others take over whatever is still running."""
-        self._private.close()
-
     def begin(self, calls: list[Call]) -> None:
         """Run what has been committed as running; go on with what runs already."""
         for call in calls:
-            call.session = self._session
+            call.session = self._presence.session
         self.calls += [call for call in calls if call.handler.atomic]
         for call in calls:
             if not call.handler.atomic:
@@ -127,7 +95,9 @@ class Detached:
         """Put back what workers have begun that are gone; not more often than it makes sense."""
         if self._clock() >= self._take_over_at:
             if self.calls:
-                self.identify()  # the connection may have been lost
+                self._presence.hold()  # the connection may have been lost
             mine = {(call.event.id, call.handler.name) for call in self.calls}
-            settle.take_over(session=self._session, mine=mine, using=self._using)
+            self._stuck = settle.take_over(
+                session=self._presence.session, mine=mine, known=self._stuck, using=self._using
+            )
             self._take_over_at = self._clock() + TAKE_OVER_INTERVAL

@@ -145,7 +145,7 @@ class Command(OutboxCommand):
             answer_timeout=options["answer_timeout"],
             finite=finite,
             on_ready=lambda: systemd.notify("READY=1"),
-            on_crash=lambda in_hand, error: self._book_crash(in_hand, error, options),
+            on_crash=lambda in_hand, error, number: self._book_crash(in_hand, error, number, options),
         )
         ended_by: list[int] = []
         nohup = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
@@ -227,7 +227,11 @@ class Command(OutboxCommand):
         )
 
     def _book_crash(
-        self, in_hand: list[tuple[int, int]], error: BaseException | None, options: dict[str, Any]
+        self,
+        in_hand: list[tuple[int, int]],
+        error: BaseException | None,
+        number: int,
+        options: dict[str, Any],
     ) -> None:
         """Count a crash, if the database is there; without an error, put back what was stopped. In a
         process of its own: see the supervisor."""
@@ -235,7 +239,7 @@ class Command(OutboxCommand):
         session.set_bounds(using)
         session.leave_pools(using)
         try:
-            settle.book(in_hand, error, registry, using=using)
+            settle.book(in_hand, error, registry, session=number, using=using)
         except Error as refusal:
             event_id, _ = in_hand[0]
             self.stderr.write(f"A crash on event {event_id} could not be counted: {describe(refusal)}")

@@ -1,0 +1,79 @@
+"""How others know that a worker is there: the advisory lock on its number.
+
+A worker draws a number, its session, and holds the lock on it for as long as it lives. Its running
+deliveries have that number, and so has its row in `spark_outbox_session`. Locks die with the
+connection: whoever can take the lock of a session knows that its worker is gone.
+
+The lock is on a private connection, which lasts whatever handlers do to those that they can reach, and
+which an outage of the worker's own connection leaves as it is.
+"""
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from django.db import Error
+
+from spark_outbox import store
+from spark_outbox.worker import session
+from spark_outbox.worker.event_loop import InHand
+from spark_outbox.worker.private import PrivateConnection
+
+T = TypeVar("T")
+
+
+class Presence:
+    """One worker's session. `direct` is the alias of a connection that is no pooler's. `in_hand` is told
+    the session, for whoever books what this process dies of."""
+
+    def __init__(self, *, using: str, direct: str, in_hand: InHand) -> None:
+        self._using = using
+        self._direct = direct
+        self._in_hand = in_hand
+        self._private = PrivateConnection(direct)
+        self.session = 0
+        """The number; 0 if there was no need of one."""
+
+    def hold(self) -> int:
+        """Hold the lock until the connection is lost, or closed; return the session.
+
+        It is another one than before if the connection was lost, and somebody is taking over what bears
+        the old one. Raises OperationalError if there is no connection to be had.
+        """
+        if not self._private.is_open:
+            session.check_direct(self._using, self._direct)
+        try:
+            self._lock()
+        except Error:
+            if not self._private.is_open:
+                raise
+            self._private.close()  # it was lost since it was last used
+            self._lock()
+        return self.session
+
+    def confirm(self) -> int:
+        """Do so after an outage: the private connection may lead to what is no primary any more."""
+        if self.hold() and store.is_session_gone(self.session, using=self._using):
+            self._private.close()
+            self.hold()
+        return self.session
+
+    def _lock(self) -> None:
+        number = self.session or session.new_number()
+        while not self._private.run(store.lock_session, number):
+            number = session.new_number()
+        self.session = number
+        self._in_hand.identify(number)
+
+    def run(self, statement: Callable[..., T], *arguments: Any) -> T:
+        """Call a function of store.py on the private connection, while holding the lock."""
+        if not self._private.is_open:
+            self.hold()
+        try:
+            return self._private.run(statement, *arguments)
+        except Error:
+            self.hold()  # it may have been lost since it was last used
+            return self._private.run(statement, *arguments)
+
+    def end(self) -> None:
+        """Close the connection: others may take over whatever bears this session."""
+        self._private.close()
