@@ -10,7 +10,7 @@ from django.utils.module_loading import autodiscover_modules
 from spark_outbox import checks, conf, store
 from spark_outbox.emitting.emit import events_committed
 from spark_outbox.emitting.sources import emit_on_save
-from spark_outbox.worker.loop import drain_after_commit
+from spark_outbox.worker.in_process import drain_after_commit
 
 
 class SparkOutboxConfig(AppConfig):

@@ -9,7 +9,7 @@ from django.db import connections, router
 
 from spark_outbox import conf, store
 from spark_outbox.errors import SettingsError
-from spark_outbox.worker import session
+from spark_outbox.worker import bounds
 
 
 def register_checks() -> None:
@@ -46,7 +46,7 @@ def check_autocommit(**_: Any) -> list[CheckMessage]:
     for each in dict.fromkeys([alias, *settings.listen_aliases]):
         if each in connections:
             try:
-                session.check(each, None)
+                bounds.check(each, None)
             except SettingsError as error:
                 found.append(Error(str(error), id="spark_outbox.E004"))
     return found

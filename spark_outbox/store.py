@@ -672,52 +672,12 @@ def check_groups(pattern: str, *, using: str) -> None:
 # Settle
 
 
-class Ended(NamedTuple):
-    """An event that no handler is owed any more, and that did not simply go well."""
-
-    event_id: int
-    status: str
-    error: str
+FateRow = tuple[int, str, str, bool, dt.timedelta | None]
+"""An event's id, its next status, its last error, whether it is due now, and when to look again."""
 
 
-class Postponed(NamedTuple):
-    """An event that waits for its next delivery; `now` if a handler is owed that was not called yet.
-
-    It is looked at again after `pause`, if there is one, since another worker may have a handler.
-    """
-
-    event_id: int
-    error: str
-    now: bool
-    pause: dt.timedelta | None = None
-
-
-class Begun(NamedTuple):
-    """An event of which a delivery is `running`."""
-
-    event_id: int
-    error: str
-
-
-class Attempt(NamedTuple):
-    """What came of calling one handler with one event that is, or was, not finished in one go.
-
-    A `pending` one is to be tried again at `at`, or `delay` from now; a `running` one has only begun.
-    """
-
-    event_id: int
-    handler: str
-    status: str
-    error: str = ""
-    traceback: str = ""
-    duration: dt.timedelta | None = None
-    delay: dt.timedelta | None = None
-    at: dt.datetime | None = None
-    counts: bool = True
-
-
-class Earlier(NamedTuple):
-    """Where a delivery stands before this batch."""
+class Stored(NamedTuple):
+    """A delivery as it is before this batch."""
 
     status: str
     attempts: int
@@ -727,7 +687,7 @@ class Earlier(NamedTuple):
     """It is to be tried again since its worker process died of it, or seemed to."""
 
     @property
-    def due(self) -> bool:
+    def is_due(self) -> bool:
         return self.due_for is not None
 
 
@@ -741,46 +701,41 @@ set status = %(status)s, attempts = {_ONE_MORE}, finished_at = statement_timesta
 where id = any(%(ids)s::bigint[]) and status = 'pending'
 """
 
-END = f"""
+# After RECORD_RESULTS: a pending event waits for the first of its deliveries. Not for those that were
+# due when this batch began and were not called in it: this worker does not have their handlers, and the
+# event would be due again at once, for ever.
+SETTLE = f"""
 update spark_outbox_event as event
-set status = ended.status, last_error = coalesce(nullif(ended.error, ''), event.last_error),
-    attempts = {_ONE_MORE}, finished_at = statement_timestamp()
-from unnest(%s::bigint[], %s::text[], %s::text[]) as ended (event_id, status, error)
-where event.id = ended.event_id and event.status = 'pending'
+set status = fate.status,
+    attempts = {_ONE_MORE},
+    last_error = coalesce(nullif(fate.error, ''), event.last_error),
+    finished_at = case
+        when fate.status in ('pending', 'running') then event.finished_at
+        else statement_timestamp()
+    end,
+    available_at = case
+        when fate.status = 'running' then null
+        when fate.status <> 'pending' then event.available_at
+        when fate.due_now then statement_timestamp()
+        else coalesce(
+            least(statement_timestamp() + fate.look_again, (
+                select min(delivery.available_at)
+                from spark_outbox_delivery as delivery
+                where delivery.event_id = event.id and delivery.status = 'pending' and (
+                    delivery.available_at > transaction_timestamp()
+                    or delivery.attempted_at >= transaction_timestamp()
+                )
+            )),
+            statement_timestamp()
+        )
+    end
+from unnest(%s::bigint[], %s::text[], %s::text[], %s::boolean[], %s::interval[])
+    as fate (event_id, status, error, due_now, look_again)
+where event.id = fate.event_id and event.status = 'pending'
+returning event.status
 """
 
-RUN = f"""
-update spark_outbox_event as event
-set status = 'running', available_at = null, attempts = {_ONE_MORE},
-    last_error = coalesce(nullif(begun.error, ''), event.last_error)
-from unnest(%s::bigint[], %s::text[]) as begun (event_id, error)
-where event.id = begun.event_id and event.status = 'pending'
-"""
-
-# After RECORD_ATTEMPTS: the event waits for the first of its deliveries. Not for those that were due
-# when this pass began and were not called in it: this worker does not have their handlers, and the event
-# would be due again at once, for ever.
-POSTPONE = f"""
-update spark_outbox_event as event
-set attempts = {_ONE_MORE},
-    last_error = coalesce(nullif(postponed.error, ''), event.last_error),
-    available_at = case when postponed.now then statement_timestamp() else coalesce(
-        least(statement_timestamp() + postponed.pause, (
-            select min(delivery.available_at)
-            from spark_outbox_delivery as delivery
-            where delivery.event_id = event.id and delivery.status = 'pending' and (
-                delivery.available_at > transaction_timestamp()
-                or delivery.attempted_at >= transaction_timestamp()
-            )
-        )),
-        statement_timestamp()
-    ) end
-from unnest(%s::bigint[], %s::text[], %s::boolean[], %s::interval[])
-    as postponed (event_id, error, now, pause)
-where event.id = postponed.event_id and event.status = 'pending'
-"""
-
-RECORD_ATTEMPTS = """
+RECORD_RESULTS = """
 insert into spark_outbox_delivery as delivery
     (event_id, handler, status, error, traceback, duration, available_at, worker, session, attempts,
     attempted_at)
@@ -791,7 +746,7 @@ select
 from unnest(
     %s::bigint[], %s::text[], %s::text[], %s::text[], %s::text[], %s::interval[], %s::interval[],
     %s::timestamptz[], %s::boolean[]
-) as attempt (event_id, handler, status, error, traceback, duration, delay, at, counts)
+) as result (event_id, handler, status, error, traceback, duration, delay, at, counts)
 on conflict (event_id, handler) do update set
     status = excluded.status,
     error = excluded.error,
@@ -833,33 +788,24 @@ def count_pending(ids: list[int], *, using: str) -> int:
     return int(value(COUNT_PENDING, [ids], using=using))
 
 
-def finish(ids: list[int], status: str, *, using: str) -> int:
+def finish(ids: Sequence[int], status: str, *, using: str) -> int:
     """Give events their final status; return to how many it applied."""
     array = "{" + ",".join(map(str, ids)) + "}"  # psycopg takes its time over lists
     return _run(FINISH, {"ids": array, "status": status}, using=using)
 
 
-def end(ended: Sequence[Ended], *, using: str) -> int:
-    """Give events their final status, and the reason for it; return to how many it applied."""
-    return _run(END, _columns(ended), using=using)
+def settle(fates: Sequence[FateRow], *, using: str) -> list[str]:
+    """Give events their next status, and the reason for it; return the statuses of those to which it
+    applied."""
+    return [status for (status,) in _rows(SETTLE, _columns(fates), using=using)]
 
 
-def postpone(postponed: Sequence[Postponed], *, using: str) -> int:
-    """Let events wait for their next delivery; return to how many it applied."""
-    return _run(POSTPONE, _columns(postponed), using=using)
-
-
-def run(begun: Sequence[Begun], *, using: str) -> int:
-    """Give events to deliveries that have begun; return to how many it applied."""
-    return _run(RUN, _columns(begun), using=using)
-
-
-def record_attempts(attempts: Sequence[Attempt], *, worker: str, session: int, using: str) -> None:
-    """Note what came of handlers whose events are, or were, not finished in one go.
+def record_results(results: Sequence[Sequence[Any]], *, worker: str, session: int, using: str) -> None:
+    """Write deliveries. A row has an event's id, the handler's name, and the fields of a Result.
 
     Running ones belong to the worker that holds the lock of `session`.
     """
-    _run(RECORD_ATTEMPTS, [worker, session, *_columns(attempts)], using=using)
+    _run(RECORD_RESULTS, [worker, session, *_columns(results)], using=using)
 
 
 def discard_deliveries(event_ids: list[int], *, using: str) -> None:
@@ -867,11 +813,11 @@ def discard_deliveries(event_ids: list[int], *, using: str) -> None:
     _run(DISCARD_DELIVERIES, [event_ids], using=using)
 
 
-def deliveries(event_ids: list[int], *, using: str) -> dict[int, dict[str, Earlier]]:
-    """Return what is known of earlier attempts, by event and handler's name."""
-    found: dict[int, dict[str, Earlier]] = {}
-    for event_id, name, *earlier in _rows(DELIVERIES, [event_ids], using=using):
-        found.setdefault(event_id, {})[name] = Earlier(*earlier)
+def deliveries(event_ids: list[int], *, using: str) -> dict[int, dict[str, Stored]]:
+    """Return deliveries, by event and handler's name."""
+    found: dict[int, dict[str, Stored]] = {}
+    for event_id, name, *columns in _rows(DELIVERIES, [event_ids], using=using):
+        found.setdefault(event_id, {})[name] = Stored(*columns)
     return found
 
 

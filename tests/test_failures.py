@@ -15,10 +15,11 @@ from django.utils import timezone
 from spark_outbox import Discard, Retry, emit, handler
 from spark_outbox.errors import DuplicateKey, InvalidEvent, RegistrationError
 from spark_outbox.models import Delivery, OutboxEvent
-from spark_outbox.processes.alarm import Alarm
+from spark_outbox.processes.guard import Guard
 from spark_outbox.registry.backoff import delay
 from spark_outbox.registry.policy import Policy
-from spark_outbox.worker.loop import PUT_BACK_INTERVAL, Worker
+from spark_outbox.worker.loop import Worker
+from spark_outbox.worker.unhandled import PUT_BACK_INTERVAL
 from tests.challenges.models import Donation, Handled
 from tests.tools import (
     PATIENCE,
@@ -192,14 +193,14 @@ def test_the_server_ends_a_transaction_that_is_idle_for_longer_than_its_handlers
             seen.extend(cursor.fetchone())
 
     emit("g", "1")
-    Worker(alarm=Alarm()).run(drain=True)
+    Worker(guard=Guard()).run(drain=True)
     connection.close()
     emit("g", "2")
     Worker().run(drain=True)  # nothing would interrupt it
     connection.close()
     handler("^other$", name="as long as it likes")(note)
     emit("g", "3")
-    Worker(alarm=Alarm()).run(drain=True)
+    Worker(guard=Guard()).run(drain=True)
     assert seen == ["90s", "0", "0"]
     connection.close()
 
@@ -543,7 +544,7 @@ def test_a_handler_past_its_timeout_is_interrupted_rolled_back_and_tried_again(o
     handler("", name="h", timeout=0.05)(write_and_handle)
     own_registry.add_handler(note, group="", name="other")
     emit("g", "key")
-    assert Worker(alarm=Alarm()).drain() == 1
+    assert Worker(guard=Guard()).drain() == 1
     assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)
     assert deliveries() == {"h": ("pending", 1), "other": ("done", 1)}
     assert [handled.handler for handled in Handled.objects.all()] == ["note"]
@@ -552,7 +553,7 @@ def test_a_handler_past_its_timeout_is_interrupted_rolled_back_and_tried_again(o
 def test_a_handler_within_its_timeout_is_left_alone(own_registry):
     handler("", name="h", timeout=timedelta(minutes=1))(note)
     emit("g", "key")
-    Worker(alarm=Alarm()).drain()
+    Worker(guard=Guard()).drain()
     assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)
     assert statuses() == {"key": "done"}
 
@@ -593,7 +594,7 @@ def test_the_settings_have_a_timeout_for_all(own_registry, settings):
     own_registry.add_handler(sleep_in_python, group="", name="h")
     handler("", name="patient", timeout=60)(note)
     emit("g", "key")
-    Worker(alarm=Alarm()).drain()
+    Worker(guard=Guard()).drain()
     assert deliveries() == {"h": ("pending", 1), "patient": ("done", 1)}
 
 

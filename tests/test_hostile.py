@@ -16,8 +16,8 @@ from psycopg import errors, sql
 from spark_outbox import Retry, emit, emit_many, handler
 from spark_outbox.errors import DuplicateKey
 from spark_outbox.models import Delivery, OutboxEvent
-from spark_outbox.processes.alarm import Alarm
-from spark_outbox.worker import dispatch
+from spark_outbox.processes.guard import Guard
+from spark_outbox.worker import invoke
 from spark_outbox.worker.loop import Worker
 from tests.challenges.models import Handled
 from tests.probe.models import Named
@@ -452,6 +452,11 @@ class Note:
 
     rest = put_down
 
+    def identify(self, session):
+        pass
+
+    end_by = identify
+
     def in_hand(self):
         return []
 
@@ -460,7 +465,7 @@ def test_a_payload_that_takes_too_long_to_decode_is_given_up_in_the_name_of_its_
     own_registry, monkeypatch
 ):
     """Keys whose hashes are all the same: each is compared with all before it."""
-    monkeypatch.setattr(dispatch, "READ_LIMIT", 0.1)
+    monkeypatch.setattr(invoke, "READ_LIMIT", 0.1)
     own_registry.add_handler(note, group="", name="h")
     emit("g", "before")
     pairs = [[number * (2**61 - 1), 0] for number in range(30_000)]
@@ -469,7 +474,7 @@ def test_a_payload_that_takes_too_long_to_decode_is_given_up_in_the_name_of_its_
     noted = Note()
     gc.disable()  # hypothesis listens to it, and there an alarm that rings is swallowed
     try:
-        Worker(alarm=Alarm(), in_hand=noted).handle_batch()
+        Worker(guard=Guard(noted)).handle_batch()
     finally:
         gc.enable()
     assert statuses() == {"before": "done", "bad": "pending"}

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from spark_outbox.worker import session
+from spark_outbox.worker import bounds
 from tests.chaos import hosts
 from tests.chaos.hosts import Network
 from tests.chaos.server import Server
@@ -164,10 +164,10 @@ def test_both_sides_have_the_same_bounds(server, network, given):
         assert worker.wait() == 0
     ((note,),) = server.query("select note from challenges_handled")
     sides = json.loads(note)["default"]
-    bounds = {name: int(value) for name, value in (session.BOUNDS | given).items()}
-    del bounds["connect_timeout"]
-    assert sides["client"] == bounds
-    del bounds["keepalives"]
+    wanted = {name: int(value) for name, value in (bounds.BOUNDS | given).items()}
+    del wanted["connect_timeout"]
+    assert sides["client"] == wanted
+    del wanted["keepalives"]
     assert sides["server"] == {
-        f"tcp_{name.removeprefix('tcp_')}": value for name, value in bounds.items()
+        f"tcp_{name.removeprefix('tcp_')}": value for name, value in wanted.items()
     }

@@ -16,8 +16,8 @@ from spark_outbox.models import Delivery, OutboxEvent
 from spark_outbox.operating.replay import Selection, rehearse
 from spark_outbox.registry.policy import Policy
 from spark_outbox.worker import wire
-from spark_outbox.worker.isolation import MAX_SUBTRANSACTIONS
 from spark_outbox.worker.loop import Worker
+from spark_outbox.worker.savepoints import MAX_SUBTRANSACTIONS
 from tests.challenges.models import Challenge, Handled
 from tests.tools import (
     HOUR,
@@ -387,7 +387,7 @@ def test_raw_writes_count_as_subtransactions(own_registry):
     own_registry.add_handler(lambda _: connection.connection.execute(ROW), group="", name="h")
     emit_many({"group": "g", "key": f"{n:03}"} for n in range(200))
     worker = Worker(commit_interval=HOUR)
-    worker._claims.size = 200
+    worker._claims.size.fitting = 200
     assert worker.handle_batch() == MAX_SUBTRANSACTIONS
 
 

@@ -13,11 +13,11 @@ from django.db import connection, transaction
 from spark_outbox import BatchFailed, Discard, Retry, aemit, emit, emit_many, handler
 from spark_outbox.errors import InstanceGone, RegistrationError, SettingsError
 from spark_outbox.models import Delivery, OutboxEvent
-from spark_outbox.processes.alarm import Alarm
-from spark_outbox.processes.supervisor import Slot
+from spark_outbox.processes.guard import Guard, Unguarded
+from spark_outbox.processes.slot import Slot
 from spark_outbox.registry.policy import Policy
 from spark_outbox.testing import drain
-from spark_outbox.worker import settle
+from spark_outbox.worker import takeover
 from spark_outbox.worker.loop import Worker
 from tests.challenges.models import Challenge, Handled
 from tests.tools import (
@@ -181,7 +181,7 @@ def test_an_async_handler_that_blocks_the_loop_is_interrupted_and_no_other(own_r
     emit("good", "1")
     emit("bad", "2")
     emit("good", "3")
-    work(alarm=Alarm())
+    work(guard=Guard())
     assert statuses() == {"1": "done", "2": "failed", "3": "done"}
 
 
@@ -248,7 +248,7 @@ def test_a_worker_that_is_stopped_lets_its_calls_finish(own_registry):
             await asyncio.sleep(0.005)
 
     slot = Slot(0)
-    with worker_thread(in_hand=slot) as worker:
+    with worker_thread(guard=Unguarded(slot)) as worker:
         emit("g", "key")
         assert started.wait(PATIENCE)
         eventually(lambda: status() == "running")
@@ -401,8 +401,8 @@ def test_the_server_bears_silence_for_as_long_as_a_batch_may_wait(
     for name, timeout in timeouts.items():
         function = call if name == "async" else note
         own_registry.add_handler(function, group="", name=name, policy=Policy(timeout=timeout))
-    assert Worker(alarm=Alarm())._longest_silence() == seconds
-    assert Worker()._longest_silence() is None  # nothing would interrupt them
+    assert Worker(guard=Guard())._session._longest_silence() == seconds
+    assert Worker()._session._longest_silence() is None  # nothing would interrupt them
 
 
 @pytest.mark.django_db(transaction=False)
@@ -817,7 +817,7 @@ def test_a_session_that_is_alive_is_not_taken_over(own_registry):
     @handler("", name="h", atomic=False)
     def run(event):
         def look():
-            settle.take_over(using="default")
+            takeover.take_over(using="default")
             states.append(status())
             connection.close()
 

@@ -11,7 +11,9 @@ from django.db.backends.signals import connection_created
 
 from spark_outbox import store
 from spark_outbox.worker.claims import Claims
+from spark_outbox.worker.cycle import Cycle
 from spark_outbox.worker.loop import Worker
+from spark_outbox.worker.session import Session
 from spark_outbox.worker.wake import Wake
 from tests.postgres import ROOT
 from tests.tools import eventually, wait_until_asleep, worker_thread
@@ -100,10 +102,11 @@ def marks(kind):
 
 
 def test_the_names_in_the_model_are_those_of_the_code():
-    names = re.findall(r"\b(Worker|Wake|Claims)\.(\w+)", TEXT)
+    names = re.findall(r"\b(Worker|Cycle|Session|Wake|Claims)\.(\w+)", TEXT)
     assert len(names) >= 10
+    owners = {each.__name__: each for each in (Worker, Cycle, Session, Wake, Claims)}
     for owner, name in names:
-        assert hasattr({"Worker": Worker, "Wake": Wake, "Claims": Claims}[owner], name)
+        assert hasattr(owners[owner], name)
 
 
 @pytest.mark.django_db

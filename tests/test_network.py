@@ -14,7 +14,7 @@ from psycopg.conninfo import conninfo_to_dict
 
 from spark_outbox import emit, emit_many, store
 from spark_outbox.models import Delivery, OutboxEvent
-from spark_outbox.worker import session
+from spark_outbox.worker import bounds
 from tests.challenges.models import Handled
 from tests.chaos import pgbouncer
 from tests.chaos.pgbouncer import PgBouncer
@@ -85,20 +85,20 @@ def test_a_worker_bounds_all_of_its_connections(proxy):
         "DIRECT_URL": proxy.url,
         "SPARK_OUTBOX": '{"LISTEN_DATABASE": "direct"}',
     }
-    expected = as_numbers(session.BOUNDS)
+    expected = as_numbers(bounds.BOUNDS)
     assert sockets(url=proxy.url, **environment) == {"default": expected, "direct": expected}
 
 
 @pytest.mark.parametrize("group", ["sockets", "detached_sockets"])
 def test_bounds_of_the_project_s_own_come_first(proxy, group):
     url = f"{proxy.url} keepalives_idle=77 tcp_user_timeout=99000"
-    expected = as_numbers(session.BOUNDS | {"keepalives_idle": 77, "tcp_user_timeout": 99_000})
+    expected = as_numbers(bounds.BOUNDS | {"keepalives_idle": 77, "tcp_user_timeout": 99_000})
     assert sockets(group, url=url) == {"default": expected}
 
 
 def test_a_detached_handler_may_pause_in_what_it_reads_or_writes(proxy):
     """`tcp_user_timeout` ends a connection whose other side does not read, though it is alive."""
-    expected = as_numbers(session.BOUNDS | {"tcp_user_timeout": 0})
+    expected = as_numbers(bounds.BOUNDS | {"tcp_user_timeout": 0})
     assert sockets("detached_sockets", url=proxy.url) == {"default": expected}
 
 
@@ -108,15 +108,15 @@ def test_the_bounds_are_back_after_it(proxy, monkeypatch):
     monkeypatch.setitem(connection.settings_dict, "PORT", options["port"])
     monkeypatch.setitem(connection.settings_dict, "OPTIONS", {})
     connection.close()
-    session.set_bounds("default")
-    session.set_up("default", direct="default", idle_in_transaction=None)
+    bounds.set_bounds("default")
+    bounds.set_up("default", direct="default", idle_in_transaction=None)
 
     def limit():
         with socket.socket(fileno=os.dup(connection.connection.fileno())) as end:
             return end.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT)
 
     assert limit() == 15_000
-    with session.patience("default", direct=True):
+    with bounds.patience("default", direct=True):
         assert limit() == 0
     assert limit() == 15_000
     connection.close()
@@ -135,8 +135,8 @@ def test_a_service_has_its_bounds_in_its_own_file(proxy, tmp_path):
 def test_what_the_environment_says_comes_first(monkeypatch):
     monkeypatch.setenv("PGCONNECT_TIMEOUT", "33")
     monkeypatch.setitem(connection.settings_dict, "OPTIONS", {"keepalives": 0})
-    session.set_bounds("default", None)
-    expected = {**session.BOUNDS, "keepalives": 0}
+    bounds.set_bounds("default", None)
+    expected = {**bounds.BOUNDS, "keepalives": 0}
     del expected["connect_timeout"]
     assert connection.settings_dict["OPTIONS"] == expected
 
@@ -150,9 +150,9 @@ def test_the_password_is_no_parameter_of_a_statement():
         return execute(sql, params, many, context)
 
     with connection.execute_wrapper(watch):
-        session.set_up("default", direct="default", idle_in_transaction=None)
+        bounds.set_up("default", direct="default", idle_in_transaction=None)
     connection.close()
-    assert [set(params) for params in given if params] == [set(session.BOUNDS)]
+    assert [set(params) for params in given if params] == [set(bounds.BOUNDS)]
 
 
 # A network that fails

@@ -225,7 +225,7 @@ def test_a_hot_key_leaves_other_keys_their_time(own_registry):
 @pytest.fixture
 def small_looks(monkeypatch):
     monkeypatch.setattr(store, "PIECE", 10)
-    monkeypatch.setattr("spark_outbox.worker.claims.KEYS_AT_ONCE", 4)
+    monkeypatch.setattr("spark_outbox.worker.ordered.KEYS_AT_ONCE", 4)
 
 
 def fill(count, *, key, status="pending", delay=None, events=1, group="g"):

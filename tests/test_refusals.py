@@ -12,7 +12,7 @@ from spark_outbox import emit, emit_many, handler, store
 from spark_outbox.errors import DuplicateKey
 from spark_outbox.models import Delivery, OutboxEvent
 from spark_outbox.worker import running as detached_calls
-from spark_outbox.worker import settle
+from spark_outbox.worker import takeover
 from spark_outbox.worker.isolation import Isolation
 from spark_outbox.worker.loop import Worker
 from tests.tools import (
@@ -316,7 +316,7 @@ def test_what_cannot_be_put_back_keeps_no_others_and_is_logged_once(own_registry
     if state != "stray":
         for event in OutboxEvent.objects.all():
             Delivery.objects.create(event=event, handler=detached.name, status="running", session=1)
-    looks, take_over = [], settle.take_over
+    looks, take_over = [], takeover.take_over
 
     def look(**options):
         looks.append(options)
@@ -324,7 +324,7 @@ def test_what_cannot_be_put_back_keeps_no_others_and_is_logged_once(own_registry
 
     with pytest.MonkeyPatch.context() as patch, trigger(raising("P0001"), ALWAYS):
         patch.setattr(detached_calls, "TAKE_OVER_INTERVAL", 0.0)
-        patch.setattr(settle, "take_over", look)
+        patch.setattr(takeover, "take_over", look)
         with worker_thread(poll_interval=0.01):
             eventually(lambda: [status("1"), status("2")] == ["done", "done"])
             seen = len(looks)
@@ -625,7 +625,7 @@ def test_an_event_that_loses_the_connection_in_commit_before_any_call_stops_no_w
 
 
 def test_a_connection_that_is_lost_before_any_call_is_charged_to_nobody(own_registry, monkeypatch):
-    begin, lost = Isolation.batch, []
+    begin, lost = Isolation.__enter__, []
 
     def lose(isolation, *arguments, **options):
         if len(lost) < 4:
@@ -633,7 +633,7 @@ def test_a_connection_that_is_lost_before_any_call_is_charged_to_nobody(own_regi
             terminate(None)
         return begin(isolation, *arguments, **options)
 
-    monkeypatch.setattr(Isolation, "batch", lose)
+    monkeypatch.setattr(Isolation, "__enter__", lose)
     handler("", name="h", max_attempts=1)(note)
     emit("g", "key")
     with worker_thread():

@@ -22,8 +22,9 @@ from psycopg.errors import InsufficientPrivilege, UniqueViolation
 from spark_outbox import aemit, emit, emit_many, source, store
 from spark_outbox.errors import DuplicateKey, IdCollision
 from spark_outbox.models import Delivery, OutboxEvent
-from spark_outbox.store import Attempt, Begun, Ended, NewRow, Postponed, Running
+from spark_outbox.store import NewRow, Running
 from spark_outbox.worker.loop import Worker
+from spark_outbox.worker.outcome import Fate, Result
 from tests.challenges.models import Challenge, Handled
 from tests.postgres import ROOT
 from tests.probe.handlers import WAYS
@@ -399,11 +400,9 @@ def emits():
 def works(event_id):
     yield partial(store.claim_ready, 0, 1)
     yield partial(store.finish, [event_id], "done")
-    yield partial(store.end, [Ended(event_id, "failed", "x")])
-    yield partial(store.run, [Begun(event_id, "x")])
-    attempt = Attempt(event_id, "h", "running")
-    yield partial(store.record_attempts, [attempt], worker="w", session=1)
-    yield partial(store.postpone, [Postponed(event_id, "x", False)])
+    result = Result("running")
+    yield partial(store.record_results, [(event_id, "h", *result)], worker="w", session=1)
+    yield partial(store.settle, [Fate(event_id, "pending", "x")])
     yield partial(store.take_back, [Running(event_id, "h", 1)], to_settle=False)
     yield partial(store.owe_again, [event_id], "h", [(event_id, "other")])
     yield partial(store.enlist, 1, "w")
@@ -639,7 +638,7 @@ def test_a_worker_that_dies_of_a_bug_says_where_and_no_more():
     with WorkerProcess("-v", "3") as worker:
         eventually(lambda: "The worker process dies of ValueError at " in worker.output)
         eventually(lambda: "ERROR A worker process died of exit code 1" in worker.output)
-        assert "in handle_batch" in worker.output
+        assert "in _write" in worker.output
         assert SECRET not in worker.output
 
 

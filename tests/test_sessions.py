@@ -12,7 +12,7 @@ from spark_outbox import checks, conf, emit, handler, store
 from spark_outbox.errors import HandlerTimeout, SettingsError, WorkerDied
 from spark_outbox.models import Delivery, OutboxEvent
 from spark_outbox.registry.handlers import Registry
-from spark_outbox.worker import session, settle
+from spark_outbox.worker import booking, bounds, takeover
 from spark_outbox.worker.loop import Worker
 from spark_outbox.worker.private import NAME, PrivateConnection
 from tests.tools import (
@@ -66,7 +66,7 @@ def elsewhere(function):
 
 def look():
     """Be another worker that looks for what those that are gone have left; return what still runs."""
-    settle.take_over(using="default")
+    takeover.take_over(using="default")
     return [key for key, status in statuses().items() if status == "running"]
 
 
@@ -255,7 +255,7 @@ def test_a_take_over_counts_as_an_attempt(own_registry):
         calls.append(event.attempt)
 
     leave_running()
-    settle.take_over(using="default")
+    takeover.take_over(using="default")
     assert deliveries() == {"h": ("pending", 1)}
     assert "WorkerDied" in Delivery.objects.get().error
     Worker().run(drain=True)
@@ -309,19 +309,19 @@ def test_a_worker_that_lacks_the_handler_only_counts(own_registry):
 )
 def test_what_ended_through_no_fault_of_its_handler_is_not_counted(own_registry, left):
     leave_running(**left)
-    settle.take_over(using="default")
+    takeover.take_over(using="default")
     assert deliveries() == {"h": ("pending", 0)}
 
 
 def crash(event, error, registry):
     """Book what the supervisor has seen: the worker of session 1 died of this event's handler."""
-    settle.book([(event.id, 0)], error, registry, session=1, using="default")
+    booking.book([(event.id, 0)], error, registry, session=1, using="default")
 
 
 def test_a_crash_that_was_taken_over_already_is_not_counted_twice(own_registry):
     own_registry.add_handler(note, group="", name="h", atomic=False)
     event = leave_running()
-    settle.take_over(using="default")
+    takeover.take_over(using="default")
     crash(event, WorkerDied("It died of signal SIGSEGV."), own_registry)
     assert deliveries() == {"h": ("pending", 1)}
 
@@ -334,7 +334,7 @@ def test_the_cause_of_a_crash_is_known_also_if_it_was_taken_over_first(
     calls = []
     handler("", name="h", atomic=False, max_attempts=max_attempts, backoff=HOUR)(calls.append)
     event = leave_running()
-    settle.take_over(using="default")
+    takeover.take_over(using="default")
     if judged:
         Worker().run(drain=True)
         assert deliveries() == {"h": ("failed", 1)}
@@ -354,7 +354,7 @@ def test_the_cause_of_a_crash_is_known_also_if_it_was_taken_over_first(
 def test_a_worker_that_was_stopped_has_burned_no_attempt_also_if_it_was_taken_over_first(own_registry):
     own_registry.add_handler(note, group="", name="h", atomic=False)
     event = leave_running()
-    settle.take_over(using="default")
+    takeover.take_over(using="default")
     crash(event, None, own_registry)
     assert deliveries() == {"h": ("pending", 0)}
     assert status() == "pending"
@@ -372,7 +372,7 @@ def test_a_crash_that_is_booked_after_the_next_attempt_changes_nothing_of_that(o
             raise OSError("another reason")
 
     event = leave_running()
-    settle.take_over(using="default")
+    takeover.take_over(using="default")
     if outcome == "fails":
         Worker().run(drain=True)
     else:
@@ -384,7 +384,7 @@ def test_a_crash_that_is_booked_after_the_next_attempt_changes_nothing_of_that(o
             crash(event, HandlerTimeout(), own_registry)
             assert deliveries() == {"h": ("running", 1)}
     if outcome == "dies":
-        settle.take_over(using="default")
+        takeover.take_over(using="default")
     crash(event, HandlerTimeout(), own_registry)
     assert "HandlerTimeout" not in Delivery.objects.get().error
     assert Delivery.objects.get().attempts == (1 if outcome == "runs" else 2)
@@ -394,7 +394,7 @@ def test_a_crash_is_not_counted_by_a_take_over_as_well(own_registry):
     own_registry.add_handler(note, group="", name="h", atomic=False)
     event = leave_running()
     crash(event, WorkerDied("It died of signal SIGSEGV."), own_registry)
-    settle.take_over(using="default")
+    takeover.take_over(using="default")
     assert deliveries() == {"h": ("pending", 1)}
     assert "SIGSEGV" in Delivery.objects.get().error
     assert OutboxEvent.objects.get().attempts == 1
@@ -538,7 +538,7 @@ def test_a_worker_refuses_to_listen_in_another_database(own_registry, settings, 
 def test_the_same_database_by_another_search_path_has_another_outbox(leads):
     leads(OPTIONS={"options": "-c search_path=pg_catalog"})
     with pytest.raises(SettingsError, match="another outbox"):
-        session.check_direct("default", "other")
+        bounds.check_direct("default", "other")
 
 
 @both
@@ -567,7 +567,7 @@ def test_a_direct_connection_that_leads_elsewhere_since_a_failover_is_waited_for
             "where application_name = 'spark_worker'"
         )
         emit("g", "key")
-        eventually(lambda: worker._failures >= 2)
+        eventually(lambda: worker._session._failures >= 2)
         leads(NAME=name)
         wait_until_done(1)
 

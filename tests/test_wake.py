@@ -11,7 +11,9 @@ from django.db import connection, transaction
 
 from spark_outbox import emit, emit_many, store
 from spark_outbox.models import OutboxEvent
-from spark_outbox.worker.wake import MAX_PAUSE, Wake, poll
+from spark_outbox.worker.context import make_context
+from spark_outbox.worker.event_loop import poll
+from spark_outbox.worker.wake import MAX_PAUSE, Wake
 from tests.challenges.models import Handled
 from tests.statements import Statements
 from tests.tools import (
@@ -309,7 +311,7 @@ def test_a_worker_does_not_spin_while_a_prepared_transaction_holds_an_emit(handl
         pauses.append((seconds, len(statements.sql)))
         return poll(descriptors, seconds)
 
-    monkeypatch.setattr("spark_outbox.worker.loop.poll", record)
+    monkeypatch.setattr("spark_outbox.worker.event_loop.poll", record)
     with prepared_emit(), Statements() as statements, worker_thread(poll_interval=HOUR):
         emit("g", "other")
         eventually(lambda: handled == ["other"])
@@ -398,8 +400,9 @@ def test_without_a_listen_database_a_worker_polls(settings, handled):
         eventually(lambda: handled == ["one"])
 
 
-def test_interrupt_ends_a_wait_at_once_also_one_that_has_not_begun():
-    wake = Wake(None)
+def test_interrupt_ends_a_wait_at_once_also_one_that_has_not_begun(settings):
+    settings.SPARK_OUTBOX = {"LISTEN_DATABASE": None}
+    wake = Wake(make_context(), poll=poll)
     wake.interrupt()  # before it is open: there is nothing to interrupt
     wake.open()
     wake.interrupt()

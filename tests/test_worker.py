@@ -18,9 +18,9 @@ from spark_outbox.errors import HandlerTimeout
 from spark_outbox.models import Delivery, OutboxEvent
 from spark_outbox.registry.handlers import Registry
 from spark_outbox.registry.policy import Policy
-from spark_outbox.worker import isolation
-from spark_outbox.worker.isolation import MAX_SUBTRANSACTIONS
+from spark_outbox.worker import savepoints
 from spark_outbox.worker.loop import Worker
+from spark_outbox.worker.savepoints import MAX_SUBTRANSACTIONS
 from tests.challenges.models import Challenge, Donation, Handled
 from tests.statements import Statements
 from tests.tools import (
@@ -471,7 +471,7 @@ def test_an_alarm_that_rings_as_a_savepoint_is_taken_takes_nothing_back_of_other
             raise HandlerTimeout
         return math.ceil(number)
 
-    monkeypatch.setattr(isolation, "math", SimpleNamespace(ceil=ceil))
+    monkeypatch.setattr(savepoints, "math", SimpleNamespace(ceil=ceil))
     policy = Policy(timeout=60, backoff=0.01)
     own_registry.add_handler(note, group="", name="first", policy=policy)
     own_registry.add_handler(note, group="^late", name="second", policy=policy)
@@ -559,7 +559,7 @@ def test_handlers_that_only_read_do_not_end_a_batch(own_registry):
     own_registry.add_handler(lambda event: Handled.objects.count(), group="", name="read")
     emit_many({"group": "g", "key": f"{n}"} for n in range(200))
     worker = Worker(commit_interval=HOUR)
-    worker._claims.size = 200
+    worker._claims.size.fitting = 200
     assert worker.handle_batch() == 200
 
 
@@ -577,7 +577,7 @@ def test_a_batch_is_committed_once_the_commit_interval_is_over(own_registry):
     worker = Worker(clock=clock, commit_interval=0.05)
     assert worker.handle_batch() == 3
     # And the next claim holds no more rows than that.
-    assert worker._claims.size == 3
+    assert worker._claims.size.fitting == 3
     assert worker.handle_batch() == 3
 
 
@@ -650,7 +650,7 @@ def test_the_floor_follows_the_handled_and_a_lower_id_that_commits_later_is_stil
         late.execute("insert into spark_outbox_event (key, event_group) values ('late', 'g')")
         emit("g", "early")
         assert worker.handle_batch() == 1
-        assert worker._claims.floor == OutboxEvent.objects.get(key="early").id + 1
+        assert worker._claims.looks["ready"].floor == OutboxEvent.objects.get(key="early").id + 1
         late.execute("commit")
     assert worker.handle_batch() == 0  # below the floor
     clock.now += 1.5

@@ -21,7 +21,7 @@ from spark_outbox.bench.load import (
     wait_until,
 )
 from spark_outbox.bench.scratch import BenchRow, Scratch
-from spark_outbox.worker.isolation import MAX_SUBTRANSACTIONS
+from spark_outbox.worker.savepoints import MAX_SUBTRANSACTIONS
 
 RATE = "events/s"
 

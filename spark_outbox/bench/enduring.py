@@ -43,7 +43,7 @@ def backlog(bench: Bench) -> list[Figure]:
 def claims_a_second(scratch: Scratch) -> float:
     """Claim the first events again and again, as a sweep does, and roll back."""
     claims = make_worker(scratch, handlers(noop))._claims
-    claims.size = 100
+    claims.size.fitting = 100
     found = []
     for _ in range(CLAIMS):
         with transaction.atomic(using=scratch.alias):

@@ -13,8 +13,8 @@ from django.db import connections
 
 from spark_outbox import conf, store
 from spark_outbox.bench.scratch import Scratch
-from spark_outbox.processes.alarm import Alarm
-from spark_outbox.processes.supervisor import Slot
+from spark_outbox.processes.guard import Guard
+from spark_outbox.processes.slot import Slot
 from spark_outbox.registry.handlers import Registry
 from spark_outbox.worker.loop import Worker
 
@@ -69,7 +69,7 @@ def pending(scratch: Scratch) -> int:
 
 def make_worker(scratch: Scratch, registry: Registry, **options: Any) -> Worker:
     """Return a worker with all that `spark_worker` gives to one."""
-    return Worker(using=scratch.alias, registry=registry, alarm=Alarm(), in_hand=Slot(0), **options)
+    return Worker(using=scratch.alias, registry=registry, guard=Guard(Slot(0)), **options)
 
 
 def drain(scratch: Scratch, registry: Registry, count: int) -> float:

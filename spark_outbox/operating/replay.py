@@ -15,7 +15,7 @@ from spark_outbox import store
 from spark_outbox.events.event import Event
 from spark_outbox.events.references import References
 from spark_outbox.registry.handlers import Handler, Registry
-from spark_outbox.worker.isolation import Isolation
+from spark_outbox.worker.isolation import Isolation, TransactionLost
 
 CHUNK_SIZE = 1000
 
@@ -113,44 +113,40 @@ def rehearse(selection: Selection, *, using: str, limit: int) -> Rehearsal:
     What it does outside of this database, such as mails, happens.
     """
     done = Rehearsal()
-    isolation = Isolation(using, combine=False)
     with transaction.atomic(using=using):
         if not selection.handler.atomic:
             # It may begin durable transactions; as in a test, they nest in one that is rolled back.
             outermost: Any = connections[using].atomic_blocks[-1]
             outermost._from_testcase = True
         before = Counter(store.rows_written(using=using))
-        for ids in selection.ids(using=using):
-            references = References(using)
-            rows = store.events_by_id(ids[: limit - done.events], using=using)
-            events = Event.from_rows(rows, references)
-            with (
-                connections[using].execute_wrapper(_counting(done)),
-                isolation.batch(references, strict=True),
-            ):
-                for event in events:
-                    _try(selection.handler, event, isolation, done)
-                    if isolation.lost:
-                        break
-            if done.events >= limit or isolation.lost:
-                break
-        if not isolation.lost:
-            after = Counter(store.rows_written(using=using))
-            done.rows = dict((after - before).most_common())
+        try:
+            for ids in selection.ids(using=using):
+                _rehearse(selection.handler, ids[: limit - done.events], done, using)
+                if done.events >= limit:
+                    break
+            done.rows = dict((Counter(store.rows_written(using=using)) - before).most_common())
+        except TransactionLost:
+            pass  # it is among the failures; and nobody knows what was written
         transaction.set_rollback(True, using=using)
     return done
 
 
-def _try(handler: Handler, event: Event, isolation: Isolation, done: Rehearsal) -> None:
-    done.events += 1
-    isolation.begin(handler.name)
-    try:
-        event.check()
-        copy_context().run(handler.call, event if handler.batch is None else [event])
-        isolation.end()
-    except Exception:  # noqa: BLE001, it is what a rehearsal is to report
-        isolation.undo()
-        done.failures.append((event.key, traceback.format_exc()))
+def _rehearse(handler: Handler, ids: list[int], done: Rehearsal, using: str) -> None:
+    """Call the handler with some events. Raises TransactionLost if one ends the transaction."""
+    references = References(using)
+    events = Event.from_rows(store.events_by_id(ids, using=using), references)
+    isolation = Isolation(using, references, strict=True, combine=False)
+    with connections[using].execute_wrapper(_counting(done)), isolation:
+        for event in events:
+            done.events += 1
+            isolation.begin(handler.name)
+            try:
+                event.check()
+                copy_context().run(handler.call, event if handler.batch is None else [event])
+                isolation.end()
+            except Exception:  # noqa: BLE001, it is what a rehearsal is to report
+                done.failures.append((event.key, traceback.format_exc()))
+                isolation.undo()
 
 
 def _counting(done: Rehearsal) -> Any:

@@ -1,8 +1,7 @@
-"""What becomes of a delivery whose handler raised: tried again, failed, or discarded. Pure."""
+"""When a handler that raised is tried again, and when not. Pure."""
 
 import datetime as dt
 from dataclasses import dataclass
-from typing import NamedTuple
 
 from spark_outbox import conf
 from spark_outbox.errors import (
@@ -18,20 +17,12 @@ from spark_outbox.registry.backoff import MAX_DELAY, Backoff, Seconds, seconds
 Exceptions = tuple[type[BaseException], ...]
 
 HOPELESS: Exceptions = (InstanceGone, UnreadablePayload)
-"""What another attempt can't mend: payloads don't change, and deleted rows don't come back."""
-
-
-class Verdict(NamedTuple):
-    """A delivery's next state: `pending`, until `at` or for `delay`; `failed`; or `discarded`."""
-
-    status: str
-    delay: dt.timedelta | None = None
-    at: dt.datetime | None = None
+"""Errors that another attempt can't mend: payloads don't change, and deleted rows don't come back."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Policy:
-    """One handler's; what is None comes from the settings, when it is needed.
+    """The policy of one handler. A field that is None comes from the settings, read when it is needed.
 
     Raises RegistrationError for values that make no sense.
     """
@@ -73,34 +64,38 @@ class Policy:
         return conf.current().TIMEOUT if self.timeout is None else seconds(self.timeout)
 
     def is_final(self, error: BaseException) -> bool:
-        """Return whether this error, which is no handler's own word, is not worth another attempt."""
+        """Return whether another attempt would be pointless. Never so for Retry and Discard, in which
+        the handler itself has decided."""
         if isinstance(error, (Retry, Discard)):
             return False
         return isinstance(error, self.discard_for) or self._is_hopeless(error)
 
     def is_exhausted(self, attempts: int) -> bool:
-        """Return whether there have been all of the attempts that a handler has."""
+        """Return whether the handler has used up its attempts."""
         return attempts >= (self.max_attempts or conf.current().MAX_ATTEMPTS)
 
-    def judge(self, error: BaseException, attempt: int) -> Verdict:
-        """Decide after the failed `attempt` (1-based)."""
-        settings = conf.current()
-        if isinstance(error, (Discard, *self.discard_for)):
-            return Verdict("discarded")
+    def discards(self, error: BaseException) -> bool:
+        """Return whether the handler has no more to do after this error."""
+        return isinstance(error, (Discard, *self.discard_for))
+
+    def next_try(self, error: BaseException, attempt: int) -> dt.timedelta | dt.datetime | None:
+        """Return when to try again after the failed `attempt` (1-based): after a delay, or at a time.
+        None if there are no more attempts, or another would not help."""
         if self.is_exhausted(attempt):
-            return Verdict("failed")
+            return None
         if isinstance(error, Retry) and isinstance(error.after, dt.datetime):
-            return Verdict("pending", at=error.after)
+            return error.after
         if isinstance(error, Retry) and isinstance(error.after, dt.timedelta):
-            return Verdict("pending", delay=_bounded(error.after.total_seconds()))
+            return _bounded(error.after.total_seconds())
         if self._is_hopeless(error):
-            return Verdict("failed")
+            return None
+        settings = conf.current()
         wait = backoff.delay(
             attempt,
             settings.BACKOFF if self.backoff is None else self.backoff,
             longest=settings.MAX_BACKOFF,
         )
-        return Verdict("pending", delay=_bounded(wait))
+        return _bounded(wait)
 
     def _is_hopeless(self, error: BaseException) -> bool:
         return isinstance(error, HOPELESS) or not isinstance(error, (Retry, *self.retry_for))

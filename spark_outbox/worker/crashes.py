@@ -4,11 +4,11 @@ A supervisor counts the attempt that killed its child. If a container's OOM kill
 left to count, and the event would kill each worker that comes after. So each worker has a row while it
 lives, with its session, see presence.py. One that stops by itself deletes its row.
 
-A row whose session nobody holds tells of an unclean end; but not of a death, if the server was restarted
-since, as that ends all sessions. The worker that finds it handles as many
-events one by one as the dead one can have claimed. It writes each call into its own row before it makes
-it, on a connection of its own. If that is what a worker dies of twice in a row, the next one counts the
-attempt. From then on each such end counts at once. Otherwise no call is written.
+A row whose session nobody holds tells of an unclean end; but not of a death, if the server was
+restarted since, as that ends all sessions. The worker that finds such a row handles as many events one
+by one as the dead one can have claimed. It writes each call into its own row before it makes it, on a
+connection of its own. If workers die of the same call twice in a row, the next one counts the attempt.
+From then on each such end counts at once. Otherwise no call is written.
 """
 
 import contextlib
@@ -20,10 +20,10 @@ from django.db import Error, transaction
 
 from spark_outbox import store
 from spark_outbox.errors import WorkerDied, describe
-from spark_outbox.registry.handlers import Registry
-from spark_outbox.worker import settle
-from spark_outbox.worker.event_loop import InHand
-from spark_outbox.worker.outcome import Batch
+from spark_outbox.worker import booking
+from spark_outbox.worker.batch import Batch
+from spark_outbox.worker.context import Context
+from spark_outbox.worker.invoke import Announce
 from spark_outbox.worker.presence import Presence
 
 logger = logging.getLogger(__name__)
@@ -33,21 +33,17 @@ TIMES = 2
 counts as an attempt."""
 
 
-class Watched(InHand):
-    """One worker's note of what is in hand, which is written down while `watch` says so.
+class Crashes:
+    """One worker's row, and what it has found in those of others. Until `enlist`, nothing is written."""
 
-    `inner` is the note that the supervisor reads. Until `enlist`, nothing is written.
-    """
-
-    def __init__(self, inner: InHand, registry: Registry, *, using: str, presence: Presence) -> None:
-        self._inner = inner
-        self._registry = registry
-        self._using = using
+    def __init__(self, context: Context, presence: Presence) -> None:
+        self._context = context
         self._presence = presence
         self._session = 0  # that of our row; 0 if there is none
-        self._fallen: list[int] = []
-        self._times: dict[tuple[int | None, str], int] = {}
-        self._is_watching = self._has_killed = False
+        self._fallen: list[int] = []  # sessions of workers that did not stop by themselves
+        self._times: dict[
+            tuple[int | None, str], int
+        ] = {}  # how often in a row they have died of a call
         self._has_noted = False
 
     # The worker's row
@@ -57,15 +53,16 @@ class Watched(InHand):
 
         Counts the calls that workers were making that did not stop by themselves.
         """
+        using = self._context.using
         former, self._session = self._session, self._presence.confirm()
         if former not in (0, self._session):
-            store.dismiss([former], using=self._using)
+            store.dismiss([former], using=using)
         name = f"{socket.gethostname()}:{os.getpid()}"
-        store.enlist(self._session, name, using=self._using)
-        with transaction.atomic(using=self._using):
-            fallen = store.fallen_workers(self._session, using=self._using)
+        store.enlist(self._session, name, using=using)
+        with transaction.atomic(using=using):
+            fallen = store.fallen_workers(self._session, using=using)
             counted = [each for each in fallen if each.times >= TIMES]
-            store.forget_call([each.session for each in counted], using=self._using)
+            store.forget_call([each.session for each in counted], using=using)
         for each in counted:
             self._count(each)
         self._times = {(each.event_id, each.handler): each.times for each in fallen}
@@ -75,71 +72,67 @@ class Watched(InHand):
     def resign(self) -> None:
         """The worker stops by itself."""
         if self._session:
-            store.dismiss([self._session], using=self._using)
+            store.dismiss([self._session], using=self._context.using)
             self._session = 0
             self._presence.end()
 
     def _count(self, fallen: store.FallenWorker) -> None:
-        for handler in self._registry.handlers:
+        registry = self._context.registry
+        for handler in registry.handlers:
             if handler.name == fallen.handler and fallen.event_id is not None:
                 error = WorkerDied(
                     "The worker process and its supervisor died while it ran this handler."
                 )
                 called = [(fallen.event_id, handler.number)]
-                settle.book(called, error, self._registry, session=fallen.session, using=self._using)
+                using = self._context.using
+                booking.book(called, error, registry, session=fallen.session, using=using)
 
     # Its calls
 
-    def watch(self, batch: Batch) -> None:
-        """Write down the calls of this batch, which has one event, if there is cause."""
-        self._has_killed = batch.has_killed
-        self._is_watching = bool(self._session) and (bool(self._fallen) or self._has_killed)
+    def announcer(self, batch: Batch) -> Announce:
+        """Return what to call before each call of this batch. It writes the call down, if there is
+        cause: then the batch has one event."""
+        guard = self._context.guard
+        if not self._session or not (self._fallen or batch.has_killed):
+            return guard.take_in_hand
+        least = TIMES if batch.has_killed else 1
+
+        def announce(*called: tuple[int, int]) -> None:
+            guard.take_in_hand(*called)
+            for event_id, number in called:
+                self._note(event_id, number, least)
+
+        return announce
+
+    def _note(self, event_id: int, number: int, least: int) -> None:
+        name = self._context.registry.handlers[number].name
+        times = max(least, self._times.get((event_id, name), 0) + 1)
+        self._has_noted = True
+        try:
+            self._presence.run(store.note_call, [self._session], event_id, name, times)
+        except Error as error:  # the call is not at fault, and is made all the same
+            details = {"event_id": event_id, "error": describe(error)}
+            logger.warning(
+                "The call on event %(event_id)s could not be written down (%(error)s).",
+                details,
+                extra=details,
+            )
 
     def clear(self) -> None:
-        """In the transaction that settles the batch: nothing of it is in hand any more."""
+        """In the transaction that settles the batch: nothing of it is being called any more."""
         if self._has_noted:
-            store.forget_call([self._session], using=self._using)
+            store.forget_call([self._session], using=self._context.using)
 
     def settled(self, *, closely: bool) -> None:
         """After that; `closely`: the worker still handles each event by itself."""
-        self._is_watching = self._has_noted = False
+        self._has_noted = False
         if self._fallen and not closely:
-            store.dismiss(self._fallen, using=self._using)
+            store.dismiss(self._fallen, using=self._context.using)
             self._fallen, self._times = [], {}
 
     def forget(self) -> None:
-        """The batch was rolled back: what was noted is not in hand any more."""
-        self._is_watching = False
+        """The batch was rolled back: what was noted is not being called any more."""
         if self._has_noted:
             self._has_noted = False
             with contextlib.suppress(Error):  # then it is gone with the connection, or with the worker
                 self._presence.run(store.forget_call, [self._session])
-
-    def take_in_hand(self, *called: tuple[int, int]) -> None:
-        self._inner.take_in_hand(*called)
-        if self._is_watching and len(called) == 1:
-            ((event_id, number),) = called
-            name = self._registry.handlers[number].name
-            times = TIMES if self._has_killed else self._times.get((event_id, name), 0) + 1
-            self._has_noted = True
-            try:
-                self._presence.run(store.note_call, [self._session], event_id, name, times)
-            except Error as error:  # the call is not at fault, and is made all the same
-                context = {"event_id": event_id, "error": describe(error)}
-                logger.warning(
-                    "The call on event %(event_id)s could not be written down (%(error)s).",
-                    context,
-                    extra=context,
-                )
-
-    def put_down(self) -> None:
-        self._inner.put_down()
-
-    def rest(self) -> None:
-        self._inner.rest()
-
-    def identify(self, session: int) -> None:
-        self._inner.identify(session)
-
-    def in_hand(self) -> list[tuple[int, int]]:
-        return self._inner.in_hand()

@@ -1,21 +1,25 @@
 """The event loop on which a worker's async handlers run, side by side.
 
-The loop only turns while the worker is in one of the methods of `Calls`: it waits for the calls of a
+The loop only turns while the worker is in one of the methods of `EventLoop`: it waits for the calls of a
 batch, lets those left over from earlier ones make a step between two batches, or would sleep. The time
 for which the loop stands still is not counted towards a call's timeout.
 """
 
 import asyncio
 import contextlib
+import math
+import select
 import time
 from collections.abc import Coroutine, Iterable
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 from asgiref.sync import sync_to_async
 from django.db import connections
 
 from spark_outbox.errors import HandlerTimeout
-from spark_outbox.worker.outcome import Call
+from spark_outbox.processes.guard import CallGuard
+from spark_outbox.worker.batch import Call
+from spark_outbox.worker.context import Context
 
 T = TypeVar("T")
 
@@ -26,69 +30,18 @@ STEPS = 10
 """How often the loop turns between two batches."""
 
 
-class Alarm(Protocol):
-    """What interrupts a handler: see management/alarm.py."""
-
-    def start(self, seconds: float) -> None: ...
-    def stop(self) -> None: ...
-
-
-class InHand(Protocol):
-    """Where it is noted what is being called: see processes/supervisor.py."""
-
-    def take_in_hand(self, *called: tuple[int, int]) -> None:
-        """Note pairs of an event's id and its handler's number."""
-
-    def put_down(self) -> None:
-        """Note that nothing is, and that from now on we wait for the database."""
-
-    def rest(self) -> None:
-        """Note that we do not, until `put_down`."""
-
-    def identify(self, session: int) -> None:
-        """Note the session that running deliveries of this worker bear."""
-
-    def in_hand(self) -> list[tuple[int, int]]:
-        """Return what was taken in hand and not put down."""
-
-
-class Hand:
-    """The same for a worker that no supervisor looks after: a note in its own memory."""
-
-    def __init__(self) -> None:
-        self._called: tuple[tuple[int, int], ...] = ()
-
-    def take_in_hand(self, *called: tuple[int, int]) -> None:
-        self._called = called
-
-    def put_down(self) -> None:
-        self._called = ()
-
-    def rest(self) -> None:
-        pass
-
-    def identify(self, session: int) -> None:
-        pass
-
-    def in_hand(self) -> list[tuple[int, int]]:
-        return list(self._called)
-
-
-class Calls:
-    """The calls of async handlers that are under way, at most `concurrency` of them.
+class EventLoop:
+    """The calls of async handlers that are under way: up to ASYNC_CONCURRENCY.
 
     Django's async ORM runs its queries in a thread of its own, so on connections of its own: what
     these handlers write is committed apart from the worker's transaction.
     """
 
-    def __init__(
-        self, concurrency: int, *, must_end: bool, alarm: Alarm | None, in_hand: InHand
-    ) -> None:
-        self.concurrency = concurrency
-        self.must_end = must_end
+    def __init__(self, context: Context) -> None:
+        self.must_end = context.direct is None
         """A batch waits for all of its calls: they can't go on after its commit."""
-        self._alarm = alarm
-        self._in_hand = in_hand
+        self._concurrency = context.settings.ASYNC_CONCURRENCY
+        self._guard = context.guard
         self._running: dict[asyncio.Task[None], Call] = {}
         self._timeouts: dict[asyncio.Task[None], asyncio.Timeout] = {}
         self._stands_since: float | None = None  # by the loop's clock
@@ -99,7 +52,7 @@ class Calls:
 
     @property
     def room(self) -> int:
-        return self.concurrency - len(self._running)
+        return self._concurrency - len(self._running)
 
     def start(self, calls: Iterable[Call]) -> None:
         loop = self._loop()
@@ -138,9 +91,18 @@ class Calls:
         if self._running:
             self._turn(_take_steps())
 
-    def poll(self, descriptors: Iterable[int], seconds: float) -> set[int]:
-        """Run the loop until a call has ended, or a file descriptor can be read; return which can."""
-        return self._turn(_poll(list(descriptors), set(self._running), seconds))
+    def poll(self, descriptors: list[int], seconds: float) -> set[int]:
+        """Wait until a file descriptor can be read, or a call has ended; return which can.
+
+        The database need not answer meanwhile.
+        """
+        self._guard.rest()
+        if self._running:
+            readable = self._turn(_poll(descriptors, set(self._running), seconds))
+        else:
+            readable = poll(descriptors, seconds)
+        self._guard.put_down()
+        return readable
 
     def close(self) -> None:
         """Cancel what is under way; close the connections of Django's async ORM."""
@@ -164,12 +126,12 @@ class Calls:
         loop = self._loop()
         task = loop.create_task(self._go_on(coroutine))
         running = self._running.values()
-        self._in_hand.take_in_hand(*[(call.event.id, call.handler.number) for call in running])
+        self._guard.take_in_hand(*[(call.event.id, call.handler.number) for call in running])
         try:
             return self._run_until_complete(loop, task)
         finally:
             self._stands_since = loop.time()
-            self._in_hand.put_down()
+            self._guard.put_down()
 
     async def _go_on(self, coroutine: Coroutine[Any, Any, T]) -> T:
         """Put timeouts off by as long as the loop stood still. Runs before any of them can strike."""
@@ -184,19 +146,27 @@ class Calls:
     def _run_until_complete(self, loop: asyncio.AbstractEventLoop, task: asyncio.Task[T]) -> T:
         limits = [call.handler.policy.limit() for call in self._running.values()]
         longest = max((limit for limit in limits if limit is not None), default=None)
-        if self._alarm is None or longest is None:
+        if longest is None or not self._guard.interrupts:
             return loop.run_until_complete(task)
         patience = longest * PATIENCE
-        self._alarm.start(patience)
-        watchdog = loop.create_task(_put_off(self._alarm, patience))
+        self._guard.start(patience)
+        watchdog = loop.create_task(_put_off(self._guard, patience))
         try:
             while not task.done():
                 with contextlib.suppress(HandlerTimeout):  # it has also ended the call that blocked
                     loop.run_until_complete(task)
         finally:
-            self._alarm.stop()
+            self._guard.stop()
             watchdog.cancel()
         return task.result()
+
+
+def poll(descriptors: list[int], seconds: float) -> set[int]:
+    """Wait until some of the file descriptors can be read; return which."""
+    waiting = select.poll()
+    for descriptor in descriptors:
+        waiting.register(descriptor, select.POLLIN)
+    return {descriptor for descriptor, _ in waiting.poll(math.ceil(seconds * 1000))}
 
 
 async def _run(call: Call, timeout: asyncio.Timeout) -> None:
@@ -213,7 +183,7 @@ async def _run(call: Call, timeout: asyncio.Timeout) -> None:
             call.error = HandlerTimeout()
             call.error.__cause__ = error
     call.seconds = time.monotonic() - started
-    call.ended = True
+    call.has_ended = True
 
 
 async def _take_steps() -> None:
@@ -247,10 +217,10 @@ async def _poll(descriptors: list[int], tasks: set[asyncio.Task[None]], seconds:
     return ready
 
 
-async def _put_off(alarm: Alarm, seconds: float) -> None:
+async def _put_off(guard: CallGuard, seconds: float) -> None:
     while True:
         await asyncio.sleep(seconds / 4)
-        alarm.start(seconds)
+        guard.start(seconds)
 
 
 def _tidy() -> None:

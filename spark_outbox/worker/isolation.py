@@ -1,205 +1,173 @@
 """Let one handler's writes stand or fall alone, in a transaction that it shares with others.
 
-A savepoint is taken the moment a handler first touches the database, by whatever way, see wire.py. The
-release of the one before, the savepoint and the handler's statement are sent as one query, since a round
-trip of their own takes longer than all three. A handler that never touches the database costs nothing.
+The first statement of a handler takes a savepoint, see savepoints.py, whatever way it is sent, see
+wire.py. A handler that never touches the database costs nothing.
 
-A handler cannot end the transaction: such a statement is refused before it is sent. Settings of the
-session that it changes are put back before anything else runs, see session_settings.py.
-
-PostgreSQL parses a query before it runs any of it. So if the handler's statement is no SQL at all,
-there is no savepoint either, and the batch is lost with it; `undo` finds out, for each savepoint has
-a number. It happens to a handler once: from then on its savepoints go ahead of its statements.
+A handler can't end the transaction: a statement that would is refused before it is sent. Settings of the
+session that a handler changes are put back before anything else runs, see session_settings.py.
 """
 
-import logging
-import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
-from contextvars import copy_context
+from collections.abc import Callable
+from contextlib import ExitStack
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple, Self
 
-from django.db import DatabaseError, connections
+from django.db import connections
 from django.db.backends.base.base import BaseDatabaseWrapper
 from psycopg import ClientCursor
 from psycopg.pq import TransactionStatus
 
-from spark_outbox import conf, store
-from spark_outbox.errors import BrokenTransaction, describe
+from spark_outbox import store
+from spark_outbox.errors import BrokenTransaction
 from spark_outbox.events.references import References
 from spark_outbox.worker import wire
+from spark_outbox.worker.apart import call_back
+from spark_outbox.worker.savepoints import NotTaken, Savepoints
 from spark_outbox.worker.session_settings import SessionSettings
-
-logger = logging.getLogger(__name__)
-
-# Each savepoint that wrote is a subtransaction id until the commit. PostgreSQL caches 64 of them
-# per backend (PGPROC_MAX_CACHED_SUBXIDS); beyond that every other session's snapshots pay.
-MAX_SUBTRANSACTIONS = 60
 
 ENDED = "The handler committed or rolled back the worker's transaction."
 REFUSED = (
     "The handler must not commit or roll back: it shares its transaction with other events. Use "
     "`with transaction.atomic():` for what is to be undone alone, or register it with atomic=False."
 )
+UNPARSED = "PostgreSQL could not run the handler's first statement, nor its savepoint."
 
-# How psycopg's connection makes cursors: handlers change it, and the worker's own queries rely on it.
-_FACTORIES = ("row_factory", "cursor_factory", "server_cursor_factory", "prepare_threshold")
+
+class TransactionLost(Exception):
+    """A handler has ended the batch's transaction, so that none of the batch can be settled.
+
+    `reason` says how; it is empty if the exception that the handler raised says it better.
+    """
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
 
 
 class Isolation:
-    """The savepoints of one worker's handlers: `batch` around a batch, then per handler `begin` and
-    either `end` or `undo`."""
+    """The isolation of one batch's handlers. A context manager, to be entered in the transaction.
 
-    def __init__(self, using: str, *, combine: bool = True) -> None:
-        self._using = using
-        self._combine = combine
+    For each handler: `begin`, call it, then `end`; `undo` if it raised, or `end` did.
+
+    `strict` checks deferred constraints at the end of each handler rather than at the commit, where
+    their errors could be anybody's. `combine=False` sends each statement by itself. `apart` holds the
+    names of handlers whose savepoints are not combined with their first statements; it outlasts the
+    batch.
+    """
+
+    def __init__(
+        self,
+        using: str,
+        references: References,
+        *,
+        strict: bool,
+        apart: set[str] | None = None,
+        combine: bool = True,
+    ) -> None:
         self._connection: BaseDatabaseWrapper = connections[using]
-        self._references = References()
-        self._strict = False
-        self._subtransactions = 0
-        self._handler = ""
-        self._apart: set[str] = set()  # handlers whose savepoints go ahead
-        self._number = 0  # of the handler's savepoint
-        self._established = 0  # the last savepoint that is known to be there
-        self._touched = True
-        self._wrote = False
-        self.full = False
-        """It has used up its savepoints, and the batch is to be committed."""
-        self.lost = ""
-        self.unparsed = False
-        """It was lost with a statement that PostgreSQL could not run, nor anything sent with it."""
-        self._limit: float | None = None
-        self._limited = False  # a handler's statement_timeout is in force
-        self._refused = False  # the handler has tried to end the transaction
-        self._through_django = False  # what is being sent has gone through Django's wrappers
-        self._raw: Any = None
-        self._factories: list[Any] = []
-        self._settings: SessionSettings
-        self._callbacks = self._blocks = self._savepoints = 0
-
-    @contextmanager
-    def batch(self, references: References, *, strict: bool) -> Iterator[None]:
-        """Watch what is run on the worker's connection, inside its transaction.
-
-        `strict` checks deferred constraints at the end of each handler rather than at the commit,
-        where nobody could tell whose they are.
-        """
-        connection = self._connection = connections[self._using]
-        self.lost = ""
-        self.unparsed = False
         self._references = references
         self._strict = strict
-        self._subtransactions = 0
-        self.full = False
-        self._established = 0
-        self._touched = True
-        # As `end` has them after each handler, or it raises.
-        self._raw = raw = connection.connection
-        self._blocks = len(connection.atomic_blocks)
-        self._savepoints = len(connection.savepoint_ids)
-        self._factories = [getattr(raw, name) for name in _FACTORIES]
-        self._settings = SessionSettings(self._using)
+        self._apart = set() if apart is None else apart
+        self._combine = combine
+        self._settings = SessionSettings(using)
+        self.savepoints = Savepoints(self._settings, using=using)
+        self._frame = _Frame.of(self._connection)
+        self._exit = ExitStack()
+        self._lost = ""
+        # Of the current call:
+        self._name = ""
+        self._limit: float | None = None
+        self._callbacks = 0
+        self._trace: _Trace | None = None
+        self._through_django = False  # the statement that is being sent has passed `_execute`
+
+    def __enter__(self) -> Self:
+        raw = self._frame.raw
+        self._exit.enter_context(wire.watched(raw, self._before, self._after))
+        self._exit.enter_context(self._connection.execute_wrapper(self._execute))
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        self._exit.close()
         try:
-            with (
-                wire.watched(raw, self._before, self._after),
-                connection.execute_wrapper(self._execute),
-            ):
-                yield
-            if self._limited:
-                store.savepoint(self._limit_statements(self._settings.own_limit), using=self._using)
+            if kind is None:
+                self.savepoints.lift_limit()
         finally:
-            self._restore_factories()
-            self._touched = True
-            self._limited = False
-        # No on_commit callback that raises shall cost other events theirs. Django's `robust` would log
-        # its traceback, and in Django 5.2 stumbles over a partial.
-        hooks: list[Any] = connection.run_on_commit
-        if len(connection.atomic_blocks) == 1:
+            self._frame.restore_factories()
+        # An on_commit callback that raises must not cost other events theirs. Django's `robust` would
+        # log its traceback, and in Django 5.2 stumbles over a partial.
+        hooks: list[Any] = self._connection.run_on_commit
+        if len(self._connection.atomic_blocks) == 1:
+            alias = self._connection.alias
             hooks[:] = [
-                (sids, partial(_call_back, self._using, callback), False) for sids, callback, _ in hooks
+                (sids, partial(call_back, alias, callback), False) for sids, callback, _ in hooks
             ]
 
-    def begin(self, handler: str, limit: float | None = None) -> None:
-        """Start the handler of this name; none of its queries may take longer than `limit` seconds.
+    # Around a call
 
-        Without a name it is the worker's own, and the project's statement_timeout is not for it.
+    def begin(self, name: str, limit: float | None = None) -> None:
+        """Start the handler `name`; none of its queries may take longer than `limit` seconds.
+
+        Without a name the worker itself reads a payload, and the project's statement_timeout is not for
+        it.
         """
-        self._handler = handler
+        self._name = name
         self._limit = limit
-        self._touched = self._wrote = False
+        self._trace = None
         self._callbacks = len(self._connection.run_on_commit)
 
     def end(self) -> None:
-        """Accept what the handler did. Raises BrokenTransaction, or IntegrityError if strict."""
-        connection = self._connection
+        """Accept the handler's work. Raises BrokenTransaction, or IntegrityError if strict."""
+        connection, frame = self._connection, self._frame
         if (
-            not self._touched
-            and connection.connection is self._raw
-            and self._raw.pgconn.transaction_status == TransactionStatus.INTRANS
-            and not self._refused
+            self._trace is None
+            and connection.connection is frame.raw
+            and frame.raw.pgconn.transaction_status == TransactionStatus.INTRANS
             and not connection.needs_rollback
-            and len(connection.atomic_blocks) == self._blocks
+            and len(connection.atomic_blocks) == frame.blocks
         ):
             return
-        self.lost = self.lost or self._loss()
-        problem = self.lost or self._damage(connection)
-        if problem:
+        trace = self._trace or _Trace()
+        if problem := self._loss() or self._damage(trace):
             raise BrokenTransaction(problem)
-        if self._touched and self._strict:
-            store.savepoint(store.CHECK_CONSTRAINTS, using=self._using)
-        if self._settings.changed:
-            self._put_back()
+        if trace.has_savepoint and self._strict:
+            store.savepoint(store.CHECK_CONSTRAINTS, using=connection.alias)
+        if trace.changed_settings:
+            # The release alone ends SET TRANSACTION READ ONLY.
+            self._settings.put_back(first=self.savepoints.forget(), in_transaction=True)
 
     def undo(self) -> None:
-        """Take back what the handler did: its statements, and its on_commit callbacks.
+        """Take back the handler's statements, and its on_commit callbacks.
 
-        Not so if it has ended the whole transaction: then `lost` says how, and nothing of the batch
-        can be kept. Raises OperationalError if the server has ended it.
+        Raises TransactionLost if the handler has ended the transaction, OperationalError if the server
+        has.
         """
-        self._refused = self._settings.changed = False
-        self.lost = self.lost or self._loss()
-        if self.lost:
-            return
-        connection = self._connection
+        if lost := self._loss():
+            raise TransactionLost(lost)
+        connection, frame = self._connection, self._frame
         connection.needs_rollback = False
         connection.in_atomic_block = True
         del connection.run_on_commit[self._callbacks :]
-        del connection.atomic_blocks[self._blocks :]
-        del connection.savepoint_ids[self._savepoints :]
-        if self._touched:
-            self._roll_back()
+        del connection.atomic_blocks[frame.blocks :]
+        del connection.savepoint_ids[frame.savepoints :]
+        if self._trace is not None and self._trace.has_savepoint:
+            try:
+                self.savepoints.roll_back()
+            except NotTaken:
+                self._apart.add(self._name)
+                raise TransactionLost("") from None
             self._references.forget()
-
-    def _roll_back(self) -> None:
-        rollback = store.ROLLBACK_TO_SAVEPOINT.format(number=self._number)
-        try:
-            store.savepoint(rollback, using=self._using)
-        except DatabaseError as error:
-            if getattr(error.__cause__, "sqlstate", None) != store.NO_SUCH_SAVEPOINT:
-                raise
-            self._apart.add(self._handler)
-            self.unparsed = True
-            self.lost = "PostgreSQL could not run the handler's first statement, nor its savepoint."
-        else:
-            self._established = self._number
-
-    def _put_back(self) -> None:
-        """Put back the settings that the handler has changed.
-
-        Its savepoint is released in the same round trip: that alone ends SET TRANSACTION READ ONLY.
-        """
-        release = store.RELEASE.format(number=self._established) if self._established else ""
-        self._settings.put_back(first=release, in_transaction=True)
-        self._established = 0
-        self._limited = False
 
     def _loss(self) -> str:
         """Say how the handler has ended the transaction that it shares with others, if it has."""
-        raw = self._raw
+        self._lost = self._lost or self._find_loss()
+        return self._lost
+
+    def _find_loss(self) -> str:
+        raw = self._frame.raw
         if self._connection.connection is not raw or (raw.closed and not raw.broken):
             return "The handler closed the worker's database connection."
-        self._restore_factories()
+        self._frame.restore_factories()
         status = raw.pgconn.transaction_status
         if status == TransactionStatus.IDLE:
             return ENDED
@@ -207,56 +175,29 @@ class Isolation:
         if is_busy:  # nothing else could be sent, ever
             self._connection.close()
             return "The handler left a COPY, a stream() or a pipeline() of psycopg open."
-        if not self._touched and status == TransactionStatus.INERROR:
+        touched = self._trace is not None and self._trace.has_savepoint
+        if not touched and status == TransactionStatus.INERROR:
             return "The handler broke the worker's transaction by a way around psycopg."
         return ""
 
-    def _damage(self, connection: BaseDatabaseWrapper) -> str:
-        """Say what prevents the handler's work from being committed; `undo` mends it."""
-        if len(connection.atomic_blocks) != self._blocks or not connection.in_atomic_block:
+    def _damage(self, trace: "_Trace") -> str:
+        """Say why the handler's work can't be committed; `undo` mends it."""
+        connection = self._connection
+        if len(connection.atomic_blocks) != self._frame.blocks or not connection.in_atomic_block:
             return "The handler left an atomic() block open."
-        if self._refused:
+        if trace.refused:
             return REFUSED
         if connection.needs_rollback:
             return (
                 "The handler called set_rollback(True), or went on after a database error inside of "
                 "atomic(). Put what may fail into `with transaction.atomic():` and catch it outside."
             )
-        if self._raw.pgconn.transaction_status != TransactionStatus.INTRANS:
+        if self._frame.raw.pgconn.transaction_status != TransactionStatus.INTRANS:
             return (
                 "The handler went on after a database error, and its transaction is dead. Put the "
                 "statement that may fail into `with transaction.atomic():` and catch it outside."
             )
         return ""
-
-    def _restore_factories(self) -> None:
-        for name, value in zip(_FACTORIES, self._factories, strict=True):
-            setattr(self._raw, name, value)
-
-    def _touch(self) -> None:
-        """Take a savepoint, in a round trip of its own."""
-        if not self._touched:
-            store.savepoint("; ".join(self._take_savepoint()), using=self._using)
-            self._established = self._number
-
-    def _take_savepoint(self) -> list[str]:
-        """Return the statements that a handler's first is to follow."""
-        self._number += 1  # first: an alarm may ring anywhere, and then `undo` goes back to this one
-        self._touched = True
-        statements = []
-        if self._established:
-            statements.append(store.RELEASE.format(number=self._established))
-        milliseconds = None if self._limit is None else math.ceil(self._limit * 1000)
-        limit = self._settings.limit(milliseconds, handler=bool(self._handler))
-        is_limited = limit != self._settings.own_limit
-        if is_limited or self._limited:
-            statements.append(self._limit_statements(limit))
-        self._limited = is_limited
-        statements.append(store.SAVEPOINT.format(number=self._number))
-        return statements
-
-    def _limit_statements(self, milliseconds: int) -> str:
-        return store.LIMIT_STATEMENTS.format(milliseconds=milliseconds)
 
     # What is sent
 
@@ -264,29 +205,25 @@ class Isolation:
         self, execute: Callable[..., Any], sql: Any, params: Any, many: bool, context: Any
     ) -> Any:
         """Wrap every statement that goes through Django."""
-        text = sql if isinstance(sql, str) else wire.as_text(sql, self._raw)
-        kind = wire.kind(text)
-        if kind:
-            self._examine(kind, text, params)
-        else:
-            self._references.forget(text)  # it may call a function that writes
+        text = sql if isinstance(sql, str) else wire.as_text(sql, self._frame.raw)
+        trace = self._examine(wire.kind(text), text, params)
         self._through_django = True
         try:
-            if self._touched:
+            if trace.has_savepoint:
                 return execute(sql, params, many, context)
             cursor = context["cursor"].cursor
             if (
                 not self._combine
-                or self._handler in self._apart
+                or self._name in self._apart
                 or many
                 or not isinstance(sql, str)
                 or not isinstance(cursor, ClientCursor)  # others send one statement only
             ):
-                self._touch()
+                self._take_savepoint(trace)
                 return execute(sql, params, many, context)
-            statements = self._take_savepoint()
+            statements = self._prepare_savepoint(trace)
             result = execute("; ".join([*statements, sql]), params, many, context)
-            self._established = self._number
+            self.savepoints.confirm()
             for _ in statements:
                 cursor.nextset()
             return result
@@ -295,122 +232,77 @@ class Isolation:
 
     def _before(self, generator: Any) -> None:
         """Meet what psycopg is about to send, whoever has asked it to."""
+        trace = self._trace
         if not self._through_django:
-            kind, text, params = wire.sent(generator, self._raw)
-            if kind:
-                self._examine(kind, text, params)
-            elif text:
-                self._references.forget(text)
-        self._touch()
+            trace = self._examine(*wire.sent(generator, self._frame.raw))
+        if trace is not None and not trace.has_savepoint:
+            self._take_savepoint(trace)
 
     def _after(self) -> None:
         """Note that the transaction has ended: soon there may be another, and nobody could tell."""
-        if self._raw.pgconn.transaction_status == TransactionStatus.IDLE:
-            self.lost = ENDED
+        if self._frame.raw.pgconn.transaction_status == TransactionStatus.IDLE:
+            self._lost = ENDED
 
-    def _examine(self, kind: int, text: str, params: Any) -> None:
-        """Prepare for a statement of the handler that does more than to read."""
+    def _examine(self, kind: int, text: str, params: Any) -> "_Trace":
+        """Prepare for a statement of the handler."""
+        trace = self._trace = self._trace or _Trace()
+        if not kind:
+            if text:
+                self._references.forget(text)  # it may call a function that writes
+            return trace
         if kind & wire.ENDS:
-            self._refused = True
+            trace.refused = True
             raise BrokenTransaction(REFUSED)
         if kind & wire.WRITES:
-            if kind & wire.SAVEPOINT or not self._wrote:
-                self._subtransactions += 1
-                self.full = self.full or self._subtransactions >= MAX_SUBTRANSACTIONS
-            self._wrote = True
+            if kind & wire.SAVEPOINT or not trace.wrote:
+                self.savepoints.count_subtransaction()
+            trace.wrote = True
             self._references.forget(None if kind & wire.ANYTHING else text)
         if kind & wire.DEFERS:
-            self.full = True  # nobody can put that back, so it ends with the transaction
-        self._settings.look(kind, text, params)
+            self.savepoints.use_up()  # nobody can put that back, so it ends with the transaction
+        if self._settings.look(kind, text, params):
+            trace.changed_settings = True
+        return trace
+
+    def _take_savepoint(self, trace: "_Trace") -> None:
+        """Take a savepoint, in a round trip of its own."""
+        self.savepoints.take(self._prepare_savepoint(trace))
+
+    def _prepare_savepoint(self, trace: "_Trace") -> list[str]:
+        statements = self.savepoints.next(self._limit, is_worker=not self._name)
+        # Not before: an alarm may ring anywhere, and `undo` must not roll back to another's savepoint.
+        trace.has_savepoint = True
+        return statements
 
 
-def _call_back(using: str, callback: Callable[[], object]) -> None:
-    """Run what a handler has left for after the commit."""
-    try:
-        with apart(using, None):
-            copy_context().run(callback)
-    except Exception as error:  # noqa: BLE001, logged
-        function = getattr(callback, "func", callback)  # a partial's arguments are not for the log
-        context = {
-            "callback": getattr(function, "__qualname__", type(function).__qualname__),
-            "error": describe(error),
-        }
-        logger.error(
-            "%(callback)s, which a handler gave to on_commit(), failed (%(error)s).",
-            context,
-            extra=context,
-        )
+class _Trace:
+    """What the current handler has done on the connection; made by its first statement."""
+
+    __slots__ = ("changed_settings", "has_savepoint", "refused", "wrote")
+
+    def __init__(self) -> None:
+        self.has_savepoint = False
+        self.wrote = False
+        self.refused = False  # it has tried to end the transaction
+        self.changed_settings = False
 
 
-@contextmanager
-def apart(using: str, limit: float | None) -> Iterator[None]:
-    """Around a handler that runs on the worker's connection, but not in its transaction.
+class _Frame(NamedTuple):
+    """The state in which each handler gets the connection."""
 
-    None of its queries may take longer than `limit` seconds, unless a pooler lends the connection's
-    session to others, too. Raises BrokenTransaction if it leaves a transaction open; then that is
-    rolled back, and the connection closed.
-    """
-    connection = connections[using]
-    blocks = len(connection.atomic_blocks)
-    is_ours = connection.connection is not None and conf.current().direct(using) == using
-    try:
-        with _whole_session(connection, limit, blocks) if is_ours else nullcontext():
-            yield
-    finally:
-        problem = _left_open(connection, blocks)
-    if problem:
-        raise BrokenTransaction(problem)
+    raw: Any
+    blocks: int
+    savepoints: int
+    factories: dict[str, Any]
 
+    @classmethod
+    def of(cls, connection: BaseDatabaseWrapper) -> "_Frame":
+        raw = connection.connection
+        # How psycopg makes cursors: handlers change it, and the worker's own queries rely on it.
+        names = ("row_factory", "cursor_factory", "server_cursor_factory", "prepare_threshold")
+        factories = {name: getattr(raw, name) for name in names}
+        return cls(raw, len(connection.atomic_blocks), len(connection.savepoint_ids), factories)
 
-@contextmanager
-def _whole_session(connection: BaseDatabaseWrapper, limit: float | None, blocks: int) -> Iterator[None]:
-    """Limit the time of queries from the first one on; put back the settings that are changed."""
-    raw, using = connection.connection, connection.alias
-    settings = SessionSettings(using)
-    milliseconds = settings.limit(None if limit is None else math.ceil(limit * 1000))
-    is_limited = False
-
-    def before(generator: Any) -> None:
-        nonlocal is_limited
-        if not is_limited and milliseconds != settings.own_limit:
-            is_limited = True
-            store.limit_session(milliseconds, using=using)
-        settings.look(*wire.sent(generator, raw))
-
-    try:
-        with wire.watched(raw, before, lambda: None):
-            yield
-    finally:
-        if connection.connection is raw and raw.pgconn.transaction_status in _SOUND:
-            if settings.changed:
-                settings.put_back(in_transaction=blocks > 0)
-            elif is_limited:
-                store.limit_session(settings.limits.session, using=using)
-
-
-def _left_open(connection: BaseDatabaseWrapper, blocks: int) -> str:
-    """Say what a handler that had no transaction of ours has left open, and close the connection."""
-    raw = connection.connection
-    if len(connection.atomic_blocks) > blocks:
-        problem = "The handler left an atomic() block open."
-    elif not blocks and (connection.in_atomic_block or not connection.get_autocommit()):
-        problem = "The handler left autocommit off."
-    elif raw is not None and raw.pgconn.pipeline_status:
-        problem = "The handler left a pipeline() of psycopg open."
-    elif not blocks and raw is not None and raw.info.transaction_status not in _AT_REST:
-        problem = "The handler left a transaction open."
-    else:
-        return ""
-    if raw is not None:
-        raw.close()
-    del connection.atomic_blocks[blocks:]
-    if not blocks:
-        connection.in_atomic_block = connection.needs_rollback = False
-        connection.savepoint_ids.clear()
-        connection.run_on_commit.clear()
-        connection.close()
-    return problem
-
-
-_AT_REST = {TransactionStatus.IDLE, TransactionStatus.UNKNOWN}
-_SOUND = {TransactionStatus.IDLE, TransactionStatus.INTRANS}
+    def restore_factories(self) -> None:
+        for name, value in self.factories.items():
+            setattr(self.raw, name, value)

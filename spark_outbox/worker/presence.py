@@ -14,22 +14,21 @@ from typing import Any, TypeVar
 from django.db import Error
 
 from spark_outbox import store
-from spark_outbox.worker import session
-from spark_outbox.worker.event_loop import InHand
+from spark_outbox.worker import bounds
+from spark_outbox.worker.context import Context
 from spark_outbox.worker.private import PrivateConnection
 
 T = TypeVar("T")
 
 
 class Presence:
-    """One worker's session. `direct` is the alias of a connection that is no pooler's. `in_hand` is told
-    the session, for whoever books what this process dies of."""
+    """One worker's session. Its guard notes it, for whoever books what this process dies of."""
 
-    def __init__(self, *, using: str, direct: str, in_hand: InHand) -> None:
-        self._using = using
-        self._direct = direct
-        self._in_hand = in_hand
-        self._private = PrivateConnection(direct)
+    def __init__(self, context: Context) -> None:
+        self._using = context.using
+        self._direct = context.direct or context.using
+        self._guard = context.guard
+        self._private = PrivateConnection(self._direct)
         self.session = 0
         """The number; 0 if there was no need of one."""
 
@@ -40,7 +39,7 @@ class Presence:
         the old one. Raises OperationalError if there is no connection to be had.
         """
         if not self._private.is_open:
-            session.check_direct(self._using, self._direct)
+            bounds.check_direct(self._using, self._direct)
         try:
             self._lock()
         except Error:
@@ -58,11 +57,11 @@ class Presence:
         return self.session
 
     def _lock(self) -> None:
-        number = self.session or session.new_number()
+        number = self.session or bounds.new_number()
         while not self._private.run(store.lock_session, number):
-            number = session.new_number()
+            number = bounds.new_number()
         self.session = number
-        self._in_hand.identify(number)
+        self._guard.identify(number)
 
     def run(self, statement: Callable[..., T], *arguments: Any) -> T:
         """Call a function of store.py on the private connection, while holding the lock."""

@@ -2,7 +2,7 @@
 
 Handlers get their connections from Django's `connections`, where `close_old_connections()` finds them.
 What must outlast any handler, such as the lock of a session, is therefore on this one. It belongs to no
-pool, and the server ends it only if the worker is gone: see the bounds in session.py.
+pool, and the server ends it only if the worker is gone: see the bounds in bounds.py.
 """
 
 from collections.abc import Callable
@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from django.db import connections
 from django.db.backends.base.base import BaseDatabaseWrapper
 
-from spark_outbox.worker import session
+from spark_outbox.worker import bounds
 
 T = TypeVar("T")
 
@@ -50,11 +50,11 @@ class PrivateConnection:
         connection = connections[self._alias].copy()
         settings = connection.settings_dict
         settings.update(AUTOCOMMIT=True, CONN_MAX_AGE=None)
-        settings["OPTIONS"] = session.bounded(settings["OPTIONS"])
+        settings["OPTIONS"] = bounds.bounded(settings["OPTIONS"])
         settings["OPTIONS"].pop("pool", None)
         connection.ensure_connection()
         try:
-            session.keep(connection, name=NAME)
+            bounds.keep(connection, name=NAME)
         except BaseException:
             connection.close()
             raise

@@ -1,226 +1,185 @@
-"""A worker's sessions: how soon client and server each notice that the other is gone.
+"""A worker's connections: prepared once, and made anew after an outage."""
 
-The socket of a process that dies is closed, and the other side sees that at once. A host that dies, or
-a line that is cut, says nothing: then TCP ends the connection, on each side by itself, once the other
-has been silent for `tcp_user_timeout`; keepalives ask where nothing else is under way. A new connection
-is given up after `connect_timeout`. So other workers have the rows of one that is cut off within 20
-seconds, and by then it knows that it has lost them.
-
-The figures are libpq's parameters, and go for both sides. Those that the project has given in OPTIONS
-of its DATABASES come first. Processes that only emit keep their own.
-
-`tcp_user_timeout` also ends a connection whose client is alive, but does not read what it has asked for:
-it bounds a pause in a COPY. That has to be for a worker's transaction, which holds rows that others wait
-for. While a detached handler runs, its connection has no such bound, and keepalives alone notice that
-the host is gone. The lock by which other workers see it is on another connection: see private.py.
-
-No statement of the worker's own is ended by the project's `statement_timeout`, which is meant for
-handlers. It is lifted, and their queries get it again, see isolation.py.
-"""
-
-import contextlib
-import os
+import logging
 import random
-import socket
-from collections.abc import Iterator
-from typing import Any, NamedTuple
-from weakref import WeakKeyDictionary
+from typing import Any
 
-from django.db import connections
-from django.db.backends.base.base import BaseDatabaseWrapper
-from psycopg.pq import Conninfo
+from django.db import DataError, Error, OperationalError, connections
 
 from spark_outbox import store
-from spark_outbox.errors import SettingsError
+from spark_outbox.errors import NotMigrated, SettingsError, describe
+from spark_outbox.worker import bounds
+from spark_outbox.worker.context import Context
+from spark_outbox.worker.event_loop import PATIENCE
+from spark_outbox.worker.refusals import is_final
+from spark_outbox.worker.wake import Wake
 
-BOUNDS = {
-    "connect_timeout": "10",
-    "keepalives": "1",
-    "keepalives_idle": "5",
-    "keepalives_interval": "2",
-    "keepalives_count": "3",
-    "tcp_user_timeout": "15000",  # milliseconds
-}
+logger = logging.getLogger(__name__)
 
+SILENCE = 30.0
+"""Seconds that a transaction may be idle beyond the timeouts of its handlers."""
 
-class Limits(NamedTuple):
-    """Milliseconds that a statement may take; 0 for no limit."""
-
-    session: int
-    """What is set for the session, outside of transactions that say otherwise."""
-    own: int
-    """For the worker's own statements."""
-    handlers: int
-    """The project's, so for the statements of its handlers."""
-    is_shared: bool = False
-    """The session is a pooler's: what a worker sets goes with each transaction."""
+RECONNECT_PAUSES = (0.1, 10.0)
+"""The first and the longest pause, in seconds, while the database is away."""
 
 
-_limits: WeakKeyDictionary[Any, Limits] = WeakKeyDictionary()
-"""Those of the sessions that have been set up, by psycopg's connection."""
+class Session:
+    """The sessions of one worker, one after the other: on its own connection, and on that which
+    LISTENs."""
 
+    def __init__(self, context: Context, wake: Wake) -> None:
+        self._context = context
+        self._wake = wake
+        self._prepared: tuple[object, object] | None = None  # the psycopg connections
+        self._was_ready = False
+        self._failures = 0  # of the database, in a row
+        self._version = ""  # the server's
 
-def noted_limits(raw: Any) -> Limits | None:
-    """Return the limits of a worker's session; None if the session is that of whoever called us."""
-    return None if raw is None else _limits.get(raw)
+    @property
+    def is_intact(self) -> bool:
+        """The connections are those that were prepared."""
+        return self._prepared == self._current()
 
+    @property
+    def is_cut_off(self) -> bool:
+        """The connection is lost on which this worker has been working."""
+        raw: Any = None if self._prepared is None else self._prepared[0]
+        return raw is not None and raw.closed
 
-def limits(using: str) -> Limits:
-    """Return the limits of a session. It is asked if it is not a worker's: then all are what it says."""
-    noted = noted_limits(connections[using].connection)
-    if noted is not None:
-        return noted
-    current = store.statement_timeout(using=using)
-    return Limits(current, current, current)
+    @property
+    def first_statement(self) -> str:
+        """The query that each batch begins with: the limits of a pooler's session go with each
+        transaction."""
+        if self._prepared is None or self._context.is_direct:
+            return ""
+        return store.silence_limit(self._longest_silence())
 
+    def configure(self) -> None:
+        """Before the first connection. Raises SettingsError if a worker can't work on such
+        connections."""
+        check_handlers(self._context)
+        bounds.set_bounds(self._context.using, self._context.direct)
+        bounds.leave_pools(self._context.using, self._context.direct)
 
-def _lift_limit(using: str, *, is_own: bool) -> None:
-    """Let the worker's own statements take their time; in a pooler's session each batch says so."""
-    raw = connections[using].connection
-    if raw not in _limits:
-        project = store.statement_timeout(using=using)
-        _limits[raw] = Limits(0 if is_own else project, 0, project, not is_own)
-        if is_own and project:
-            store.limit_session(0, using=using)
+    def ensure(self) -> bool:
+        """Connect, prepare the session and LISTEN; return False if this has been done on this
+        connection.
 
-
-def set_bounds(*aliases: str | None) -> None:
-    """Have this process give up servers that are gone: on connections that it makes from now on.
-
-    A project that connects by a libpq service has its parameters in that service's file.
-    """
-    for alias in aliases:
-        if alias is not None:
-            settings = connections[alias].settings_dict
-            settings["OPTIONS"] = bounded(settings["OPTIONS"])
-
-
-def bounded(options: dict[str, Any]) -> dict[str, Any]:
-    """Return the OPTIONS of a database with our bounds, where the project has none of its own."""
-    if "service" in options:
-        return options
-    environment = {option.keyword.decode() for option in Conninfo.get_defaults() if option.val}
-    bounds = {name: value for name, value in BOUNDS.items() if name not in environment}
-    return {**bounds, **options}
-
-
-def check(using: str, direct: str | None) -> None:
-    """Raise SettingsError if a worker can't work on connections that are configured like these."""
-    for alias in dict.fromkeys((using, direct)):
-        if alias is not None and not connections[alias].settings_dict["AUTOCOMMIT"]:
-            raise SettingsError(
-                f"DATABASES[{alias!r}] has AUTOCOMMIT off: a worker would commit nothing. Remove "
-                "that setting; or give the outbox an alias of its own, without it."
-            )
-
-
-def check_direct(using: str, direct: str | None) -> None:
-    """Raise SettingsError if the two aliases don't lead to the same outbox.
-
-    What the one has locked must be locked for the other. So this is what is tried, rather than their
-    names compared: a standby has the name of its primary, and a pooler may give any.
-    """
-    if direct is None or direct == using:
-        return
-    number = new_number()
-    store.lock_session(number, using=direct)
-    try:
-        elsewhere = store.is_session_gone(number, using=using)
-    finally:
-        store.unlock_session(number, using=direct)
-    if elsewhere or store.outbox_oid(using=using) != store.outbox_oid(using=direct):
-        raise SettingsError(
-            f"SPARK_OUTBOX['LISTEN_DATABASE'] names {direct!r} for {using!r}, which has another outbox. "
-            f"Name a direct connection for each database: {{{using!r}: ALIAS, …}}; "
-            "'' for one that is direct itself, None for one to be polled."
+        Raises NotMigrated if the database has no outbox, SettingsError if PostgreSQL can't read
+        `groups`, or what LISTENs is another database.
+        """
+        context, using = self._context, self._context.using
+        connections[using].ensure_connection()
+        if self.is_intact:
+            return False
+        self._version = bounds.set_up(
+            using, direct=context.direct, idle_in_transaction=self._longest_silence()
         )
+        if not store.has_outbox(using=using):
+            raise NotMigrated(
+                f"Database {using!r} has no outbox. Run: manage.py migrate spark_outbox"
+                + ("" if using == "default" else f" --database {using}")
+            )
+        store.fix_schema(using=using)
+        if context.groups is not None:
+            try:
+                store.check_groups(context.groups, using=using)
+            except DataError as error:
+                raise SettingsError(f"--groups {context.groups!r}: {error}") from error
+        self._check_direct()
+        self._wake.listen()
+        self._prepared = self._current()
+        return True
+
+    def confirm(self) -> None:
+        """The worker is ready; or the database has just done what it was asked."""
+        self._was_ready = True
+        self._failures = 0
+
+    def announce(self) -> None:
+        """Say that the worker is ready."""
+        using = self._context.using
+        logger.info("Ready on database %s.", using, extra={"database": using})
+        if self._context.on_ready is not None:
+            self._context.on_ready(self._version)
+
+    def gives_up(self, error: Error) -> bool:
+        """Return whether a worker that somebody waits for should end with this error: the database has
+        never been there, or it is there and would refuse the same another time."""
+        raw: Any = connections[self._context.using].connection
+        is_refused = raw is not None and not raw.closed and is_final(error)
+        return is_refused or not self._was_ready
+
+    def recover(self, error: Error) -> None:
+        """Drop the connections and wait; whatever was claimed is free as soon as the server sees it."""
+        self._failures += 1
+        first, longest = RECONNECT_PAUSES
+        seconds = min(longest, first * 2 ** min(self._failures - 1, 16))
+        seconds *= random.uniform(0.5, 1)  # noqa: S311, workers shall not come back in step
+        details = {
+            "database": self._context.using,
+            "error": describe(error),
+            "seconds": round(seconds, 2),
+        }
+        logger.warning(
+            "Database %(database)s failed (%(error)s); trying again in %(seconds)s s.",
+            details,
+            extra=details,
+        )
+        self._prepared = None
+        for connection in connections.all(initialized_only=True):
+            connection.close()
+        self._wake.pause(seconds)
+
+    def tidy(self) -> None:
+        """Do between batches what Django does between requests."""
+        for connection in connections.all(initialized_only=True):
+            connection.queries_log.clear()
+            if connection.connection not in (self._prepared or ()):
+                connection.close_if_unusable_or_obsolete()
+            elif not connection.autocommit:
+                connection.close()  # a callback has left it so, and nothing would be committed
+
+    def _current(self) -> tuple[object, object]:
+        direct = self._context.direct
+        listening = None if direct is None else connections[direct].connection
+        return connections[self._context.using].connection, listening
+
+    def _check_direct(self) -> None:
+        """Raise SettingsError if what LISTENs is another database than the worker's; OperationalError
+        if that has only now become so: in a failover the two may change at different times."""
+        try:
+            bounds.check_direct(self._context.using, self._context.direct)
+        except SettingsError as error:
+            if self._was_ready:
+                raise OperationalError(str(error)) from error
+            raise
+
+    def _longest_silence(self) -> float | None:
+        """Return the seconds that may pass between two statements of a transaction; None if nobody
+        knows, since a handler has no timeout or nothing would interrupt it."""
+        context = self._context
+        handlers = [handler for handler in context.registry.handlers if handler.atomic]
+        if context.direct is not None:  # async calls outlive their batch, rather than be waited for
+            handlers = [handler for handler in handlers if not handler.is_async]
+        if handlers and not context.guard.interrupts:
+            return None
+        total = SILENCE
+        for handler in handlers:
+            limit = handler.policy.limit()
+            if limit is None:
+                return None
+            total += limit * PATIENCE if handler.is_async else limit
+        return total
 
 
-def new_number() -> int:
-    """Return a number for a session that is nobody's: its lock says that its worker is there."""
-    return random.SystemRandom().randrange(1, 2**31)
-
-
-def leave_pools(*aliases: str | None) -> None:
-    """Have this process connect by itself where the project has a pool. A worker needs one connection.
-    Its session has locks and LISTENs, so it must end with the worker, and not go back to a pool."""
-    for alias in aliases:
-        if alias is not None:
-            settings = connections[alias].settings_dict
-            options: dict[str, Any] = settings["OPTIONS"]
-            if options.get("pool"):
-                settings["OPTIONS"] = {name: options[name] for name in options if name != "pool"}
-                settings["CONN_MAX_AGE"] = None  # those of other threads last, as in the pool
-
-
-def set_up(using: str, *, direct: str | None, idle_in_transaction: float | None) -> str:
-    """Have the server give up this worker when it is gone; return the server's version.
-
-    `direct` is the alias of the connection that is no pooler's. What is set in a pooler's session is
-    left to whoever gets it next: there, the limit on silence goes with each transaction, see
-    `store.silence_limit`; and as the server can't see past the pooler, the rest is up to that.
-    """
-    store.name_session(using=using)
-    for alias in {using, direct or using}:
-        connections[alias].ensure_connection()
-        connections[alias].close_at = None  # close_old_connections() leaves it, whatever CONN_MAX_AGE is
-    if direct is not None:
-        connection = connections[direct]
-        store.bound_session(_bounds_of(connection.connection), using=direct)
-        store.limit_silence(idle_in_transaction, using=direct)
-    _lift_limit(using, is_own=direct == using)
-    version: str = connections[using].connection.info.parameter_status("server_version")
-    return version.split(maxsplit=1)[0]
-
-
-def keep(connection: BaseDatabaseWrapper, *, name: str) -> None:
-    """Have the server end a session when its worker is gone, and for no other reason."""
-    store.name_session(name, using=connection)
-    store.bound_session(_bounds_of(connection.connection), using=connection)
-    store.keep_session(using=connection)
-
-
-@contextlib.contextmanager
-def patience(using: str, *, direct: bool) -> Iterator[None]:
-    """While a handler has the connection `using` for itself: let it read and write at its leisure.
-
-    `direct` says that the session is this worker's alone, so that the server's side can be told. A bound
-    that the project has given is kept.
-    """
-    raw = connections[using].connection
-    ours = BOUNDS["tcp_user_timeout"]
-    if raw is None or not _is_tcp(raw) or _bounds_of(raw)["tcp_user_timeout"] != ours:
-        yield
-        return
-    _limit_send(raw, 0)
-    if direct:
-        store.limit_send("0", using=using)
-    try:
-        yield
-    finally:
-        if connections[using].connection is raw and not raw.closed:
-            _limit_send(raw, int(ours))
-            if direct:
-                store.limit_send(ours, using=using)
-
-
-def _bounds_of(raw: Any) -> dict[str, str]:
-    """Return the bounds that a psycopg connection was made with; ours, where it has none."""
-    options = raw.pgconn.info  # all of them: the password as well
-    given = {option.keyword.decode(): option.val.decode() for option in options if option.val}
-    return {name: given.get(name, value) for name, value in BOUNDS.items()}
-
-
-def _is_tcp(raw: Any) -> bool:
-    with _socket(raw) as end:
-        return end.family != socket.AF_UNIX
-
-
-def _limit_send(raw: Any, milliseconds: int) -> None:
-    if hasattr(socket, "TCP_USER_TIMEOUT"):  # else libpq has not set it either
-        with _socket(raw) as end:
-            end.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, milliseconds)
-
-
-def _socket(raw: Any) -> socket.socket:
-    return socket.socket(fileno=os.dup(raw.fileno()))
+def check_handlers(context: Context) -> None:
+    """Raise SettingsError if the handlers need a connection that the worker does not have."""
+    bounds.check(context.using, context.direct)
+    detached = [handler.name for handler in context.registry.handlers if not handler.atomic]
+    if detached and context.direct is None:
+        raise SettingsError(
+            f"{', '.join(detached)}: handlers with atomic=False need a session that lasts. Name "
+            'the alias of a direct connection in SPARK_OUTBOX["LISTEN_DATABASE"]; or "" if the '
+            "worker's own is none of a pooler."
+        )

@@ -13,7 +13,7 @@ from psycopg.pq import TransactionStatus
 
 from spark_outbox import store
 from spark_outbox.worker import wire
-from spark_outbox.worker.session import Limits, limits, noted_limits
+from spark_outbox.worker.bounds import Limits, limits, noted_limits
 
 # Settings of a project's own are in no view of PostgreSQL: so they are looked for in the statement.
 _OWN_NAME = re.compile(r"[a-z_][\w$]*(?:\.[a-z_][\w$]*)+", re.IGNORECASE)
@@ -32,7 +32,6 @@ class SessionSettings:
         self._shown: dict[str, str] = {}
         self._is_known = False
         self._named: dict[str, str | None] = {}
-        self.changed = False
 
     @property
     def limits(self) -> Limits:
@@ -52,10 +51,11 @@ class SessionSettings:
         """What `statement_timeout` is outside of handlers; 0 as long as nobody needs to know."""
         return 0 if self._limits is None else self._limits.own
 
-    def look(self, kind: int, sql: str, params: Any) -> None:
-        """Note the settings, before a statement that may change them."""
+    def look(self, kind: int, sql: str, params: Any) -> bool:
+        """Note the settings, before a statement that may change them; return whether they may have to be
+        put back after it."""
         if not kind & (wire.SETS | wire.PIPELINE):
-            return
+            return False
         pgconn = connections[self._using].connection.pgconn
         may_ask = pgconn.transaction_status in _SOUND and not pgconn.pipeline_status
         mentioned = _OWN_NAME.findall(sql if params is None else f"{sql} {params!r}")
@@ -68,8 +68,7 @@ class SessionSettings:
                 self._shown, self._is_known = shown, True
         elif pgconn.pipeline_status:  # where nobody can ask: they come back empty
             self._named |= dict.fromkeys(names)
-        if kind & wire.SETS and self._is_known:
-            self.changed = True
+        return bool(kind & wire.SETS) and self._is_known
 
     def put_back(self, *, first: str = "", in_transaction: bool) -> None:
         """Restore what was changed, after the statement `first`, in one round trip."""
@@ -85,4 +84,3 @@ class SessionSettings:
             limits=timeouts,
             using=self._using,
         )
-        self.changed = False

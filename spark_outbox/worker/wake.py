@@ -21,33 +21,23 @@ shortens latency: the worker would find each event without it, when its wait end
 import contextlib
 import math
 import os
-import select
 from collections.abc import Callable
 
 from django.db import connections
 
 from spark_outbox import store
+from spark_outbox.worker.context import Context
 
 MIN_PAUSE = 0.001
 MAX_PAUSE = 0.05
 
 
-def poll(descriptors: list[int], seconds: float) -> set[int]:
-    """Wait until some of the file descriptors can be read; return which."""
-    waiting = select.poll()
-    for descriptor in descriptors:
-        waiting.register(descriptor, select.POLLIN)
-    return {descriptor for descriptor, _ in waiting.poll(math.ceil(seconds * 1000))}
-
-
 class Wake:
-    """One worker's sleep. `using` is the alias whose connection LISTENs; None means to poll only.
-    `poll` is how it waits."""
+    """One worker's sleep. It LISTENs on the direct connection; without one it polls only. `poll` waits
+    until a file descriptor can be read, and returns which can."""
 
-    def __init__(
-        self, using: str | None, *, poll: Callable[[list[int], float], set[int]] = poll
-    ) -> None:
-        self._using = using
+    def __init__(self, context: Context, *, poll: Callable[[list[int], float], set[int]]) -> None:
+        self._using = None if context.settings.WAKE == "never" else context.direct
         self._poll = poll
         self._oid = 0  # of the table whose S we have taken
         self._listens = False

@@ -15,7 +15,7 @@ tests/test_model.py does this for all of them, and holds the order of the steps 
 "sql: NAME" is where a statement of store.py runs, "trigger: NAME" a call in spark_outbox_wake(),
 of migrations/sql/0001_wake.sql. The rest follows
 
-    Worker._work, Worker._sleep, Worker.handle_batch, Worker._recover, Claims.next,
+    Worker._work, Worker._rest, Cycle.run, Session.recover, Claims.next,
     Wake.listen, Wake.fall_asleep, Wake.wake_up, Wake.parting, Wake.wait
 
 What one session does and another can notice is a step of its own, and all orders of the steps are
@@ -130,7 +130,7 @@ next:
            :: else
            fi
        };
-       atomic {                                     /* Worker._sleep */
+       atomic {                                     /* Worker._rest */ 
            if
            :: forget_notifications()                /* they came while it was awake */
            :: skip                                  /* or its backend is late to read them */
@@ -166,7 +166,7 @@ next:
         holds_s = false; holds_k = false; claimed = false; is_safe = false
     } };
     if
-    :: goto start                                   /* Worker._recover: it connects again */
+    :: goto start                                   /* Session.recover: it connects again */
     :: atomic { living > 1 -> living-- }            /* it has died, or was told to stop */
     fi
 }

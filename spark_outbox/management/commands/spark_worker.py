@@ -20,10 +20,12 @@ from spark_outbox import conf
 from spark_outbox.errors import NotMigrated, RegistrationError, SettingsError, describe
 from spark_outbox.management.command import OutboxCommand
 from spark_outbox.processes import systemd
-from spark_outbox.processes.alarm import Alarm
-from spark_outbox.processes.supervisor import SIGNALS, STOPS, Slot, Supervisor
+from spark_outbox.processes.fork import SIGNALS, STOPS
+from spark_outbox.processes.guard import Guard
+from spark_outbox.processes.slot import Slot
+from spark_outbox.processes.supervisor import Supervisor
 from spark_outbox.registry.handlers import registry
-from spark_outbox.worker import forks, session, settle
+from spark_outbox.worker import booking, bounds, forks
 from spark_outbox.worker.loop import Worker
 
 
@@ -182,7 +184,7 @@ class Command(OutboxCommand):
             ready()
 
         try:
-            worker = self._worker(options, alarm=Alarm(slot), in_hand=slot, on_ready=on_ready)
+            worker = self._worker(options, guard=Guard(slot), on_ready=on_ready)
             for each in (signal.SIGINT, signal.SIGHUP):  # they reach all; the supervisor tells us
                 signal.signal(each, signal.SIG_IGN)
             signal.signal(signal.SIGTERM, lambda *_: worker.stop())
@@ -236,10 +238,10 @@ class Command(OutboxCommand):
         """Count a crash, if the database is there; without an error, put back what was stopped. In a
         process of its own: see the supervisor."""
         using = options["database"]
-        session.set_bounds(using)
-        session.leave_pools(using)
+        bounds.set_bounds(using)
+        bounds.leave_pools(using)
         try:
-            settle.book(in_hand, error, registry, session=number, using=using)
+            booking.book(in_hand, error, registry, session=number, using=using)
         except Error as refusal:
             event_id, _ = in_hand[0]
             self.stderr.write(f"A crash on event {event_id} could not be counted: {describe(refusal)}")

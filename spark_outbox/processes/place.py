@@ -1,0 +1,99 @@
+"""The supervisor's record of each process: a place, and the child that works there."""
+
+import contextlib
+import os
+import signal
+import time
+from dataclasses import dataclass, field
+
+from spark_outbox.processes.slot import NEVER, Slot
+
+RESTART_PAUSES = (0.1, 30.0)
+"""The first and the longest pause before a process that died is started again, in seconds."""
+
+HEALTHY = 60.0
+"""Seconds after which a process that dies is started again with the first pause."""
+
+InHand = list[tuple[int, int]]
+"""Events, and the numbers of the handlers that are called with them."""
+
+
+@dataclass(slots=True)
+class Child:
+    """A worker process, from its fork to its end."""
+
+    slot: Slot
+    pid: int = 0
+    started: float = field(default_factory=time.monotonic)
+    killed: bool = False
+    """By the supervisor."""
+    overdue: float = NEVER
+    """The deadline that it was killed for."""
+
+    def send(self, number: signal.Signals) -> None:
+        send(self.pid, number)
+
+    def kill(self, *, overdue: float = NEVER) -> None:
+        self.killed = True
+        self.overdue = min(self.overdue, overdue)
+        self.send(signal.SIGKILL)
+
+    def was_killed(self, code: int) -> bool:
+        """Return whether the exit code is the supervisor's doing."""
+        return self.killed and code == -signal.SIGKILL
+
+    def was_late(self, code: int) -> bool:
+        """Return whether it was killed for a call's deadline, and this call had not ended after all."""
+        return self.was_killed(code) and self.slot.due() == self.overdue != NEVER
+
+
+@dataclass(slots=True)
+class Booking:
+    """A process that books the crash of a child. No other child takes its place before it has ended."""
+
+    pid: int
+    in_hand: InHand
+
+
+@dataclass(slots=True)
+class Place:
+    """Where one child works at a time."""
+
+    number: int
+    child: Child | None = None
+    booking: Booking | None = None
+    start_at: float = 0.0
+    """When the place is filled again; NEVER if its work is done."""
+    _crashes: int = 0
+    _was_ready: bool = False
+
+    @property
+    def is_vacant(self) -> bool:
+        return self.child is None and self.booking is None
+
+    def has_been_ready(self) -> bool:
+        """Return whether any child of this place has ever been ready."""
+        return self._was_ready or (self.child is not None and self.child.slot.has_been_ready())
+
+    def leave(self) -> None:
+        """Note that its child has ended."""
+        self._was_ready = self.has_been_ready()
+        self.child = None
+
+    def restart_later(self, started: float) -> None:
+        """After a crash: be filled again after a pause, which grows with each crash."""
+        now = time.monotonic()
+        self._crashes = self._crashes + 1 if now - started < HEALTHY else 1
+        first, longest = RESTART_PAUSES
+        self.start_at = now + min(longest, first * 2 ** min(self._crashes - 1, 16))
+
+
+def send(pid: int, number: signal.Signals) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, number)
+
+
+def exit_code(pid: int) -> int | None:
+    """Return the exit code of a process, negative for a signal; None while it runs."""
+    ended, status = os.waitpid(pid, os.WNOHANG)
+    return os.waitstatus_to_exitcode(status) if ended else None

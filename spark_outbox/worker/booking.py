@@ -1,0 +1,120 @@
+"""Count attempts that nobody was left to count: their process has died, or their connection was lost."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Literal
+
+from django.db import transaction
+
+from spark_outbox import store
+from spark_outbox.events.event import Event
+from spark_outbox.events.references import References
+from spark_outbox.registry.handlers import Handler, Registry
+from spark_outbox.store import Running
+from spark_outbox.worker import settle
+from spark_outbox.worker.batch import Work, next_attempt
+from spark_outbox.worker.outcome import failure, of_a_list
+from spark_outbox.worker.refusals import Refused, persevere
+
+Called = tuple[int, int]
+"""An event's id and its handler's number."""
+
+
+def book(
+    called: Sequence[Called],
+    error: BaseException | None,
+    registry: Registry,
+    *,
+    session: int = 0,
+    using: str,
+) -> list[int]:
+    """Count attempts that ended with `error`, and with the connection on which they were made.
+
+    `called` has what the worker was calling, `session` is that of the worker, 0 if it had none. Waits
+    for up to CRASH_PATIENCE until the server sees that the connection is gone. Without an error nobody
+    is to blame, as the process was stopped: detached handlers are put back, and nothing is counted.
+    Returns the events that can't be marked as failed either.
+    """
+    booking = _Booking(error, registry, session, len(called) > 1, using)
+    left = list(called)
+    deadline = time.monotonic() + settle.CRASH_PATIENCE
+    while left and time.monotonic() < deadline:
+        left = [each for each in left if not booking.book(*each)]
+        if left:
+            time.sleep(settle.PAUSE)
+    if left and error is not None:
+        settle.log_uncounted([event_id for event_id, _ in left], type(error).__qualname__)
+    return booking.stuck
+
+
+@dataclass(slots=True)
+class _Booking:
+    """What has ended several calls at once."""
+
+    error: BaseException | None
+    registry: Registry
+    session: int
+    together: bool
+    """An event that was called with others need not be the one that is at fault: it is tried again by
+    itself."""
+    using: str
+    stuck: list[int] = field(default_factory=list)
+
+    def book(self, event_id: int, number: int) -> bool:
+        """Count one attempt; return whether that is settled, or to be tried again.
+
+        If PostgreSQL refuses, let the event fail, or note that it is stuck.
+        """
+        handler = self.registry.handlers[number]
+        try:
+            return persevere(partial(self._book, event_id, handler), using=self.using)
+        except Refused as refused:
+            if not settle.write_unsettled(event_id, refused.error, using=self.using):
+                self.stuck.append(event_id)
+        return True
+
+    def _book(self, event_id: int, handler: Handler) -> bool:
+        """Until the server has seen that the connection is gone, the event's row is locked, and the
+        session is: return False."""
+        using, error = self.using, self.error
+        with transaction.atomic(using=using):
+            state = self._put_back(event_id, handler)
+            if state != "owed" or error is None:
+                return state != "held"
+            if not store.claim_one(event_id, using=using):
+                return not store.is_unfinished(event_id, using=using)
+            (row,) = store.events_by_id([event_id], using=using)
+            event = Event.from_row(row, References())
+            stored = store.deliveries([event_id], using=using).get(event_id, {})
+            event.attempt = next_attempt(handler, stored)
+            if self.together:
+                error = of_a_list(handler, error)
+            results = {handler.name: failure(handler, event, error, 0.0)}
+            handlers = self.registry.handlers_for(event.group)
+            settle.write([Work(event, handlers, stored, (), results)], using=using)
+        return True
+
+    def _put_back(self, event_id: int, handler: Handler) -> Literal["owed", "held", "over"]:
+        """Make the delivery that a worker of this `session` was at pending, if it is `running`.
+
+        Whoever takes over a running delivery counts it, too, but does not know what it died of: so that
+        is undone, in order to count it with its cause. But it is "over", once another attempt has
+        begun. It is "held" until the server has seen that the worker is gone.
+        """
+        using, session, to_settle = self.using, self.session, self.error is not None
+        holder, is_running = store.held_by(event_id, handler.name, using=using)
+        running = Running(event_id, handler.name, holder)
+        done = True
+        if is_running and (holder == session or not session or handler.atomic):
+            done = store.is_session_gone(holder, using=using) and bool(
+                store.take_back([running], to_settle=to_settle, using=using)
+            )
+        elif holder and holder == session:
+            done = store.undo_take_over(running, to_settle=to_settle, using=using)
+            if done and not to_settle:
+                store.wake_others(using=using)  # they need not have known of it
+        elif session and not handler.atomic:
+            return "over"
+        return "owed" if done else "held"

@@ -1,0 +1,53 @@
+"""DISPATCH = "on_commit": handle events in the process that has emitted them, after its commit."""
+
+import logging
+import threading
+
+from django.db import connections
+
+from spark_outbox import conf
+from spark_outbox.errors import describe
+from spark_outbox.worker.context import Experience
+from spark_outbox.worker.loop import Worker
+
+logger = logging.getLogger(__name__)
+
+_draining = threading.local()
+_experience: dict[str, Experience] = {}
+
+
+def drain_after_commit(using: str, **_: object) -> None:
+    """Handle what was just committed.
+
+    Events that handlers emit are handled by the call that is running, not by one inside it. An error is
+    no fault of the caller's, who has committed: it is logged, and the events are left to the next call.
+    """
+    aliases: set[str] = _draining.__dict__.setdefault("aliases", set())
+    if using in aliases:
+        return
+    aliases.add(using)
+    try:
+        Worker(using=using, experience=_experience_of(using)).drain()
+    except Exception as error:  # noqa: BLE001, logged
+        context = {"database": using, "error": describe(error)}
+        logger.error(
+            "Events of database %(database)s could not be handled after the commit (%(error)s).",
+            context,
+            extra=context,
+        )
+    finally:
+        aliases.discard(using)
+
+
+def _experience_of(using: str) -> Experience | None:
+    """Return what this process has learned at earlier commits, in any thread.
+
+    None within a TestCase, whose tests must not see each other's circuits; nothing else handles events
+    inside of a transaction.
+    """
+    if connections[using].in_atomic_block:
+        return None
+    known = _experience.get(using)
+    if known is None or known.settings is not conf.current():
+        known = _experience[using] = Experience()
+    return known

@@ -1,0 +1,94 @@
+"""The savepoints of a batch's handlers, each of which can be rolled back alone.
+
+The release of the savepoint before, the new savepoint and the handler's first statement are sent as one
+query, since a round trip of their own takes longer than all three. PostgreSQL parses a query before it
+runs any of it: if the handler's statement is no SQL at all, there is no savepoint either. Each has a
+number, so the rollback finds out, and the batch is lost. It happens to a handler once: from then on its
+savepoints are sent ahead.
+"""
+
+import math
+
+from django.db import DatabaseError
+
+from spark_outbox import store
+from spark_outbox.worker.session_settings import SessionSettings
+
+MAX_SUBTRANSACTIONS = 60
+"""How many handlers of a batch may write. Each that does is a subtransaction id until the commit.
+PostgreSQL caches 64 of them per backend (PGPROC_MAX_CACHED_SUBXIDS); beyond that every other session's
+snapshots pay."""
+
+
+class NotTaken(Exception):
+    """There is no savepoint to roll back to."""
+
+
+class Savepoints:
+    """Those of one transaction. At most one is kept: the next releases it."""
+
+    def __init__(self, settings: SessionSettings, *, using: str) -> None:
+        self._settings = settings
+        self._using = using
+        self._number = 0  # of the last one that was to be taken
+        self._established = 0  # of the last one that is known to be there
+        self._is_limited = False  # a handler's statement_timeout is in force
+        self._subtransactions = 0
+        self.are_used_up = False
+        """The batch is to be committed."""
+
+    def use_up(self) -> None:
+        self.are_used_up = True
+
+    def count_subtransaction(self) -> None:
+        self._subtransactions += 1
+        if self._subtransactions >= MAX_SUBTRANSACTIONS:
+            self.use_up()
+
+    def next(self, limit: float | None, *, is_worker: bool) -> list[str]:
+        """Return the statements that take another, under a limit of `limit` seconds for each query.
+
+        Call `confirm` after they have run, or `take` to run them now.
+        """
+        self._number += 1
+        statements = [store.RELEASE.format(number=self._established)] if self._established else []
+        milliseconds = None if limit is None else math.ceil(limit * 1000)
+        timeout = self._settings.limit(milliseconds, handler=not is_worker)
+        is_limited = timeout != self._settings.own_limit
+        if is_limited or self._is_limited:
+            statements.append(store.LIMIT_STATEMENTS.format(milliseconds=timeout))
+        self._is_limited = is_limited
+        statements.append(store.SAVEPOINT.format(number=self._number))
+        return statements
+
+    def take(self, statements: list[str]) -> None:
+        store.savepoint("; ".join(statements), using=self._using)
+        self.confirm()
+
+    def confirm(self) -> None:
+        self._established = self._number
+
+    def roll_back(self) -> None:
+        """Undo everything since the last one. Raises NotTaken if PostgreSQL has never run it."""
+        rollback = store.ROLLBACK_TO_SAVEPOINT.format(number=self._number)
+        try:
+            store.savepoint(rollback, using=self._using)
+        except DatabaseError as error:
+            if getattr(error.__cause__, "sqlstate", None) != store.NO_SUCH_SAVEPOINT:
+                raise
+            raise NotTaken from error
+        self.confirm()
+
+    def forget(self) -> str:
+        """Return the statement that releases the last one, for whoever restores the limit as well."""
+        release = store.RELEASE.format(number=self._established) if self._established else ""
+        self._established = 0
+        self._is_limited = False
+        return release
+
+    def lift_limit(self) -> None:
+        """After the last handler: give the worker's own statements their limit."""
+        if self._is_limited:
+            milliseconds = self._settings.own_limit
+            store.savepoint(store.LIMIT_STATEMENTS.format(milliseconds=milliseconds), using=self._using)
+            self._is_limited = False
