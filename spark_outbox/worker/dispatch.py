@@ -95,10 +95,6 @@ class Dispatch:
         if self._deferred:
             self._call_deferred()
 
-    def release(self) -> None:
-        """After the commit: calls that are under way go on by themselves."""
-        self._concurrent = []
-
     def abandon(self) -> None:
         """After a rollback: cancel calls that are under way, as others will handle their events."""
         if self._loop is not None and self._concurrent:
