@@ -135,7 +135,7 @@ def _rehearse(handler: Handler, ids: list[int], done: Rehearsal, using: str) -> 
     """Call the handler with some events. Raises TransactionLost if one ends the transaction."""
     references = References(using)
     events = Event.from_rows(store.events_by_id(ids, using=using), references)
-    isolation = Isolation(using, references, strict=True, combine=False)
+    isolation = Isolation(using, references, strict=True, apart=None)
     with connections[using].execute_wrapper(_counting(done)), isolation:
         for event in events:
             done.events += 1

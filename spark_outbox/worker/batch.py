@@ -41,13 +41,13 @@ class Work:
 
     event: Event
     handlers: Sequence[Handler]
-    """Those that match its group."""
+    """The handlers that match its group."""
     stored: Mapping[str, Stored] = field(default_factory=dict)
     """Its deliveries before this batch, by handler."""
     owed: Sequence[Handler] = ()
     """The handlers to be called in this batch."""
     results: dict[str, Result] = field(default_factory=dict)
-    """Of the calls, by handler. One that simply succeeded has none, but is `owed`."""
+    """The results of its calls, by handler. A handler that is `owed` and has none simply succeeded."""
 
     def close(self) -> None:
         """Note that all calls have been made."""

@@ -51,7 +51,7 @@ def book(
 
 @dataclass(slots=True)
 class _Booking:
-    """What has ended several calls at once."""
+    """One end of several calls at once."""
 
     error: BaseException | None
     registry: Registry

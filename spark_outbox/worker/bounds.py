@@ -6,8 +6,8 @@ has been silent for `tcp_user_timeout`; keepalives ask where nothing else is und
 is given up after `connect_timeout`. So other workers have the rows of one that is cut off within 20
 seconds, and by then it knows that it has lost them.
 
-The figures are libpq's parameters, and go for both sides. Those that the project has given in OPTIONS
-of its DATABASES come first. Processes that only emit keep their own.
+The figures are libpq's parameters, and go for both sides. A figure that the project has given in the
+OPTIONS of its DATABASES comes first. Processes that only emit keep their own.
 
 `tcp_user_timeout` also ends a connection whose client is alive, but does not read what it has asked for:
 it bounds a pause in a COPY. That has to be for a worker's transaction, which holds rows that others wait
@@ -47,7 +47,7 @@ class Limits(NamedTuple):
     """Milliseconds that a statement may take; 0 for no limit."""
 
     session: int
-    """What is set for the session, outside of transactions that say otherwise."""
+    """The limit of the session, outside of transactions that set another."""
     own: int
     """For the worker's own statements."""
     handlers: int
@@ -57,11 +57,11 @@ class Limits(NamedTuple):
 
 
 _limits: WeakKeyDictionary[Any, Limits] = WeakKeyDictionary()
-"""Those of the sessions that have been set up, by psycopg's connection."""
+"""The limits of sessions that have been set up, by psycopg's connection."""
 
 
 def noted_limits(raw: Any) -> Limits | None:
-    """Return the limits of a worker's session; None if the session is that of whoever called us."""
+    """Return the limits of a worker's session; None for the session of a caller that drains."""
     return None if raw is None else _limits.get(raw)
 
 
@@ -117,8 +117,8 @@ def check(using: str, direct: str | None) -> None:
 def check_direct(using: str, direct: str | None) -> None:
     """Raise SettingsError if the two aliases don't lead to the same outbox.
 
-    What the one has locked must be locked for the other. So this is what is tried, rather than their
-    names compared: a standby has the name of its primary, and a pooler may give any.
+    A lock that one takes must be held against the other: this is tried. Comparing their names would
+    prove nothing, since a standby has the name of its primary, and a pooler may give any.
     """
     if direct is None or direct == using:
         return
@@ -156,9 +156,9 @@ def leave_pools(*aliases: str | None) -> None:
 def set_up(using: str, *, direct: str | None, idle_in_transaction: float | None) -> str:
     """Have the server give up this worker when it is gone; return the server's version.
 
-    `direct` is the alias of the connection that is no pooler's. What is set in a pooler's session is
-    left to whoever gets it next: there, the limit on silence goes with each transaction, see
-    `store.silence_limit`; and as the server can't see past the pooler, the rest is up to that.
+    `direct` is the alias of the connection that is no pooler's. A setting in a pooler's session would
+    stay for its next client. So there the limit on silence goes with each transaction, see
+    `store.silence_limit`, and the pooler has to notice the rest.
     """
     store.name_session(using=using)
     for alias in {using, direct or using}:

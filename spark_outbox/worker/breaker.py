@@ -39,7 +39,7 @@ never called; or failed at least once."""
 
 @dataclass(eq=False, slots=True)
 class _Slot:
-    """What lets one event at a time pass an open circuit."""
+    """A place through which one event at a time passes an open circuit."""
 
     until: float = 0.0
     """When the next one may pass."""
@@ -109,7 +109,8 @@ class Breakers:
         self._lock = Lock()
         self._handlers: dict[str, _Handler] = {}
         self.any = False
-        """Something has failed lately; if not, there is nothing to ask, and nothing to tell."""
+        """Whether something has failed lately. If not, neither `remaining` nor `succeeded` need be
+        called."""
 
     def remaining(self, name: str, event_id: int, turn: Turn, *, by_hand: bool = False) -> float:
         """Return the seconds for which the handler is not to be called with this event; 0 if it may be.

@@ -44,7 +44,7 @@ class BatchSize:
 
     def __init__(self, most: int) -> None:
         self.fitting = min(FIRST_SIZE, most)
-        """What the last commit intervals managed."""
+        """As many as the last commit intervals managed."""
         self._most = most
         self._alone = 0  # how many batches are to have a single event
 

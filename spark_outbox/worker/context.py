@@ -1,4 +1,4 @@
-"""What a worker is given once, and hands to its parts."""
+"""The context of a worker: everything that its parts share and never change."""
 
 import time
 from collections.abc import Callable
@@ -18,7 +18,7 @@ OnError = Callable[[Event, Handler, BaseException], None]
 
 
 class Experience:
-    """What workers of this process have learned about one database. Threads may share it."""
+    """Knowledge about one database that workers of this process share, also between threads."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self.settings = conf.current()
@@ -58,7 +58,7 @@ class Context:
     registry: Registry
     clock: Callable[[], float]
     guard: CallGuard
-    """What interrupts handlers, and notes what is being called."""
+    """Interrupts handlers, and notes the current calls."""
     experience: Experience
     on_ready: Callable[[str], None] | None
     """Called with the server's version whenever a new session is prepared and LISTENs."""
@@ -72,7 +72,7 @@ class Context:
 
 
 class Options(TypedDict, total=False):
-    """What a worker can be given. Numbers default to the settings, the rest to nothing."""
+    """The options of a worker. Numbers default to the settings."""
 
     using: str
     groups: str | None

@@ -1,4 +1,4 @@
-"""What was being called when a worker and its supervisor were killed together.
+"""Find the call that killed a worker together with its supervisor.
 
 A supervisor counts the attempt that killed its child. If a container's OOM killer takes both, nobody is
 left to count, and the event would kill each worker that comes after. So each worker has a row while it

@@ -20,7 +20,7 @@ from spark_outbox.worker.wake import Wake
 
 
 class Cycle:
-    """What one worker does with each batch."""
+    """The steps of one worker's batch, in their order."""
 
     def __init__(  # noqa: PLR0917, put together in one place
         self,

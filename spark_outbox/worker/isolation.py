@@ -50,9 +50,7 @@ class Isolation:
     For each handler: `begin`, call it, then `end`; `undo` if it raised, or `end` did.
 
     `strict` checks deferred constraints at the end of each handler rather than at the commit, where
-    their errors could be anybody's. `combine=False` sends each statement by itself. `apart` holds the
-    names of handlers whose savepoints are not combined with their first statements; it outlasts the
-    batch.
+    their errors could be anybody's. For `apart` see savepoints.py.
     """
 
     def __init__(
@@ -61,16 +59,13 @@ class Isolation:
         references: References,
         *,
         strict: bool,
-        apart: set[str] | None = None,
-        combine: bool = True,
+        apart: set[str] | None,
     ) -> None:
         self._connection: BaseDatabaseWrapper = connections[using]
         self._references = references
         self._strict = strict
-        self._apart = set() if apart is None else apart
-        self._combine = combine
         self._settings = SessionSettings(using)
-        self.savepoints = Savepoints(self._settings, using=using)
+        self.savepoints = Savepoints(self._settings, apart=apart, using=using)
         self._frame = _Frame.of(self._connection)
         self._exit = ExitStack()
         self._lost = ""
@@ -152,9 +147,8 @@ class Isolation:
         del connection.savepoint_ids[frame.savepoints :]
         if self._trace is not None and self._trace.has_savepoint:
             try:
-                self.savepoints.roll_back()
+                self.savepoints.roll_back(self._name)
             except NotTaken:
-                self._apart.add(self._name)
                 raise TransactionLost("") from None
             self._references.forget()
 
@@ -213,8 +207,7 @@ class Isolation:
                 return execute(sql, params, many, context)
             cursor = context["cursor"].cursor
             if (
-                not self._combine
-                or self._name in self._apart
+                self.savepoints.are_sent_ahead(self._name)
                 or many
                 or not isinstance(sql, str)
                 or not isinstance(cursor, ClientCursor)  # others send one statement only
@@ -231,7 +224,7 @@ class Isolation:
             self._through_django = False
 
     def _before(self, generator: Any) -> None:
-        """Meet what psycopg is about to send, whoever has asked it to."""
+        """Wrap everything that psycopg sends, also what does not go through Django."""
         trace = self._trace
         if not self._through_django:
             trace = self._examine(*wire.sent(generator, self._frame.raw))
@@ -239,7 +232,7 @@ class Isolation:
             self._take_savepoint(trace)
 
     def _after(self) -> None:
-        """Note that the transaction has ended: soon there may be another, and nobody could tell."""
+        """Note that the transaction has ended: another may begin soon, and look like it."""
         if self._frame.raw.pgconn.transaction_status == TransactionStatus.IDLE:
             self._lost = ENDED
 
@@ -276,7 +269,7 @@ class Isolation:
 
 
 class _Trace:
-    """What the current handler has done on the connection; made by its first statement."""
+    """The current handler's doings on the connection; made by its first statement."""
 
     __slots__ = ("changed_settings", "has_savepoint", "refused", "wrote")
 

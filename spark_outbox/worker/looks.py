@@ -45,7 +45,7 @@ class Found(NamedTuple):
 
 
 class Handled(NamedTuple):
-    """What became of the events of one look that a batch came to."""
+    """The events of one look that a batch has handled."""
 
     events: Sequence[Event]
     passed: Set[int]

@@ -54,8 +54,8 @@ class Worker:
         """Handle events until `stop` is called; with `drain`, until none is ready; or `once`, a batch.
 
         Outlives the database: it reconnects with a growing pause. With `drain` or `once` only from when
-        it has been there, and while it does not refuse what the worker itself asks: whoever waits for
-        the end gets the error. Raises NotMigrated if the database has no outbox, SettingsError if
+        it has been there, and while it does not refuse what the worker itself asks: then they raise
+        the error. Raises NotMigrated if the database has no outbox, SettingsError if
         PostgreSQL can't read `groups`.
         """
         self._session.configure()

@@ -2,7 +2,7 @@
 
 A worker draws a number, its session, and holds the lock on it for as long as it lives. Its running
 deliveries have that number, and so has its row in `spark_outbox_session`. Locks die with the
-connection: whoever can take the lock of a session knows that its worker is gone.
+connection: a worker that can take the lock of a session knows that its owner is gone.
 
 The lock is on a private connection, which lasts whatever handlers do to those that they can reach, and
 which an outage of the worker's own connection leaves as it is.
@@ -22,7 +22,7 @@ T = TypeVar("T")
 
 
 class Presence:
-    """One worker's session. Its guard notes it, for whoever books what this process dies of."""
+    """One worker's session. Its guard notes the number, so that a crash is booked under it."""
 
     def __init__(self, context: Context) -> None:
         self._using = context.using

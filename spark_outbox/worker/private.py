@@ -16,7 +16,7 @@ from spark_outbox.worker import bounds
 T = TypeVar("T")
 
 NAME = "spark_worker lock"
-"""What people see in pg_stat_activity."""
+"""Its name in pg_stat_activity."""
 
 
 class PrivateConnection:
@@ -41,7 +41,7 @@ class PrivateConnection:
         return statement(*arguments, **options, using=self._connection)
 
     def close(self) -> None:
-        """Close the connection, if there is one. What it has locked is free."""
+        """Close the connection, if there is one. Its locks are free then."""
         connection, self._connection = self._connection, None
         if connection is not None:
             connection.close()

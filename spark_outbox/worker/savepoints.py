@@ -25,10 +25,15 @@ class NotTaken(Exception):
 
 
 class Savepoints:
-    """Those of one transaction. At most one is kept: the next releases it."""
+    """The savepoints of one transaction. At most one is kept: the next releases it.
 
-    def __init__(self, settings: SessionSettings, *, using: str) -> None:
+    `apart` holds the names of handlers whose savepoints are sent ahead; it outlasts the transaction.
+    None sends all of them ahead.
+    """
+
+    def __init__(self, settings: SessionSettings, *, apart: set[str] | None, using: str) -> None:
         self._settings = settings
+        self._apart = apart
         self._using = using
         self._number = 0  # of the last one that was to be taken
         self._established = 0  # of the last one that is known to be there
@@ -68,19 +73,26 @@ class Savepoints:
     def confirm(self) -> None:
         self._established = self._number
 
-    def roll_back(self) -> None:
-        """Undo everything since the last one. Raises NotTaken if PostgreSQL has never run it."""
+    def are_sent_ahead(self, handler: str) -> bool:
+        """Return whether the handler's savepoint is a query of its own."""
+        return self._apart is None or handler in self._apart
+
+    def roll_back(self, handler: str) -> None:
+        """Undo what the handler did since the last one. Raises NotTaken if PostgreSQL has never run
+        it."""
         rollback = store.ROLLBACK_TO_SAVEPOINT.format(number=self._number)
         try:
             store.savepoint(rollback, using=self._using)
         except DatabaseError as error:
             if getattr(error.__cause__, "sqlstate", None) != store.NO_SUCH_SAVEPOINT:
                 raise
+            if self._apart is not None:
+                self._apart.add(handler)
             raise NotTaken from error
         self.confirm()
 
     def forget(self) -> str:
-        """Return the statement that releases the last one, for whoever restores the limit as well."""
+        """Return the statement that releases the last one. The caller restores the limit, too."""
         release = store.RELEASE.format(number=self._established) if self._established else ""
         self._established = 0
         self._is_limited = False

@@ -48,7 +48,7 @@ class SessionSettings:
 
     @property
     def own_limit(self) -> int:
-        """What `statement_timeout` is outside of handlers; 0 as long as nobody needs to know."""
+        """The `statement_timeout` outside of handlers; 0 as long as it does not matter."""
         return 0 if self._limits is None else self._limits.own
 
     def look(self, kind: int, sql: str, params: Any) -> bool:

@@ -96,7 +96,7 @@ def _write_one(work: Work, using: str) -> bool:
         if not until_free(partial(_claim_and, event_id, partial(write, [work]), using), using=using):
             log_uncounted([event_id], "an error")
     except Refused as refused:
-        # What may pass is left as it is: the event is handled again.
+        # A refusal that may pass: the event stays as it is, and is handled again.
         return refused.may_pass or write_unsettled(event_id, refused.error, using=using)
     return True
 

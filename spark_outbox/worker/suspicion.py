@@ -63,9 +63,9 @@ class Suspicion:
     def cut_off(self, batch: Batch) -> None:
         """After a lost connection: if that has always come with the same event, it is the event's fault.
 
-        From now on events are handled one by one, so that the next one has a single suspect. Nothing is
-        in hand any more if the connection was lost as the event was settled, through a deferred trigger
-        say; and not yet, if that was before it was dispatched: then it is nobody's fault.
+        From now on events are handled one by one, so that the next loss has a single suspect. There is
+        no current call any more if the connection was lost as the event was settled, through a deferred
+        trigger say. Before it was dispatched there is none yet: then it is nobody's fault.
         """
         if not batch.events:
             return

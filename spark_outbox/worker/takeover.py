@@ -26,10 +26,10 @@ def take_over(
 ) -> set[int]:
     """Put back what workers have begun that are gone, and running events of which nothing runs.
 
-    It counts as an attempt, since the handler may have taken its host with it. Whether that was the last
-    one is decided by a worker that has the handler, when it claims the event.
-    What is `mine` is left alone. The rest of our own `session`, 0 if there is none, has not begun, and
-    does not count: if a connection was lost in the commit, nobody knew of it.
+    It counts as an attempt, since the handler may have taken its host with it. Whether that was the
+    last one is decided by a worker that has the handler, when it claims the event. Deliveries that are
+    `mine` are left alone. The rest of our own `session`, 0 if there is none, has not begun, and does
+    not count: if a connection was lost in the commit, nobody knew of it.
 
     Returns the events that PostgreSQL refuses to put back. Each is logged, unless it is `known`.
     """

@@ -8,7 +8,7 @@ decide it:
 
     worker, nothing left to claim:
         take S
-        K is free: no emit is in flight. Whoever emits from now on sees S, and notifies:
+        K is free: no emit is in flight. Emitters see S from now on, and notify:
             claim once more; still nothing: wait for a notification
         K is held: someone emitted before S was taken, and will commit in silence:
             let S go and claim again after a short pause, which grows from 1 to 50 ms;
@@ -56,7 +56,7 @@ class Wake:
         return self._pipe[1]
 
     def __del__(self) -> None:
-        # Not earlier: whoever may still interrupt us, from another thread, holds a reference.
+        # Not earlier: a thread that may still interrupt us holds a reference.
         for descriptor in self._pipe or ():
             os.close(descriptor)
 

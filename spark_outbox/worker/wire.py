@@ -30,7 +30,7 @@ PIPELINE = 64
 @contextmanager
 def watched(raw: Any, before: Callable[[Any], None], after: Callable[[], None]) -> Iterator[None]:
     """Call `before` with each generator that psycopg is about to run on the connection `raw`, and
-    `after` once it has run. What `before` raises is raised in its stead."""
+    `after` once it has run. If `before` raises, nothing is sent."""
     outer = raw.__dict__.get("wait")
     wait = raw.wait
 
