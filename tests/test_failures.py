@@ -651,3 +651,17 @@ def test_on_duplicate_says_what_an_existing_key_means():
         emit("g", "key", on_duplicate="replace")
     assert OutboxEvent.objects.count() == 2
     assert not Donation.objects.exists()
+
+
+@pytest.mark.parametrize("batch", [None, 2])
+def test_a_call_that_costs_the_batch_its_transaction_has_a_duration_like_any_other(own_registry, batch):
+    clock = Clock()
+
+    def close(event):
+        clock.now += 3
+        connection.close()
+
+    own_registry.add_handler(close, group="", name="h", batch=batch)
+    emit("g", "key")
+    Worker(clock=clock).drain()
+    assert Delivery.objects.get().duration == timedelta(seconds=3)

@@ -11,7 +11,7 @@ from asgiref.sync import sync_to_async
 from django.db import connection, transaction
 
 from spark_outbox import BatchFailed, Discard, Retry, aemit, emit, emit_many, handler
-from spark_outbox.errors import InstanceGone, RegistrationError, SettingsError
+from spark_outbox.errors import HandlerTimeout, InstanceGone, RegistrationError, SettingsError
 from spark_outbox.models import Delivery, OutboxEvent
 from spark_outbox.processes.guard import Guard, Unguarded
 from spark_outbox.processes.slot import Slot
@@ -943,3 +943,52 @@ def test_a_batch_handler_is_not_async(own_registry):
 
     with pytest.raises(RegistrationError, match="shares the worker's transaction"):
         handler("", batch=10)(take)
+
+
+@pytest.fixture
+def late_guard():
+    """A guard whose alarm rings as it is about to be stopped, once a handler `is_late`."""
+
+    class LateGuard(Guard):
+        is_late = False
+
+        def stop(self):
+            if self.is_late:  # Python runs signal handlers as a function begins, too
+                self.is_late = False
+                raise HandlerTimeout
+            super().stop()
+
+    before = signal.getsignal(signal.SIGALRM)
+    yield LateGuard()
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    signal.signal(signal.SIGALRM, before)
+
+
+@pytest.mark.parametrize("atomic", [True, False])
+@pytest.mark.parametrize("error", [None, ValueError("no")])
+def test_an_alarm_that_rings_as_a_handler_returns_does_not_ring_again(
+    own_registry, late_guard, atomic, error
+):
+    @handler("", name="h", atomic=atomic, timeout=PATIENCE)
+    def run(event):
+        late_guard.is_late = True
+        if error is not None:
+            raise error
+
+    emit("g", "key")
+    Worker(guard=late_guard).drain()
+    assert not late_guard.is_late
+    assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)
+    assert deliveries() == {"h": ("pending", 1)}
+
+
+def test_an_alarm_that_rings_as_the_event_loop_comes_to_rest_ends_no_worker(own_registry, late_guard):
+    @handler("", name="h", timeout=PATIENCE)
+    async def run(event):
+        late_guard.is_late = True
+
+    emit("g", "key")
+    work(guard=late_guard)
+    assert not late_guard.is_late
+    assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)
+    assert statuses() == {"key": "done"}

@@ -13,6 +13,7 @@ from spark_outbox.errors import HandlerTimeout, SettingsError, WorkerDied
 from spark_outbox.models import Delivery, OutboxEvent
 from spark_outbox.registry.handlers import Registry
 from spark_outbox.worker import booking, bounds, takeover
+from spark_outbox.worker.claims import Claims
 from spark_outbox.worker.loop import Worker
 from spark_outbox.worker.private import NAME, PrivateConnection
 from tests.tools import (
@@ -384,7 +385,7 @@ def test_a_crash_that_is_booked_after_the_next_attempt_changes_nothing_of_that(o
             crash(event, HandlerTimeout(), own_registry)
             assert deliveries() == {"h": ("running", 1)}
     if outcome == "dies":
-        takeover.take_over(using="default")
+        eventually(lambda: not look())  # the server may see a moment later that the connection is gone
     crash(event, HandlerTimeout(), own_registry)
     assert "HandlerTimeout" not in Delivery.objects.get().error
     assert Delivery.objects.get().attempts == (1 if outcome == "runs" else 2)
@@ -600,3 +601,18 @@ def test_a_callback_that_turns_autocommit_off_stops_nobody(own_registry):
             emit("g", f"{number}")
             wait_until_done(number + 1)
     assert set(statuses().values()) == {"done"}
+
+
+def test_a_worker_that_reaches_the_database_and_can_claim_nothing_tries_less_and_less_often(
+    own_registry, monkeypatch, caplog
+):
+    def fail(*_, **__):
+        raise OperationalError("out of shared memory")
+
+    def pauses():
+        return [record.seconds for record in caplog.records if "trying again" in record.message]
+
+    monkeypatch.setattr(Claims, "next", fail)
+    with worker_thread():
+        eventually(lambda: len(pauses()) >= 4)
+    assert pauses()[3] > 2 * pauses()[0]

@@ -174,7 +174,8 @@ class Dispatch:
         try:
             error = self._invoker.call(handler, event)
         except BatchLost as lost:
-            self._salvage(lost, Call(handler, event), handlers)
+            seconds = self._note_duration(handler, started)
+            self._salvage(lost, Call(handler, event, seconds=seconds), handlers)
             raise
         seconds = self._note_duration(handler, started)
         if error is None:
@@ -267,7 +268,9 @@ class Dispatch:
         try:
             error = self._invoker.call_list(handler, events)
         except BatchLost as lost:
+            seconds = self._note_duration(handler, started)
             for work, call in waiting:
+                call.seconds = seconds
                 self._salvage(lost, call, work.handlers, together=events)
             raise
         seconds = self._note_duration(handler, started)

@@ -156,7 +156,10 @@ class EventLoop:
                 with contextlib.suppress(HandlerTimeout):  # it has also ended the call that blocked
                     loop.run_until_complete(task)
         finally:
-            self._guard.stop()
+            try:
+                self._guard.stop()
+            except HandlerTimeout:  # it has rung as it was about to be stopped: nothing is late
+                self._guard.stop()
             watchdog.cancel()
         return task.result()
 

@@ -78,7 +78,6 @@ class Invoker:
 
     def _undo(self, raised: BaseException, argument: Any) -> BaseException:
         """Take back what the function did, and return why."""
-        self._guard.stop()  # again: it may have rung while it was being stopped
         if isinstance(raised, BatchFailed):
             try:
                 raised.check(argument if isinstance(argument, list) else [])
@@ -116,4 +115,8 @@ def call_in_time(
         guard.start(limit)
         context.run(function, argument)
     finally:
-        guard.stop()
+        try:
+            guard.stop()
+        except HandlerTimeout:  # it has rung as it was about to be stopped, and would ring again
+            guard.stop()
+            raise

@@ -166,7 +166,7 @@ class Worker:
             return
         if self._context.direct is not None and self._crashes.enlist():
             self._claims.look_closely()
-        self._session.confirm()
+        self._session.be_ready()
         self._suspicion.book()
         self._unhandled.put_back()
         self._session.announce()

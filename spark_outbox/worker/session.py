@@ -91,9 +91,13 @@ class Session:
         self._prepared = self._current()
         return True
 
-    def confirm(self) -> None:
-        """The worker is ready; or the database has just done what it was asked."""
+    def be_ready(self) -> None:
+        """From now on outages are outlived, whoever waits for the end."""
         self._was_ready = True
+
+    def confirm(self) -> None:
+        """The database has done what it was asked. That it can be reached is not enough: a worker whose
+        every claim fails must not come back at once each time."""
         self._failures = 0
 
     def announce(self) -> None:
