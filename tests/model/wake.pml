@@ -11,7 +11,7 @@ NO_OUTLOOK only if there are FAILURES):
     spin -a -DNO_PROBE wake.pml && gcc -O2 -DSAFETY -DNOREDUCE -DBFS -o pan pan.c && ./pan
     spin -DNO_PROBE -t -p wake.pml
 
-tests/test_model.py does this for all of them, and holds the order of the steps against the code:
+tests/model/test_model.py does this for all of them, and holds the order of the steps against the code:
 "sql: NAME" is where a statement of store.py runs, "trigger: NAME" a call in spark_outbox_wake(),
 of migrations/sql/0001_wake.sql. The rest follows
 

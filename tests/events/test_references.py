@@ -8,8 +8,8 @@ from spark_outbox.errors import InstanceGone, UnreadablePayload
 from spark_outbox.events.references import Fetched, References
 from spark_outbox.models import OutboxEvent
 from spark_outbox.testing import drain, emitted
+from tests.events.test_payload import Counting
 from tests.probe.models import Basket, Line, Page, Unwieldy
-from tests.test_payload import Counting
 from tests.tools import statuses, wait_until_done, worker_thread
 
 pytestmark = pytest.mark.django_db

@@ -21,8 +21,8 @@ from spark_outbox.events.encoding import encode
 from spark_outbox.events.references import References
 from spark_outbox.models import OutboxEvent
 from spark_outbox.testing import drain
+from tests.events.test_payload import Counting, same, values
 from tests.probe.models import Named
-from tests.test_payload import Counting, same, values
 from tests.tools import make_challenge
 
 pytestmark = pytest.mark.django_db

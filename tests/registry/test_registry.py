@@ -45,20 +45,26 @@ def registry():
 
 
 def test_a_handlers_name_is_its_dotted_path_or_what_it_is_given(registry):
-    assert registry.add_handler(some_handler, group="a").name == "tests.test_registry.some_handler"
+    assert registry.add_handler(some_handler, group="a").name == f"{__name__}.some_handler"
     assert registry.add_handler(another_handler, group="a", name="mail").name == "mail"
 
 
 def test_a_function_may_handle_several_patterns(registry):
     names = [registry.add_handler(some_handler, group=group).name for group in ("^a", "^b")]
-    assert names == ["tests.test_registry.some_handler", "tests.test_registry.some_handler:^b"]
+    assert names == [
+        f"{__name__}.some_handler",
+        f"{__name__}.some_handler:^b",
+    ]
     assert len(registry.handlers_for("a")) == 1
 
 
 def test_so_may_the_method_of_an_object(registry):
     methods = Methods()
     names = [registry.add_handler(methods.of_self, group=group).name for group in ("^a", "^b")]
-    assert names == ["tests.test_registry.Methods.of_self", "tests.test_registry.Methods.of_self:^b"]
+    assert names == [
+        f"{__name__}.Methods.of_self",
+        f"{__name__}.Methods.of_self:^b",
+    ]
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,1 @@
+"""The model of the wake protocol, held against the code."""

@@ -1,0 +1,1 @@
+"""Real processes, signals, hosts and networks."""

@@ -1,0 +1,1 @@
+"""The worker: its batches, its sleep, and what goes wrong."""
