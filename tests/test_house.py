@@ -13,6 +13,7 @@ import spark_outbox
 from spark_outbox import api, checks, conf, emit, errors, store, testing
 from spark_outbox.errors import SettingsError
 from spark_outbox.models import OutboxEvent
+from tests.postgres import ROOT
 from tests.tools import manage
 
 
@@ -56,6 +57,32 @@ def test_every_exception_is_in_the_tree_that_its_module_draws():
     for exception in classes:
         assert issubclass(exception, errors.SparkOutboxError | errors.HandlerTimeout)
         assert exception.__name__ in errors.__doc__
+
+
+# Who does what
+
+
+@pytest.mark.parametrize(
+    ("words", "places"),
+    [
+        ("django.conf import", ("conf.py",)),
+        ("signal.signal(", ("management/", "processes/", "bench/")),
+        ("os.fork(", ("processes/", "bench/")),
+        ("post_save.connect(", ("apps.py",)),
+    ],
+)
+def test_some_things_are_done_in_few_places(words, places):
+    package = ROOT / "spark_outbox"
+    found = [path.relative_to(package) for path in package.rglob("*.py") if words in path.read_text()]
+    assert found
+    assert [path for path in found if not str(path).startswith(places)] == []
+
+
+@pytest.mark.parametrize(("folder", "most"), [("", 300), ("management/commands", 150)])
+def test_no_module_is_long(folder, most):
+    for path in (ROOT / "spark_outbox" / folder).rglob("*.py"):
+        assert len(path.read_text().splitlines()) <= most, path
+    assert len((ROOT / "spark_outbox/worker/loop.py").read_text().splitlines()) < 180
 
 
 # Settings

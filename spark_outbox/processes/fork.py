@@ -62,6 +62,14 @@ class Pipes:
         os.write(self._wake_write, READY)
 
 
+def default_signals() -> None:
+    """In a process that a handler has forked: have signals do what they do to any Python program."""
+    signal.set_wakeup_fd(-1)
+    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGALRM):
+        signal.signal(number, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 @contextlib.contextmanager
 def signals_blocked() -> Iterator[None]:
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)

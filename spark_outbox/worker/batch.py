@@ -49,10 +49,10 @@ class Work:
     results: dict[str, Result] = field(default_factory=dict)
     """The results of its calls, by handler. A handler that is `owed` and has none simply succeeded."""
 
-    def close(self) -> None:
-        """Note that all calls have been made."""
-        for handler in self.owed:
-            self.results.setdefault(handler.name, DONE)
+    def holds_up(self, failed_head: str) -> bool:
+        """Return whether later events of its ordering key have to wait for this one."""
+        status = self.fate().status
+        return status in {"pending", "running"} or (status == "failed" and failed_head == "block")
 
     def fate(self) -> Fate:
         """Decide the next status of the event. The first rule that applies counts."""
@@ -174,6 +174,16 @@ class Batch:
             if (before := stored.get(handler.name)) is None
             or (before.status == "pending" and (ready or before.is_due))
         ]
+
+    def close(self, work: Work) -> None:
+        """All calls with an event have been made, or will be after the commit: note what is to be
+        written."""
+        if not (work.results or work.stored):
+            self.done.append(work.event.id)
+            return
+        for handler in work.owed:
+            work.results.setdefault(handler.name, DONE)
+        self.works.append(work)
 
     def pass_by(self, event: Event) -> None:
         """Leave an event as it is, with those that come after it in order."""

@@ -8,7 +8,7 @@ from spark_outbox.worker.batch import Batch, log
 from spark_outbox.worker.claims import Claims
 from spark_outbox.worker.context import Context
 from spark_outbox.worker.crashes import Crashes
-from spark_outbox.worker.dispatch import Dispatch, lacks_room
+from spark_outbox.worker.dispatch import Dispatch
 from spark_outbox.worker.event_loop import EventLoop
 from spark_outbox.worker.invoke import BatchLost, Invoker
 from spark_outbox.worker.isolation import Isolation
@@ -107,7 +107,7 @@ class Cycle:
         if inline or self._loop.room or not batch.events:
             return batch
         handlers_for = self._context.registry.handlers_for
-        if all(lacks_room(self._loop, handlers_for(event.group)) for event in batch.events):
+        if all(self._loop.lacks_room(handlers_for(event.group)) for event in batch.events):
             self._claims.pass_by(batch)
             return Batch()
         return batch

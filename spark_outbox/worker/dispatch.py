@@ -78,7 +78,7 @@ class Dispatch:
             if slow and self._called and any(handler.name in slow for handler in handlers):
                 batch.cut = True  # these can only start a batch
                 break
-            if not handlers.are_plain and lacks_room(self._loop, handlers, begun=len(self._concurrent)):
+            if not handlers.are_plain and self._lacks_room(handlers):
                 batch.pass_by(event)
             else:
                 self._handle(event, handlers)
@@ -99,6 +99,9 @@ class Dispatch:
         """After a rollback: cancel calls that are under way, as others will handle their events."""
         if self._loop is not None and self._concurrent:
             self._loop.abandon(call for _, call in self._concurrent)
+
+    def _lacks_room(self, handlers: Matching) -> bool:
+        return self._loop is not None and self._loop.lacks_room(handlers, begun=len(self._concurrent))
 
     # One event
 
@@ -135,8 +138,10 @@ class Dispatch:
         if deferred:
             self._defer(deferred, work)
         else:
-            self._close(work)
-        if event.ordering_key is not None and (deferred or self._holds_up(work)):
+            self._batch.close(work)
+        if event.ordering_key is not None and (
+            deferred or work.holds_up(self._context.settings.FAILED_HEAD)
+        ):
             batch.blocked.add(event.ordering_key)
 
     def _check(self, event: Event, handler: Handler, handlers: Matching) -> BaseException | None:
@@ -198,20 +203,6 @@ class Dispatch:
         self._contended = self._contended or (call.error is not None and is_contention(call.error))
         return result_of(call, self._context, together=together)
 
-    def _close(self, work: Work) -> None:
-        """All calls with the event have been made, or will be after the commit."""
-        if work.results or work.stored:
-            work.close()
-            self._batch.works.append(work)
-        else:
-            self._batch.done.append(work.event.id)
-
-    def _holds_up(self, work: Work) -> bool:
-        """Return whether later events of its ordering key have to wait for this one."""
-        status = work.fate().status
-        blocks = self._context.settings.FAILED_HEAD == "block"
-        return status in {"pending", "running"} or (status == "failed" and blocks)
-
     def _salvage(
         self, lost: BatchLost, call: Call, handlers: Sequence[Handler], *, together: Sequence[Event] = ()
     ) -> None:
@@ -257,7 +248,7 @@ class Dispatch:
         if self._concurrent and self._loop is not None:
             self._call_concurrently(self._loop)
         for work in self._deferred:
-            self._close(work)
+            self._batch.close(work)
 
     def _call_list(self, waiting: list[Deferred]) -> None:
         """Call a batch handler."""
@@ -295,24 +286,12 @@ class Dispatch:
         if loop.must_end:
             loop.wait_for(calls, first=None, others=None)
         else:
-            first = interval if self._has_more_to_settle() else LONGEST_WAIT
+            waiting = {id(work) for work, _ in self._concurrent}
+            has_more = self._batch.count or len(self._deferred) > len(waiting)
+            first = interval if has_more else LONGEST_WAIT
             loop.wait_for(calls, first=first, others=interval)
         for work, call in self._concurrent:
             if not call.has_ended:
                 self._outlive(Deferred(work, call))
             elif (result := self._conclude(call)) is not None:
                 work.results[call.handler.name] = result
-
-    def _has_more_to_settle(self) -> bool:
-        """Return whether the batch has events that wait for none of the async calls."""
-        return bool(self._batch.count) or len(self._deferred) > len(
-            {id(work) for work, _ in self._concurrent}
-        )
-
-
-def lacks_room(loop: EventLoop | None, handlers: Sequence[Handler], begun: int = 0) -> bool:
-    """Return whether handlers can only be called when another async call has ended; `begun` are to be
-    called in this batch."""
-    if loop is None or loop.room > begun:
-        return False
-    return any(handler.is_async for handler in handlers)

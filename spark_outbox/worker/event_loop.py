@@ -18,6 +18,7 @@ from django.db import connections
 
 from spark_outbox.errors import HandlerTimeout
 from spark_outbox.processes.guard import CallGuard
+from spark_outbox.registry.handlers import Handler
 from spark_outbox.worker.batch import Call
 from spark_outbox.worker.context import Context
 
@@ -53,6 +54,11 @@ class EventLoop:
     @property
     def room(self) -> int:
         return self._concurrency - len(self._running)
+
+    def lacks_room(self, handlers: Iterable[Handler], *, begun: int = 0) -> bool:
+        """Return whether some of these handlers can only be called when another call has ended. `begun`
+        calls are about to start."""
+        return self.room <= begun and any(handler.is_async for handler in handlers)
 
     def start(self, calls: Iterable[Call]) -> None:
         loop = self._loop()

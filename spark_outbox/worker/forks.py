@@ -7,13 +7,14 @@ program that is executed has no socket of ours.
 """
 
 import os
-import signal
 import weakref
 from typing import Any
 
 import psycopg
 from django.db import connections
 from django.db.backends.signals import connection_created
+
+from spark_outbox.processes.fork import default_signals
 
 _known: "weakref.WeakSet[psycopg.Connection[Any]]" = weakref.WeakSet()
 _left: list[object] = []
@@ -48,7 +49,4 @@ def _leave_parent() -> None:
     for wrapper in connections.all(initialized_only=True):
         _left.append(wrapper)
         del connections[wrapper.alias]
-    signal.set_wakeup_fd(-1)
-    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGALRM):
-        signal.signal(number, signal.SIG_DFL)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    default_signals()

@@ -93,10 +93,8 @@ class Isolation:
         # log its traceback, and in Django 5.2 stumbles over a partial.
         hooks: list[Any] = self._connection.run_on_commit
         if len(self._connection.atomic_blocks) == 1:
-            alias = self._connection.alias
-            hooks[:] = [
-                (sids, partial(call_back, alias, callback), False) for sids, callback, _ in hooks
-            ]
+            call = partial(call_back, self._connection.alias)
+            hooks[:] = [(sids, partial(call, callback), False) for sids, callback, _ in hooks]
 
     # Around a call
 
