@@ -655,3 +655,26 @@ def test_a_server_that_goes_away_again_and_again_charges_no_event_that_was_not_t
                     "where application_name = 'spark_worker'"
                 )
     assert not Delivery.objects.exists()
+
+
+def test_a_call_under_way_is_cancelled_and_made_again_if_its_own_batch_is_refused(own_registry):
+    release, calls, cancelled = threading.Event(), [], []
+
+    @handler("^async$", name="async")
+    async def run(event):
+        calls.append(event.attempt)
+        try:
+            while not release.is_set():
+                await asyncio.sleep(0.005)
+        except asyncio.CancelledError:
+            cancelled.append(event.key)
+            raise
+
+    own_registry.add_handler(note, group="^plain$")
+    emit_many([{"group": "async", "key": "slow"}, {"group": "plain", "key": "bad"}])
+    with trigger(raising("P0001"), BAD_IS_DONE), worker_thread():
+        eventually(lambda: statuses() == {"slow": "running", "bad": "failed"})
+        release.set()
+        eventually(lambda: status("slow") == "done")
+    assert (calls, cancelled) == ([1, 1], ["slow"])
+    assert deliveries()["async"] == ("done", 1)
