@@ -12,7 +12,6 @@ from spark_outbox.store.connection import Using, execute, fetch, past_wrappers
 LIMIT_STATEMENTS = "set local statement_timeout = {milliseconds}"
 LIMIT_SESSION = "set statement_timeout = {milliseconds}"
 
-
 # In milliseconds, whatever unit it is shown in.
 STATEMENT_TIMEOUT = """
 select (extract(epoch from current_setting('statement_timeout')::interval) * 1000)::bigint

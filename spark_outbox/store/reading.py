@@ -1,4 +1,4 @@
-"""Read events: the columns that everything that returns events selects, and what maps them."""
+"""Read events: the columns of an event, how they are mapped, and events by id."""
 
 from collections.abc import Iterable, Sequence
 from functools import partial
@@ -36,13 +36,14 @@ from (
 
 
 def with_documents(rows: Iterable[Any], using: str) -> list[Any]:
-    """Put what fetches a large document in its place."""
+    """Put a function that fetches it in the place of each large document."""
     return [
         row if row[3] is not None and row[4] is not None else _with_large(row, using) for row in rows
     ]
 
 
 def select_events(sql: str, param: Any, using: str) -> list[StoredRow]:
+    """Run a query of EVENT_COLUMNS that takes one parameter."""
     return list(map(StoredRow._make, with_documents(fetch(sql, [param], using=using), using)))
 
 

@@ -5,24 +5,6 @@ See worker/wake.py for the protocol, and SPARK_OUTBOX["WAKE"] for the mode.
 
 from spark_outbox.store.connection import execute, fetch, fetch_value
 
-# To others, as the trigger does to those who sleep; see worker/wake.py.
-WAKE_OTHERS = """
-select case when (
-    case when pg_try_advisory_xact_lock_shared(7531001, oid) then
-        case when pg_try_advisory_lock(7531002, oid) then pg_advisory_unlock(7531002, oid) end
-    end
-) is not true then pg_notify('spark_outbox', '') end
-from (select 'spark_outbox_event'::regclass::oid::integer as oid) as outbox
-"""
-
-
-def wake_others(*, using: str) -> None:
-    """Notify workers that sleep, when the transaction commits."""
-    fetch(WAKE_OTHERS, using=using)
-
-
-# The two advisory locks, and LISTEN
-
 LISTEN = "listen spark_outbox"
 UNLISTEN = "unlisten spark_outbox"
 
@@ -59,6 +41,22 @@ def take_s(*, using: str) -> tuple[bool, int]:
     """Hold S, unless somebody has it for himself; return whether we do, and of which table."""
     ((held, oid),) = fetch(TAKE_S, using=using)
     return held, oid
+
+
+# To others, as the trigger does to those who sleep; see worker/wake.py.
+WAKE_OTHERS = """
+select case when (
+    case when pg_try_advisory_xact_lock_shared(7531001, oid) then
+        case when pg_try_advisory_lock(7531002, oid) then pg_advisory_unlock(7531002, oid) end
+    end
+) is not true then pg_notify('spark_outbox', '') end
+from (select 'spark_outbox_event'::regclass::oid::integer as oid) as outbox
+"""
+
+
+def wake_others(*, using: str) -> None:
+    """Notify workers that sleep, when the transaction commits."""
+    fetch(WAKE_OTHERS, using=using)
 
 
 # The wake trigger's mode, see SPARK_OUTBOX["WAKE"]
