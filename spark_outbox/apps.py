@@ -7,9 +7,10 @@ from django.db import connections
 from django.db.models.signals import post_migrate, post_save
 from django.utils.module_loading import autodiscover_modules
 
-from spark_outbox import checks, conf, store
+from spark_outbox import checks, conf
 from spark_outbox.emitting.emit import events_committed
 from spark_outbox.emitting.sources import emit_on_save
+from spark_outbox.store import checking, waking
 from spark_outbox.worker.in_process import drain_after_commit
 
 
@@ -28,8 +29,8 @@ class SparkOutboxConfig(AppConfig):
 
 def apply_wake_mode(using: str, **_: Any) -> None:
     """After `migrate`: make the trigger do what SPARK_OUTBOX["WAKE"] says, if it does not."""
-    if connections[using].vendor != "postgresql" or not store.has_outbox(using=using):
+    if connections[using].vendor != "postgresql" or not checking.has_outbox(using=using):
         return
     mode = conf.current().WAKE
-    if store.wake_mode(using=using) != mode:
-        store.set_wake_mode(mode, using=using)
+    if waking.wake_mode(using=using) != mode:
+        waking.set_wake_mode(mode, using=using)

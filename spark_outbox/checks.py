@@ -7,8 +7,9 @@ from django.core import checks
 from django.core.checks import CheckMessage, Error, Tags, register
 from django.db import connections, router
 
-from spark_outbox import conf, store
+from spark_outbox import conf
 from spark_outbox.errors import SettingsError
+from spark_outbox.store import checking, waking
 from spark_outbox.worker import bounds
 
 
@@ -74,9 +75,9 @@ def check_databases(databases: Sequence[str] | None = None, **_: Any) -> list[Ch
     found: list[CheckMessage] = []
     for alias in databases or ():
         connection = connections[alias]
-        if connection.vendor != "postgresql" or not store.has_outbox(using=alias):
+        if connection.vendor != "postgresql" or not checking.has_outbox(using=alias):
             continue
-        wanted, actual = conf.current().WAKE, store.wake_mode(using=alias)
+        wanted, actual = conf.current().WAKE, waking.wake_mode(using=alias)
         if wanted != actual:
             found.append(
                 checks.Warning(
@@ -86,12 +87,12 @@ def check_databases(databases: Sequence[str] | None = None, **_: Any) -> list[Ch
                     id="spark_outbox.W001",
                 )
             )
-        if store.ids_are_behind(using=alias):
+        if checking.ids_are_behind(using=alias):
             found.append(
                 Error(
                     f"The sequence of the outbox's ids in database {alias!r} is behind the table: "
                     "events can't be emitted.",
-                    hint=f"As the owner of the table: {store.PUT_IDS_RIGHT}",
+                    hint=f"As the owner of the table: {checking.PUT_IDS_RIGHT}",
                     id="spark_outbox.E007",
                 )
             )

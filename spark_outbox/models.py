@@ -1,4 +1,4 @@
-"""The outbox tables. They describe the rows; whatever runs against them is in store.py.
+"""The outbox tables. They describe the rows; whatever runs against them is in store/.
 
 An event's status:
 

@@ -4,11 +4,11 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from spark_outbox import store
 from spark_outbox.errors import Discard, Retry
 from spark_outbox.events.event import Event
 from spark_outbox.events.references import References
 from spark_outbox.registry.handlers import Handler
+from spark_outbox.store import reading
 from spark_outbox.worker.loop import Worker
 
 
@@ -41,12 +41,12 @@ def emitted(group: str = "", *, using: str = "default") -> list[Event]:
 @contextmanager
 def capture_events(group: str = "", *, using: str = "default") -> Iterator[list[Event]]:
     """Collect the events that are emitted inside the `with` block; the list is filled at its end."""
-    before = store.last_id(using=using)
+    before = reading.last_id(using=using)
     captured: list[Event] = []
     yield captured
     captured += _events_after(before, group, using)
 
 
 def _events_after(last: int, group: str, using: str) -> list[Event]:
-    events = Event.from_rows(store.events_after(last, using=using), References())
+    events = Event.from_rows(reading.events_after(last, using=using), References())
     return [event for event in events if re.search(group, event.group)]

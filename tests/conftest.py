@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 from django.conf import settings
 
-from spark_outbox import store
 from spark_outbox.registry.handlers import Registry, registry
+from spark_outbox.store import waking
 from tests import postgres
 from tests.tools import Flags
 
@@ -69,7 +69,7 @@ def wake_mode(settings: Any) -> Iterator[Callable[[str], None]]:
 
     def set_mode(mode: str) -> None:
         settings.SPARK_OUTBOX = {"WAKE": mode}
-        store.set_wake_mode(mode, using="default")
+        waking.set_wake_mode(mode, using="default")
 
     yield set_mode
-    store.set_wake_mode("gated", using="default")
+    waking.set_wake_mode("gated", using="default")

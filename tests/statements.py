@@ -6,7 +6,7 @@ from typing import Any, Self
 import psycopg
 import pytest
 
-from spark_outbox import store
+from spark_outbox.store import isolating
 
 
 class Statements:
@@ -17,7 +17,7 @@ class Statements:
 
     def __enter__(self) -> Self:
         self._patch = pytest.MonkeyPatch()
-        execute, savepoint = psycopg.Cursor.execute, store.savepoint
+        execute, savepoint = psycopg.Cursor.execute, isolating.savepoint
 
         def record(cursor: Any, sql: str, *args: Any, **kwargs: Any) -> Any:
             self.sql.append(sql)
@@ -28,7 +28,7 @@ class Statements:
             savepoint(sql, using=using)
 
         self._patch.setattr(psycopg.Cursor, "execute", record)
-        self._patch.setattr(store, "savepoint", record_savepoint)
+        self._patch.setattr(isolating, "savepoint", record_savepoint)
         return self
 
     def __exit__(self, *error: object) -> None:

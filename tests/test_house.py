@@ -10,9 +10,10 @@ from django.core.management import call_command
 from django.db import connection, connections
 
 import spark_outbox
-from spark_outbox import api, checks, conf, emit, errors, store, testing
+from spark_outbox import api, checks, conf, emit, errors, testing
 from spark_outbox.errors import SettingsError
 from spark_outbox.models import OutboxEvent
+from spark_outbox.store import waking
 from tests.postgres import ROOT
 from tests.tools import manage
 
@@ -167,7 +168,7 @@ def test_models_and_migrations_agree():
 def test_migrate_makes_the_trigger_do_what_the_settings_say(settings, mode):
     settings.SPARK_OUTBOX = {"WAKE": mode}
     call_command("migrate", verbosity=0)
-    assert store.wake_mode(using="default") == mode
+    assert waking.wake_mode(using="default") == mode
 
 
 @pytest.mark.django_db

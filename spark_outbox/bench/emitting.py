@@ -7,11 +7,11 @@ from collections.abc import Callable
 from django.db import connections, transaction
 
 import spark_outbox
-from spark_outbox import store
 from spark_outbox.bench.figures import Bench, Figure, Goal, measure
 from spark_outbox.bench.load import child_workers, handlers, noop, refill
 from spark_outbox.bench.scratch import BenchRow
 from spark_outbox.events.encoding import dump
+from spark_outbox.store import waking
 
 CONNECTIONS = 64
 
@@ -105,7 +105,7 @@ def emit_contended(bench: Bench) -> list[Figure]:
 
     def with_trigger(mode: str) -> float:
         refill(bench.scratch, 0)
-        store.set_wake_mode(mode, using=bench.scratch.alias)
+        waking.set_wake_mode(mode, using=bench.scratch.alias)
         writers = [bench.scratch.connect() for _ in range(CONNECTIONS)]
         threads = [
             threading.Thread(target=writer.execute, args=[TRANSACTIONS % {"count": count}])
@@ -121,7 +121,7 @@ def emit_contended(bench: Bench) -> list[Figure]:
             seconds = time.perf_counter() - started
         for writer in writers:
             writer.close()
-        store.set_wake_mode("gated", using=bench.scratch.alias)
+        waking.set_wake_mode("gated", using=bench.scratch.alias)
         return count * CONNECTIONS / seconds
 
     gated, never, always = bench.medians(

@@ -11,11 +11,12 @@ from typing import Any
 
 from django.db import connections
 
-from spark_outbox import conf, store
+from spark_outbox import conf
 from spark_outbox.bench.scratch import Scratch
 from spark_outbox.processes.guard import Guard
 from spark_outbox.processes.slot import Slot
 from spark_outbox.registry.handlers import Registry
+from spark_outbox.store import claiming
 from spark_outbox.worker.loop import Worker
 
 FILL = """
@@ -96,7 +97,7 @@ where id = any(%s) and status = 'pending'
 
 def bare_drain(scratch: Scratch, count: int) -> float:
     """Do to the table what a worker does, with psycopg alone; return events a second."""
-    claim = store.CLAIM_READY.format(groups="")
+    claim = claiming.CLAIM_READY.format(groups="")
     limit = conf.current().BATCH_SIZE
     floor = handled = 0
     with scratch.connect() as connection:

@@ -10,7 +10,7 @@ from typing import Any
 
 from django.db import connections
 
-from spark_outbox import conf, emit, store
+from spark_outbox import conf, emit
 from spark_outbox.bench.figures import Bench, Figure, Goal, measure, percentile
 from spark_outbox.bench.load import (
     BARE_UPDATE,
@@ -25,6 +25,7 @@ from spark_outbox.bench.load import (
     sleeping,
     wait_until,
 )
+from spark_outbox.store import claiming, waking
 
 NOW = struct.Struct("d")
 
@@ -98,7 +99,7 @@ def latency(bench: Bench) -> list[Figure]:
 
     def bare() -> tuple[float, float]:
         refill(bench.scratch, 0)
-        store.set_wake_mode("always", using=bench.scratch.alias)
+        waking.set_wake_mode("always", using=bench.scratch.alias)
         with moments() as arrivals:
             ready, say_ready = os.pipe()
             child = Child(lambda: listen_and_claim(bench, arrivals, say_ready))
@@ -109,7 +110,7 @@ def latency(bench: Bench) -> list[Figure]:
                 child.kill()
                 os.close(ready)
                 os.close(say_ready)
-                store.set_wake_mode("gated", using=bench.scratch.alias)
+                waking.set_wake_mode("gated", using=bench.scratch.alias)
 
     p50, p99, bare50, bare99 = bench.medians(ours, bare)
     return [
@@ -119,7 +120,7 @@ def latency(bench: Bench) -> list[Figure]:
 
 
 def listen_and_claim(bench: Bench, arrivals: Moments, say_ready: int) -> None:
-    claim = store.CLAIM_READY.format(groups="")
+    claim = claiming.CLAIM_READY.format(groups="")
     floor = 0
     with bench.scratch.connect() as connection:
         connection.execute("listen spark_outbox")

@@ -11,12 +11,13 @@ from asgiref.sync import sync_to_async
 from django.db import router, transaction
 from django.dispatch import Signal
 
-from spark_outbox import conf, store
+from spark_outbox import conf
 from spark_outbox.errors import DuplicateKey, IdCollision, InvalidEvent, NotInTransaction, NotMigrated
 from spark_outbox.events.encoding import dump
 from spark_outbox.events.event import Event
 from spark_outbox.registry.backoff import MAX_DELAY
-from spark_outbox.store import NewRow
+from spark_outbox.store import emitting
+from spark_outbox.store.emitting import NewRow
 
 CHUNK_SIZE = 1000
 
@@ -75,7 +76,7 @@ def emit(
     if on_duplicate not in ON_DUPLICATE:
         raise InvalidEvent(f"on_duplicate is one of {', '.join(ON_DUPLICATE)}, not {on_duplicate!r}.")
     row = prepare(event)
-    stored = store.insert(row, using=alias)
+    stored = emitting.insert(row, using=alias)
     if stored is None:
         _meet_duplicate(row, on_duplicate, alias)
         return None
@@ -155,7 +156,7 @@ def prepare(event: Event) -> NewRow:
 def write(rows: Sequence[NewRow], *, using: str) -> int:
     """Write prepared rows in one statement, in the order given; return how many were new."""
     with _uncommittable_if_lost(using):
-        new = store.insert_many(rows, using=using)
+        new = emitting.insert_many(rows, using=using)
     if new:
         _announce(using)
     return new
@@ -163,10 +164,10 @@ def write(rows: Sequence[NewRow], *, using: str) -> int:
 
 def _meet_duplicate(row: NewRow, on_duplicate: OnDuplicate, using: str) -> None:
     """Do what `on_duplicate` says about a row that was not written; raise IdCollision if it is none."""
-    if on_duplicate == "check" and store.is_same(row, using=using):
+    if on_duplicate == "check" and emitting.is_same(row, using=using):
         return
     with _uncommittable_if_lost(using):
-        store.check_key(row.key, using=using)
+        emitting.check_key(row.key, using=using)
     if on_duplicate == "raise":
         raise DuplicateKey(f"There is an event with the key {row.key!r} already.")
     if on_duplicate == "check":

@@ -11,7 +11,7 @@ from django.db.models import Model
 from spark_outbox.emitting.emit import emit_many, prepare, write
 from spark_outbox.events.event import Event
 from spark_outbox.registry.handlers import SourceFunction, registry
-from spark_outbox.store import NewRow
+from spark_outbox.store.emitting import NewRow
 
 
 def emit_on_save(sender: type[Model], instance: Model, using: str, raw: bool = False, **_: Any) -> None:

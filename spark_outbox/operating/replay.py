@@ -11,10 +11,10 @@ from typing import Any
 
 from django.db import connections, transaction
 
-from spark_outbox import store
 from spark_outbox.events.event import Event
 from spark_outbox.events.references import References
 from spark_outbox.registry.handlers import Handler, Registry
+from spark_outbox.store import reading, replaying
 from spark_outbox.worker.isolation import Isolation, TransactionLost
 
 CHUNK_SIZE = 1000
@@ -40,9 +40,9 @@ class Selection:
 
     def ids(self, *, using: str) -> Iterator[list[int]]:
         """Yield the ids of the selected events, a chunk of the table at a time, in order."""
-        last = store.LOWEST_ID
+        last = reading.LOWEST_ID
         keys = list(self.keys) or None
-        while page := store.done_events(
+        while page := replaying.done_events(
             last, since=self.since, keys=keys, limit=CHUNK_SIZE, using=using
         ):
             last = page[-1][0]
@@ -50,7 +50,7 @@ class Selection:
 
     def left_out(self, *, using: str) -> dict[str, str]:
         """Return those of the `keys` that are not selected, and for each the reason."""
-        found = store.states_of_keys(list(self.keys), using=using) if self.keys else {}
+        found = replaying.states_of_keys(list(self.keys), using=using) if self.keys else {}
         reasons = {}
         for key in self.keys:
             if key not in found:
@@ -84,14 +84,14 @@ def replay(selection: Selection, registry: Registry, *, using: str) -> Iterator[
     total = 0
     for ids in selection.ids(using=using):
         with transaction.atomic(using=using):
-            locked = store.lock_done(ids, using=using)
+            locked = replaying.lock_done(ids, using=using)
             others = [
                 (event_id, other.name)
                 for event_id, group in locked
                 for other in registry.handlers_for(group)
                 if other.name != name
             ]
-            total += store.owe_again([row[0] for row in locked], name, others, using=using)
+            total += replaying.owe_again([row[0] for row in locked], name, others, using=using)
         yield total
 
 
@@ -118,13 +118,13 @@ def rehearse(selection: Selection, *, using: str, limit: int) -> Rehearsal:
             # It may begin durable transactions; as in a test, they nest in one that is rolled back.
             outermost: Any = connections[using].atomic_blocks[-1]
             outermost._from_testcase = True
-        before = Counter(store.rows_written(using=using))
+        before = Counter(replaying.rows_written(using=using))
         try:
             for ids in selection.ids(using=using):
                 _rehearse(selection.handler, ids[: limit - done.events], done, using)
                 if done.events >= limit:
                     break
-            done.rows = dict((Counter(store.rows_written(using=using)) - before).most_common())
+            done.rows = dict((Counter(replaying.rows_written(using=using)) - before).most_common())
         except TransactionLost:
             pass  # it is among the failures; and nobody knows what was written
         transaction.set_rollback(True, using=using)
@@ -134,7 +134,7 @@ def rehearse(selection: Selection, *, using: str, limit: int) -> Rehearsal:
 def _rehearse(handler: Handler, ids: list[int], done: Rehearsal, using: str) -> None:
     """Call the handler with some events. Raises TransactionLost if one ends the transaction."""
     references = References(using)
-    events = Event.from_rows(store.events_by_id(ids, using=using), references)
+    events = Event.from_rows(reading.events_by_id(ids, using=using), references)
     isolation = Isolation(using, references, strict=True, apart=None)
     with connections[using].execute_wrapper(_counting(done)), isolation:
         for event in events:

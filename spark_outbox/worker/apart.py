@@ -14,8 +14,9 @@ from django.db import connections
 from django.db.backends.base.base import BaseDatabaseWrapper
 from psycopg.pq import TransactionStatus
 
-from spark_outbox import conf, store
+from spark_outbox import conf
 from spark_outbox.errors import BrokenTransaction, describe
+from spark_outbox.store import limiting
 from spark_outbox.worker import wire
 from spark_outbox.worker.session_settings import SessionSettings
 
@@ -75,7 +76,7 @@ def _whole_session(connection: BaseDatabaseWrapper, limit: float | None, blocks:
         nonlocal is_limited, has_changed
         if not is_limited and milliseconds != settings.own_limit:
             is_limited = True
-            store.limit_session(milliseconds, using=using)
+            limiting.limit_session(milliseconds, using=using)
         has_changed = settings.look(*wire.sent(generator, raw)) or has_changed
 
     try:
@@ -86,7 +87,7 @@ def _whole_session(connection: BaseDatabaseWrapper, limit: float | None, blocks:
             if has_changed:
                 settings.put_back(in_transaction=blocks > 0)
             elif is_limited:
-                store.limit_session(settings.limits.session, using=using)
+                limiting.limit_session(settings.limits.session, using=using)
 
 
 def _left_open(connection: BaseDatabaseWrapper, blocks: int) -> str:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from spark_outbox.events.event import Event
 from spark_outbox.registry.handlers import Handler
-from spark_outbox.store import Stored
+from spark_outbox.store.settling import Stored
 from spark_outbox.worker.breaker import Turn
 from spark_outbox.worker.outcome import DONE, Fate, Result
 

@@ -8,11 +8,11 @@ from typing import Literal
 
 from django.db import transaction
 
-from spark_outbox import store
 from spark_outbox.events.event import Event
 from spark_outbox.events.references import References
 from spark_outbox.registry.handlers import Handler, Registry
-from spark_outbox.store import Running
+from spark_outbox.store import claiming, detached, reading, sessions, settling, waking
+from spark_outbox.store.detached import Running
 from spark_outbox.worker import settle
 from spark_outbox.worker.batch import Work, next_attempt
 from spark_outbox.worker.outcome import failure, of_a_list
@@ -83,11 +83,11 @@ class _Booking:
             state = self._put_back(event_id, handler)
             if state != "owed" or error is None:
                 return state != "held"
-            if not store.claim_one(event_id, using=using):
-                return not store.is_unfinished(event_id, using=using)
-            (row,) = store.events_by_id([event_id], using=using)
+            if not claiming.claim_one(event_id, using=using):
+                return not claiming.is_unfinished(event_id, using=using)
+            (row,) = reading.events_by_id([event_id], using=using)
             event = Event.from_row(row, References())
-            stored = store.deliveries([event_id], using=using).get(event_id, {})
+            stored = settling.deliveries([event_id], using=using).get(event_id, {})
             event.attempt = next_attempt(handler, stored)
             if self.together:
                 error = of_a_list(handler, error)
@@ -104,17 +104,17 @@ class _Booking:
         begun. It is "held" until the server has seen that the worker is gone.
         """
         using, session, to_settle = self.using, self.session, self.error is not None
-        holder, is_running = store.held_by(event_id, handler.name, using=using)
+        holder, is_running = detached.held_by(event_id, handler.name, using=using)
         running = Running(event_id, handler.name, holder)
         done = True
         if is_running and (holder == session or not session or handler.atomic):
-            done = store.is_session_gone(holder, using=using) and bool(
-                store.take_back([running], to_settle=to_settle, using=using)
+            done = sessions.is_session_gone(holder, using=using) and bool(
+                detached.take_back([running], to_settle=to_settle, using=using)
             )
         elif holder and holder == session:
-            done = store.undo_take_over(running, to_settle=to_settle, using=using)
+            done = detached.undo_take_over(running, to_settle=to_settle, using=using)
             if done and not to_settle:
-                store.wake_others(using=using)  # they need not have known of it
+                waking.wake_others(using=using)  # they need not have known of it
         elif session and not handler.atomic:
             return "over"
         return "owed" if done else "held"

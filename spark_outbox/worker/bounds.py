@@ -30,8 +30,8 @@ from django.db import connections
 from django.db.backends.base.base import BaseDatabaseWrapper
 from psycopg.pq import Conninfo
 
-from spark_outbox import store
 from spark_outbox.errors import SettingsError
+from spark_outbox.store import limiting, sessions, waking
 
 BOUNDS = {
     "connect_timeout": "10",
@@ -70,7 +70,7 @@ def limits(using: str) -> Limits:
     noted = noted_limits(connections[using].connection)
     if noted is not None:
         return noted
-    current = store.statement_timeout(using=using)
+    current = limiting.statement_timeout(using=using)
     return Limits(current, current, current)
 
 
@@ -78,10 +78,10 @@ def _lift_limit(using: str, *, is_own: bool) -> None:
     """Let the worker's own statements take their time; in a pooler's session each batch says so."""
     raw = connections[using].connection
     if raw not in _limits:
-        project = store.statement_timeout(using=using)
+        project = limiting.statement_timeout(using=using)
         _limits[raw] = Limits(0 if is_own else project, 0, project, not is_own)
         if is_own and project:
-            store.limit_session(0, using=using)
+            limiting.limit_session(0, using=using)
 
 
 def set_bounds(*aliases: str | None) -> None:
@@ -123,12 +123,12 @@ def check_direct(using: str, direct: str | None) -> None:
     if direct is None or direct == using:
         return
     number = new_number()
-    store.lock_session(number, using=direct)
+    sessions.lock_session(number, using=direct)
     try:
-        elsewhere = store.is_session_gone(number, using=using)
+        elsewhere = sessions.is_session_gone(number, using=using)
     finally:
-        store.unlock_session(number, using=direct)
-    if elsewhere or store.outbox_oid(using=using) != store.outbox_oid(using=direct):
+        sessions.unlock_session(number, using=direct)
+    if elsewhere or waking.outbox_oid(using=using) != waking.outbox_oid(using=direct):
         raise SettingsError(
             f"SPARK_OUTBOX['LISTEN_DATABASE'] names {direct!r} for {using!r}, which has another outbox. "
             f"Name a direct connection for each database: {{{using!r}: ALIAS, …}}; "
@@ -158,16 +158,16 @@ def set_up(using: str, *, direct: str | None, idle_in_transaction: float | None)
 
     `direct` is the alias of the connection that is no pooler's. A setting in a pooler's session would
     stay for its next client. So there the limit on silence goes with each transaction, see
-    `store.silence_limit`, and the pooler has to notice the rest.
+    `limiting.silence_limit`, and the pooler has to notice the rest.
     """
-    store.name_session(using=using)
+    limiting.name_session(using=using)
     for alias in {using, direct or using}:
         connections[alias].ensure_connection()
         connections[alias].close_at = None  # close_old_connections() leaves it, whatever CONN_MAX_AGE is
     if direct is not None:
         connection = connections[direct]
-        store.bound_session(_bounds_of(connection.connection), using=direct)
-        store.limit_silence(idle_in_transaction, using=direct)
+        limiting.bound_session(_bounds_of(connection.connection), using=direct)
+        limiting.limit_silence(idle_in_transaction, using=direct)
     _lift_limit(using, is_own=direct == using)
     version: str = connections[using].connection.info.parameter_status("server_version")
     return version.split(maxsplit=1)[0]
@@ -175,9 +175,9 @@ def set_up(using: str, *, direct: str | None, idle_in_transaction: float | None)
 
 def keep(connection: BaseDatabaseWrapper, *, name: str) -> None:
     """Have the server end a session when its worker is gone, and for no other reason."""
-    store.name_session(name, using=connection)
-    store.bound_session(_bounds_of(connection.connection), using=connection)
-    store.keep_session(using=connection)
+    limiting.name_session(name, using=connection)
+    limiting.bound_session(_bounds_of(connection.connection), using=connection)
+    limiting.keep_session(using=connection)
 
 
 @contextlib.contextmanager
@@ -194,14 +194,14 @@ def patience(using: str, *, direct: bool) -> Iterator[None]:
         return
     _limit_send(raw, 0)
     if direct:
-        store.limit_send("0", using=using)
+        limiting.limit_send("0", using=using)
     try:
         yield
     finally:
         if connections[using].connection is raw and not raw.closed:
             _limit_send(raw, int(ours))
             if direct:
-                store.limit_send(ours, using=using)
+                limiting.limit_send(ours, using=using)
 
 
 def _bounds_of(raw: Any) -> dict[str, str]:

@@ -3,9 +3,9 @@
 from collections.abc import Container, Iterable, Mapping
 from dataclasses import replace
 
-from spark_outbox import store
 from spark_outbox.events.event import Event
 from spark_outbox.events.references import References
+from spark_outbox.store import settling
 from spark_outbox.worker.batch import Batch
 from spark_outbox.worker.context import Context
 from spark_outbox.worker.looks import DUE, ORDERED, READY, Ask, Found, Handled, Look, kind_of
@@ -147,7 +147,7 @@ class Claims:
         self._left_some = found.is_full
         events = Event.from_rows(found.rows[: 1 if self.careful else None], references)
         retried = [event.id for event in events if event.attempt > 1]
-        stored = store.deliveries(retried, using=self._context.using) if retried else {}
+        stored = settling.deliveries(retried, using=self._context.using) if retried else {}
         is_mixed = found.ready < len(found.rows)
         elsewhere = sum(kind_of(event) != READY for event in events) if is_mixed else 0
         batch = Batch(events, elsewhere=elsewhere, stored=stored)

@@ -18,8 +18,8 @@ import socket
 
 from django.db import Error, transaction
 
-from spark_outbox import store
 from spark_outbox.errors import WorkerDied, describe
+from spark_outbox.store import sessions
 from spark_outbox.worker import booking
 from spark_outbox.worker.batch import Batch
 from spark_outbox.worker.context import Context
@@ -56,13 +56,13 @@ class Crashes:
         using = self._context.using
         former, self._session = self._session, self._presence.confirm()
         if former not in (0, self._session):
-            store.dismiss([former], using=using)
+            sessions.dismiss([former], using=using)
         name = f"{socket.gethostname()}:{os.getpid()}"
-        store.enlist(self._session, name, using=using)
+        sessions.enlist(self._session, name, using=using)
         with transaction.atomic(using=using):
-            fallen = store.fallen_workers(self._session, using=using)
+            fallen = sessions.fallen_workers(self._session, using=using)
             counted = [each for each in fallen if each.times >= TIMES]
-            store.forget_call([each.session for each in counted], using=using)
+            sessions.forget_call([each.session for each in counted], using=using)
         for each in counted:
             self._count(each)
         self._times = {(each.event_id, each.handler): each.times for each in fallen}
@@ -72,11 +72,11 @@ class Crashes:
     def resign(self) -> None:
         """The worker stops by itself."""
         if self._session:
-            store.dismiss([self._session], using=self._context.using)
+            sessions.dismiss([self._session], using=self._context.using)
             self._session = 0
             self._presence.end()
 
-    def _count(self, fallen: store.FallenWorker) -> None:
+    def _count(self, fallen: sessions.FallenWorker) -> None:
         registry = self._context.registry
         for handler in registry.handlers:
             if handler.name == fallen.handler and fallen.event_id is not None:
@@ -109,7 +109,7 @@ class Crashes:
         times = max(least, self._times.get((event_id, name), 0) + 1)
         self._has_noted = True
         try:
-            self._presence.run(store.note_call, [self._session], event_id, name, times)
+            self._presence.run(sessions.note_call, [self._session], event_id, name, times)
         except Error as error:  # the call is not at fault, and is made all the same
             details = {"event_id": event_id, "error": describe(error)}
             logger.warning(
@@ -121,13 +121,13 @@ class Crashes:
     def clear(self) -> None:
         """In the transaction that settles the batch: nothing of it is being called any more."""
         if self._has_noted:
-            store.forget_call([self._session], using=self._context.using)
+            sessions.forget_call([self._session], using=self._context.using)
 
     def settled(self, *, closely: bool) -> None:
         """After that; `closely`: the worker still handles each event by itself."""
         self._has_noted = False
         if self._fallen and not closely:
-            store.dismiss(self._fallen, using=self._context.using)
+            sessions.dismiss(self._fallen, using=self._context.using)
             self._fallen, self._times = [], {}
 
     def forget(self) -> None:
@@ -135,4 +135,4 @@ class Crashes:
         if self._has_noted:
             self._has_noted = False
             with contextlib.suppress(Error):  # then it is gone with the connection, or with the worker
-                self._presence.run(store.forget_call, [self._session])
+                self._presence.run(sessions.forget_call, [self._session])

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from spark_outbox.errors import BatchFailed
 from spark_outbox.events.event import Event
 from spark_outbox.registry.handlers import Handler, Matching
-from spark_outbox.store import Stored
+from spark_outbox.store.settling import Stored
 from spark_outbox.worker.batch import Batch, Call, Work, next_attempt, turn_of
 from spark_outbox.worker.context import Context
 from spark_outbox.worker.event_loop import EventLoop

@@ -17,9 +17,9 @@ from django.db.backends.base.base import BaseDatabaseWrapper
 from psycopg import ClientCursor
 from psycopg.pq import TransactionStatus
 
-from spark_outbox import store
 from spark_outbox.errors import BrokenTransaction
 from spark_outbox.events.references import References
+from spark_outbox.store import isolating
 from spark_outbox.worker import wire
 from spark_outbox.worker.apart import call_back
 from spark_outbox.worker.savepoints import NotTaken, Savepoints
@@ -124,7 +124,7 @@ class Isolation:
         if problem := self._loss() or self._damage(trace):
             raise BrokenTransaction(problem)
         if trace.has_savepoint and self._strict:
-            store.savepoint(store.CHECK_CONSTRAINTS, using=connection.alias)
+            isolating.savepoint(isolating.CHECK_CONSTRAINTS, using=connection.alias)
         if trace.changed_settings:
             # The release alone ends SET TRANSACTION READ ONLY.
             self._settings.put_back(first=self.savepoints.forget(), in_transaction=True)

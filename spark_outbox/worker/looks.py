@@ -9,8 +9,8 @@ from collections.abc import Sequence, Set
 from functools import partial
 from typing import NamedTuple
 
-from spark_outbox import store
 from spark_outbox.events.event import Event, StoredRow
+from spark_outbox.store import scanning
 from spark_outbox.worker.context import Context
 from spark_outbox.worker.rounds import Rounds
 
@@ -112,7 +112,7 @@ class RoundsLook(Look):
 
     def __init__(self, context: Context, *, ordered: bool) -> None:
         super().__init__(context)
-        read = partial(store.read_piece, ordered=ordered, groups=context.groups, using=context.using)
+        read = partial(scanning.read_piece, ordered=ordered, groups=context.groups, using=context.using)
         self._rounds = Rounds(read, context.clock)
 
     def restart(self) -> None:

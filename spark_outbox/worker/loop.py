@@ -5,7 +5,7 @@ from typing import Unpack
 
 from django.db import Error
 
-from spark_outbox import store
+from spark_outbox.store.connection import fixed_schema
 from spark_outbox.worker.claims import Claims
 from spark_outbox.worker.context import Options, make_context
 from spark_outbox.worker.crashes import Crashes
@@ -112,7 +112,7 @@ class Worker:
         """
         check_handlers(self._context)
         total = 0
-        with store.fixed_schema(using=self._context.using):
+        with fixed_schema(using=self._context.using):
             try:
                 self._running.take_over()
                 while handled := self.handle_batch() or self.handle_batch(sweep=True):

@@ -2,9 +2,9 @@
 
 from collections.abc import Iterable
 
-from spark_outbox import store
 from spark_outbox.events.event import Event, StoredRow
-from spark_outbox.store import KEYS_AT_ONCE
+from spark_outbox.store import ordering, waking
+from spark_outbox.store.ordering import KEYS_AT_ONCE
 from spark_outbox.worker.context import Context
 from spark_outbox.worker.looks import ORDERED, Ask, Found, Handled, RoundsLook
 
@@ -29,7 +29,7 @@ class HandOver:
             return
         keys = dict.fromkeys(event.ordering_key for event in events if event.ordering_key is not None)
         if keys:
-            store.hand_over(
+            ordering.hand_over(
                 list(keys),
                 failed=context.settings.FAILED_HEAD,
                 groups=context.groups,
@@ -45,7 +45,7 @@ class HandOver:
             self._ours |= claimed
 
     def wake(self) -> None:
-        store.wake_others(using=self._context.using)
+        waking.wake_others(using=self._context.using)
 
 
 class OrderedEvents(RoundsLook):
@@ -66,7 +66,7 @@ class OrderedEvents(RoundsLook):
 
     def _claim(self, keys: list[str], ask: Ask) -> list[StoredRow]:
         context = self._context
-        ordered = store.claim_ordered(
+        ordered = ordering.claim_ordered(
             keys,
             ask.limit,
             failed=context.settings.FAILED_HEAD,

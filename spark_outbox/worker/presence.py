@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 from django.db import Error
 
-from spark_outbox import store
+from spark_outbox.store import sessions
 from spark_outbox.worker import bounds
 from spark_outbox.worker.context import Context
 from spark_outbox.worker.private import PrivateConnection
@@ -51,20 +51,20 @@ class Presence:
 
     def confirm(self) -> int:
         """Do so after an outage: the private connection may lead to what is no primary any more."""
-        if self.hold() and store.is_session_gone(self.session, using=self._using):
+        if self.hold() and sessions.is_session_gone(self.session, using=self._using):
             self._private.close()
             self.hold()
         return self.session
 
     def _lock(self) -> None:
         number = self.session or bounds.new_number()
-        while not self._private.run(store.lock_session, number):
+        while not self._private.run(sessions.lock_session, number):
             number = bounds.new_number()
         self.session = number
         self._guard.identify(number)
 
     def run(self, statement: Callable[..., T], *arguments: Any) -> T:
-        """Call a function of store.py on the private connection, while holding the lock."""
+        """Call a function of the store on the private connection, while holding the lock."""
         if not self._private.is_open:
             self.hold()
         try:

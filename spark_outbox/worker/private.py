@@ -31,7 +31,7 @@ class PrivateConnection:
         return self._connection is not None
 
     def run(self, statement: Callable[..., T], *arguments: Any, **options: Any) -> T:
-        """Call a function of store.py with this connection as its `using`.
+        """Call a function of the store with this connection as its `using`.
 
         Connects first if need be. Raises OperationalError if the connection is lost: then `close` it.
         """

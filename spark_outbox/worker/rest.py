@@ -3,7 +3,7 @@
 import math
 from typing import NamedTuple
 
-from spark_outbox.store import Outlook
+from spark_outbox.store.resting import Outlook
 from spark_outbox.worker.rounds import HELD_INTERVAL
 from spark_outbox.worker.running import TAKE_OVER_INTERVAL
 

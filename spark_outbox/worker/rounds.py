@@ -14,7 +14,8 @@ from collections.abc import Callable, Iterable
 from itertools import islice
 from typing import Any, NamedTuple
 
-from spark_outbox.store import LOWEST_ID, Piece, Position
+from spark_outbox.store.reading import LOWEST_ID
+from spark_outbox.store.scanning import Piece, Position
 
 ROUND_INTERVAL = 1.0
 """Seconds between the beginnings of two rounds, at the least."""

@@ -11,7 +11,7 @@ import math
 
 from django.db import DatabaseError
 
-from spark_outbox import store
+from spark_outbox.store import isolating, limiting
 from spark_outbox.worker.session_settings import SessionSettings
 
 MAX_SUBTRANSACTIONS = 60
@@ -56,18 +56,18 @@ class Savepoints:
         Call `confirm` after they have run, or `take` to run them now.
         """
         self._number += 1
-        statements = [store.RELEASE.format(number=self._established)] if self._established else []
+        statements = [isolating.RELEASE.format(number=self._established)] if self._established else []
         milliseconds = None if limit is None else math.ceil(limit * 1000)
         timeout = self._settings.limit(milliseconds, handler=not is_worker)
         is_limited = timeout != self._settings.own_limit
         if is_limited or self._is_limited:
-            statements.append(store.LIMIT_STATEMENTS.format(milliseconds=timeout))
+            statements.append(limiting.LIMIT_STATEMENTS.format(milliseconds=timeout))
         self._is_limited = is_limited
-        statements.append(store.SAVEPOINT.format(number=self._number))
+        statements.append(isolating.SAVEPOINT.format(number=self._number))
         return statements
 
     def take(self, statements: list[str]) -> None:
-        store.savepoint("; ".join(statements), using=self._using)
+        isolating.savepoint("; ".join(statements), using=self._using)
         self.confirm()
 
     def confirm(self) -> None:
@@ -80,11 +80,11 @@ class Savepoints:
     def roll_back(self, handler: str) -> None:
         """Undo what the handler did since the last one. Raises NotTaken if PostgreSQL has never run
         it."""
-        rollback = store.ROLLBACK_TO_SAVEPOINT.format(number=self._number)
+        rollback = isolating.ROLLBACK_TO_SAVEPOINT.format(number=self._number)
         try:
-            store.savepoint(rollback, using=self._using)
+            isolating.savepoint(rollback, using=self._using)
         except DatabaseError as error:
-            if getattr(error.__cause__, "sqlstate", None) != store.NO_SUCH_SAVEPOINT:
+            if getattr(error.__cause__, "sqlstate", None) != isolating.NO_SUCH_SAVEPOINT:
                 raise
             if self._apart is not None:
                 self._apart.add(handler)
@@ -93,7 +93,7 @@ class Savepoints:
 
     def forget(self) -> str:
         """Return the statement that releases the last one. The caller restores the limit, too."""
-        release = store.RELEASE.format(number=self._established) if self._established else ""
+        release = isolating.RELEASE.format(number=self._established) if self._established else ""
         self._established = 0
         self._is_limited = False
         return release
@@ -102,5 +102,7 @@ class Savepoints:
         """After the last handler: give the worker's own statements their limit."""
         if self._is_limited:
             milliseconds = self._settings.own_limit
-            store.savepoint(store.LIMIT_STATEMENTS.format(milliseconds=milliseconds), using=self._using)
+            isolating.savepoint(
+                limiting.LIMIT_STATEMENTS.format(milliseconds=milliseconds), using=self._using
+            )
             self._is_limited = False

@@ -6,8 +6,9 @@ from typing import Any
 
 from django.db import DataError, Error, OperationalError, connections
 
-from spark_outbox import store
 from spark_outbox.errors import NotMigrated, SettingsError, describe
+from spark_outbox.store import checking, filtering, limiting
+from spark_outbox.store.connection import fix_schema
 from spark_outbox.worker import bounds
 from spark_outbox.worker.context import Context
 from spark_outbox.worker.event_loop import PATIENCE
@@ -52,7 +53,7 @@ class Session:
         transaction."""
         if self._prepared is None or self._context.is_direct:
             return ""
-        return store.silence_limit(self._longest_silence())
+        return limiting.silence_limit(self._longest_silence())
 
     def configure(self) -> None:
         """Before the first connection. Raises SettingsError if a worker can't work on such
@@ -75,15 +76,15 @@ class Session:
         self._version = bounds.set_up(
             using, direct=context.direct, idle_in_transaction=self._longest_silence()
         )
-        if not store.has_outbox(using=using):
+        if not checking.has_outbox(using=using):
             raise NotMigrated(
                 f"Database {using!r} has no outbox. Run: manage.py migrate spark_outbox"
                 + ("" if using == "default" else f" --database {using}")
             )
-        store.fix_schema(using=using)
+        fix_schema(using=using)
         if context.groups is not None:
             try:
-                store.check_groups(context.groups, using=using)
+                filtering.check_groups(context.groups, using=using)
             except DataError as error:
                 raise SettingsError(f"--groups {context.groups!r}: {error}") from error
         self._check_direct()

@@ -11,7 +11,7 @@ from typing import Any
 from django.db import connections
 from psycopg.pq import TransactionStatus
 
-from spark_outbox import store
+from spark_outbox.store import isolating, limiting
 from spark_outbox.worker import wire
 from spark_outbox.worker.bounds import Limits, limits, noted_limits
 
@@ -62,7 +62,7 @@ class SessionSettings:
         names = [name for name in (*_HIDDEN, *mentioned) if name not in self._named]
         if may_ask and (names or not self._is_known):
             _ = self.limits  # before they change, too
-            shown, named = store.settings(names, using=self._using)
+            shown, named = isolating.settings(names, using=self._using)
             self._named |= named
             if not self._is_known:
                 self._shown, self._is_known = shown, True
@@ -73,14 +73,14 @@ class SessionSettings:
     def put_back(self, *, first: str = "", in_transaction: bool) -> None:
         """Restore what was changed, after the statement `first`, in one round trip."""
         limits = self.limits
-        timeouts = [store.LIMIT_SESSION.format(milliseconds=limits.session)]
+        timeouts = [limiting.LIMIT_SESSION.format(milliseconds=limits.session)]
         if in_transaction and limits.own != limits.session:
-            timeouts.append(store.LIMIT_STATEMENTS.format(milliseconds=limits.own))
-        store.restore_settings(
+            timeouts.append(limiting.LIMIT_STATEMENTS.format(milliseconds=limits.own))
+        isolating.restore_settings(
             self._shown,
             self._named,
             first=first,
-            local=store.SET_BY_TRANSACTION if limits.is_shared else (),
+            local=limiting.SET_BY_TRANSACTION if limits.is_shared else (),
             limits=timeouts,
             using=self._using,
         )

@@ -9,10 +9,10 @@ from functools import partial
 
 from django.db import transaction
 
-from spark_outbox import store
 from spark_outbox.errors import NotSettled, describe
 from spark_outbox.registry.handlers import Registry
-from spark_outbox.store import Running
+from spark_outbox.store import claiming, detached, settling
+from spark_outbox.store.detached import Running
 from spark_outbox.worker.batch import Call, Work
 from spark_outbox.worker.outcome import Fate, as_text
 from spark_outbox.worker.refusals import Refused, persevere
@@ -47,9 +47,9 @@ def write(
     """
     applied = postponed = 0
     if done:
-        applied += store.finish(done, "done", using=using)
+        applied += settling.finish(done, "done", using=using)
     if unhandled:
-        applied += store.finish(unhandled, "unhandled", using=using)
+        applied += settling.finish(unhandled, "unhandled", using=using)
     if works:
         statuses = _write_works(works, session, using)
         applied += len(statuses)
@@ -57,7 +57,7 @@ def write(
     count = len(done) + len(unhandled) + len(works)
     if applied != count:
         event_ids = [*done, *unhandled, *(work.event.id for work in works)]
-        if store.count_pending(event_ids, using=using) > postponed:
+        if settling.count_pending(event_ids, using=using) > postponed:
             raise NotSettled(NOT_APPLIED)
         log_lost(count - applied)
 
@@ -67,9 +67,9 @@ def _write_works(works: Sequence[Work], session: int, using: str) -> list[str]:
     results = [(w.event.id, name, *result) for w in works for name, result in w.results.items()]
     if results:
         who = f"{socket.gethostname()}:{os.getpid()}"
-        store.record_results(results, worker=who, session=session, using=using)
+        settling.record_results(results, worker=who, session=session, using=using)
     fates = [work.fate() for work in works]
-    statuses = store.settle(fates, using=using)
+    statuses = settling.settle(fates, using=using)
     ended = [work for work, fate in zip(works, fates, strict=True) if fate.is_final]
     abandoned = [(work.event.id, name) for work in ended for name in work.abandoned()]
     for event_id, name in abandoned:
@@ -80,7 +80,7 @@ def _write_works(works: Sequence[Work], session: int, using: str) -> list[str]:
             extra=context,
         )
     if abandoned:
-        store.discard_deliveries([event_id for event_id, _ in abandoned], using=using)
+        settling.discard_deliveries([event_id for event_id, _ in abandoned], using=using)
     return statuses
 
 
@@ -105,8 +105,8 @@ def _claim_and(event_id: int, write_it: Callable[..., None], using: str) -> bool
     """Lock an event and write what became of it; return whether that is settled, or to be tried again:
     the server need not have seen yet that the connection is gone on which it was locked."""
     with transaction.atomic(using=using):
-        if not store.claim_one(event_id, using=using):
-            return not store.is_unfinished(event_id, using=using)
+        if not claiming.claim_one(event_id, using=using):
+            return not claiming.is_unfinished(event_id, using=using)
         write_it(using=using)
     return True
 
@@ -133,7 +133,7 @@ def write_unsettled(event_id: int, error: BaseException, *, using: str) -> bool:
 
 def _fail(event_id: int, error: BaseException, *, using: str) -> None:
     """Mark a locked event as failed, and write nothing else."""
-    if not store.settle([Fate(event_id, "failed", as_text(error))], using=using):
+    if not settling.settle([Fate(event_id, "failed", as_text(error))], using=using):
         raise NotSettled(NOT_APPLIED)
 
 
@@ -183,7 +183,7 @@ def _write_unsettled_call(call: Call, error: BaseException, *, using: str) -> No
     def take_back_and_fail() -> bool:
         with transaction.atomic(using=using):
             running = [Running(event_id, call.handler.name, call.session)]
-            if store.take_back(running, to_settle=True, using=using):
+            if detached.take_back(running, to_settle=True, using=using):
                 _fail(event_id, error, using=using)
         return True
 
@@ -193,10 +193,10 @@ def _write_unsettled_call(call: Call, error: BaseException, *, using: str) -> No
 def _write_calls(calls: Sequence[Call], registry: Registry, using: str) -> None:
     with transaction.atomic(using=using):
         running = [Running(call.event.id, call.handler.name, call.session) for call in calls]
-        taken = store.take_back(running, to_settle=True, using=using)
+        taken = detached.take_back(running, to_settle=True, using=using)
         if len(taken) < len(calls):
             log_lost(len(calls) - len(taken))
-        stored = store.deliveries([event_id for event_id, _ in taken], using=using)
+        stored = settling.deliveries([event_id for event_id, _ in taken], using=using)
         works: dict[int, Work] = {}
         for call in calls:
             event = call.event

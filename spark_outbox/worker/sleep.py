@@ -1,6 +1,6 @@
 """Wait, with nothing to do, until there may be something. When to look again is decided in rest.py."""
 
-from spark_outbox import store
+from spark_outbox.store import resting
 from spark_outbox.worker.claims import Claims
 from spark_outbox.worker.context import Context
 from spark_outbox.worker.rest import next_look
@@ -27,7 +27,7 @@ class Sleep:
         `pause` is for how many seconds a sleep is safe, see wake.py.
         """
         context = self._context
-        outlook = store.outlook(groups=context.groups, using=context.using)
+        outlook = resting.outlook(groups=context.groups, using=context.using)
         self._claims.expect(outlook.due_in)
         while not context.stop.is_set:
             if outlook.unhandled and self._unhandled.put_back_if_due():
@@ -46,7 +46,7 @@ class Sleep:
                 return "ended"
             if look.reason != "poll":
                 return look.reason
-            outlook = store.outlook(groups=context.groups, using=context.using)
+            outlook = resting.outlook(groups=context.groups, using=context.using)
             if outlook.ready or outlook.ordered or not self._wake.guards(outlook.oid):
                 return "poll"
         return "stop"

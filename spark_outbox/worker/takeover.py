@@ -7,8 +7,8 @@ from functools import partial
 
 from django.db import transaction
 
-from spark_outbox import store
 from spark_outbox.errors import describe
+from spark_outbox.store import detached, repairing, sessions
 from spark_outbox.worker.refusals import Refused, refusals
 
 logger = logging.getLogger(__name__)
@@ -34,11 +34,13 @@ def take_over(
     Returns the events that PostgreSQL refuses to put back. Each is logged, unless it is `known`.
     """
     refused: dict[int, Exception] = {}
-    for each in store.running_sessions(using=using):
+    for each in detached.running_sessions(using=using):
         death = "" if session and each == session else GONE
         take = partial(_take_over, each, mine, death, using)
-        refused |= _put_back_all(take, partial(store.running_events, each, using=using), using)
-    refused |= _put_back_all(partial(_reopen_strays, using), partial(store.strays, using=using), using)
+        refused |= _put_back_all(take, partial(detached.running_events, each, using=using), using)
+    refused |= _put_back_all(
+        partial(_reopen_strays, using), partial(repairing.strays, using=using), using
+    )
     for event_id in refused:
         if event_id not in known:
             context = {"event_id": event_id, "error": describe(refused[event_id])}
@@ -78,7 +80,7 @@ def _put_back_all(
 
 
 def _reopen_strays(using: str, only: list[int] | None) -> None:
-    strays = store.reopen_strays(only, using=using)
+    strays = repairing.reopen_strays(only, using=using)
     if strays:
         context = {"events": strays}
         logger.warning(
@@ -95,14 +97,14 @@ def _take_over(
 ) -> None:
     """Take over deliveries of a session, `only` those of some events; without `death`, it is our own."""
     with transaction.atomic(using=using):
-        if death and not store.is_session_gone(session, using=using):
+        if death and not sessions.is_session_gone(session, using=using):
             return
         running = [
             each
-            for each in store.running_of(session, using=using)
+            for each in detached.running_of(session, using=using)
             if each[:2] not in mine and (only is None or each.event_id in only)
         ]
-        taken = store.take_back(running, to_settle=False, death=death, using=using) if running else ()
+        taken = detached.take_back(running, to_settle=False, death=death, using=using) if running else ()
     if taken:
         context = {"deliveries": len(taken)}
         logger.warning(

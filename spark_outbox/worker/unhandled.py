@@ -3,8 +3,8 @@ first in a deployment, even after this worker has started."""
 
 import logging
 
-from spark_outbox import store
 from spark_outbox.errors import describe
+from spark_outbox.store import repairing
 from spark_outbox.worker.context import Context
 from spark_outbox.worker.refusals import Refused, refusals
 
@@ -30,7 +30,7 @@ class Unhandled:
         """Make events ready that have a handler now; return whether there were any."""
         context, using = self._context, self._context.using
         self._look_at = context.clock() + PUT_BACK_INTERVAL
-        groups = store.unhandled_groups(groups=context.groups, using=using)
+        groups = repairing.unhandled_groups(groups=context.groups, using=using)
         matched = [group for group in groups if context.registry.handlers_for(group)]
         total = 0
         try:
@@ -48,4 +48,4 @@ class Unhandled:
     def _put_back(self, groups: list[str]) -> int:
         using = self._context.using
         with refusals(using=using):
-            return store.put_back(groups, limit=PUT_BACK_CHUNK, using=using)
+            return repairing.put_back(groups, limit=PUT_BACK_CHUNK, using=using)

@@ -2,8 +2,11 @@
 
 import math
 
-from spark_outbox import store
-from spark_outbox.store import EARLIEST, LOWEST_ID, PIECE, Due
+from spark_outbox.store import claiming
+from spark_outbox.store.claiming import EARLIEST, Due
+from spark_outbox.store.connection import run_query
+from spark_outbox.store.reading import LOWEST_ID
+from spark_outbox.store.scanning import PIECE
 from spark_outbox.worker.context import Context
 from spark_outbox.worker.looks import DUE, READY, Ask, Found, Handled, Look, RoundsLook, without
 
@@ -30,7 +33,7 @@ class ReadyEvents(Look):
         is_sweep = ask.now >= self._sweep_at
         floor = LOWEST_ID if is_sweep else self.floor
         limit = ask.limit + len(ask.without)  # these may come first, and take others' places
-        rows = store.claim_ready(floor, limit, first=ask.first, using=self._context.using)
+        rows = claiming.claim_ready(floor, limit, first=ask.first, using=self._context.using)
         if is_sweep:
             now = self._context.clock()
             self._sweep_at = now + max(SWEEP_INTERVAL, 10 * (now - ask.now))
@@ -70,7 +73,7 @@ class DueEvents(Look):
     def claim(self, ask: Ask) -> dict[str, Found]:
         self.look_at(ask.now + self._context.settings.COMMIT_INTERVAL)
         limit = due_share(ask.limit) + len(ask.without)
-        rows = store.claim_due(limit, after=self._after, using=self._context.using)
+        rows = claiming.claim_due(limit, after=self._after, using=self._context.using)
         is_full = len(rows) == limit
         if not is_full:
             self._after = EARLIEST
@@ -94,9 +97,9 @@ class GroupEvents(RoundsLook):
     def claim(self, ask: Ask) -> dict[str, Found]:
         using = self._context.using
         if ask.first:
-            store.run_query(ask.first, using=using)
+            run_query(ask.first, using=using)
         wanted = self._rounds.take(ask.limit)
-        rows = store.claim_ids(wanted, using=using) if wanted else []
+        rows = claiming.claim_ids(wanted, using=using) if wanted else []
         if len(rows) < len(wanted):
             self._sort_out(wanted, {row.id for row in rows})
         self._rounds.drop(each for each in wanted if each in ask.without)
@@ -108,7 +111,7 @@ class GroupEvents(RoundsLook):
     def _sort_out(self, wanted: list[int], locked: set[int]) -> None:
         """Hold those `wanted` that another transaction has locked; drop what is not ready any more."""
         known = [each for each in self._rounds.first(PIECE) if each not in locked]
-        ready = store.still_ready(known, using=self._context.using)
+        ready = claiming.still_ready(known, using=self._context.using)
         self._rounds.drop(each for each in known if each not in ready)
         self._rounds.hold(each for each in wanted if each in ready)
 

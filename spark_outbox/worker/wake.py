@@ -25,7 +25,8 @@ from collections.abc import Callable
 
 from django.db import connections
 
-from spark_outbox import store
+from spark_outbox.store import waking
+from spark_outbox.store.connection import fetch_value
 from spark_outbox.worker.context import Context
 
 MIN_PAUSE = 0.001
@@ -69,7 +70,7 @@ class Wake:
         connection.ensure_connection()
         # Without a handler of ours, psycopg would keep what arrives meanwhile for ever.
         connection.connection.add_notify_handler(self._on_notify)
-        store.listen(using=self._using)
+        waking.listen(using=self._using)
         self._listens = True
 
     def stop_listening(self) -> None:
@@ -81,7 +82,7 @@ class Wake:
         if self._using is not None and self._listens:
             self._listens = False
             self.let_go()
-            store.unlisten(using=self._using)
+            waking.unlisten(using=self._using)
 
     def fall_asleep(self) -> float:
         """Take S and probe K; return the seconds for which sleeping is safe, which may be infinity.
@@ -92,12 +93,12 @@ class Wake:
         if self._using is None:
             return math.inf
         if not self._listens:
-            store.listen(using=self._using)
+            waking.listen(using=self._using)
             self._listens = True
         # Never waits for S: an emitter that was interrupted between the trigger's two calls holds
         # it for the rest of its session.
-        self._holds_s, self._oid = store.take_s(using=self._using)
-        if self._holds_s and store.value(store.PROBE_K, {"oid": self._oid}, using=self._using):
+        self._holds_s, self._oid = waking.take_s(using=self._using)
+        if self._holds_s and fetch_value(waking.PROBE_K, {"oid": self._oid}, using=self._using):
             self._pause = MIN_PAUSE
             return math.inf
         self._pause = min(self._pause * 2, MAX_PAUSE)
@@ -121,7 +122,7 @@ class Wake:
         """Release S, if held: who emits from now on need not notify."""
         if self._holds_s:
             self._holds_s = False
-            store.value(store.LET_GO_OF_S.format(oid=self._oid), using=self._using or "")
+            fetch_value(waking.LET_GO_OF_S.format(oid=self._oid), using=self._using or "")
 
     def let_go_with_next(self) -> None:
         """Release S before the next claim, in the same round trip: see `parting`."""
@@ -136,7 +137,7 @@ class Wake:
             self.let_go()
             return ""
         self._holds_s = False
-        return store.LET_GO_OF_S.format(oid=self._oid)
+        return waking.LET_GO_OF_S.format(oid=self._oid)
 
     def wait(self, timeout: float) -> bool:
         """Sleep for up to `timeout` seconds; return whether a notification or interrupt() ended it.

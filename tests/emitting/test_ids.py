@@ -11,9 +11,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from psycopg.errors import SerializationFailure, UniqueViolation
 
-from spark_outbox import Event, aemit_many, checks, emit, emit_many, handler, source, store
+from spark_outbox import Event, aemit_many, checks, emit, emit_many, handler, source
 from spark_outbox.errors import DuplicateKey, IdCollision
 from spark_outbox.models import OutboxEvent
+from spark_outbox.store import checking
 from spark_outbox.worker.loop import Worker
 from tests.challenges.models import Challenge, Handled
 from tests.statements import Statements
@@ -161,7 +162,7 @@ def test_sweeps_and_bulk_emits_of_the_same_keys_in_opposite_orders_do_not_deadlo
 
 # An id that is taken is no duplicate
 
-CURE = store.PUT_IDS_RIGHT
+CURE = checking.PUT_IDS_RIGHT
 
 
 def execute(sql, *parameters):

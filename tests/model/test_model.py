@@ -9,7 +9,7 @@ import pytest
 from django.db import connection
 from django.db.backends.signals import connection_created
 
-from spark_outbox import store
+from spark_outbox.store import claiming, resting, waking
 from spark_outbox.worker.claims import Claims
 from spark_outbox.worker.cycle import Cycle
 from spark_outbox.worker.loop import Worker
@@ -121,7 +121,8 @@ def test_the_trigger_takes_the_steps_of_the_model_in_their_order():
 @pytest.mark.django_db(transaction=True)
 def test_a_worker_takes_the_steps_of_the_model_in_their_order(own_registry):
     listen, *loop = marks("sql")
-    beginnings = {name: getattr(store, name).partition("{")[0] for name in {listen, *loop}}
+    statements = vars(claiming) | vars(resting) | vars(waking)
+    beginnings = {name: statements[name].partition("{")[0] for name in {listen, *loop}}
     steps = []
 
     def note(execute, sql, params, many, context):

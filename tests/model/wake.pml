@@ -12,7 +12,7 @@ NO_OUTLOOK only if there are FAILURES):
     spin -DNO_PROBE -t -p wake.pml
 
 tests/model/test_model.py does this for all of them, and holds the order of the steps against the code:
-"sql: NAME" is where a statement of store.py runs, "trigger: NAME" a call in spark_outbox_wake(),
+"sql: NAME" is where a statement of store/ runs, "trigger: NAME" a call in spark_outbox_wake(),
 of migrations/sql/0001_wake.sql. The rest follows
 
     Worker._work, Worker._rest, Cycle.run, Session.recover, Claims.next,

@@ -12,8 +12,9 @@ import pytest
 from django.db import connection
 from psycopg.conninfo import conninfo_to_dict
 
-from spark_outbox import emit, emit_many, store
+from spark_outbox import emit, emit_many
 from spark_outbox.models import Delivery, OutboxEvent
+from spark_outbox.store import limiting
 from spark_outbox.worker import bounds
 from tests.challenges.models import Handled
 from tests.chaos import pgbouncer
@@ -472,7 +473,7 @@ def test_behind_a_pooler_a_detached_handler_leaves_nothing_behind_and_is_taken_o
 def test_behind_a_pooler_silence_in_a_transaction_is_limited_for_that_transaction(pooler):
     limits = "show idle_in_transaction_session_timeout", "show client_connection_check_interval"
     with psycopg.connect(pooler.url, prepare_threshold=None) as client:
-        client.execute(store.silence_limit(1.5))
+        client.execute(limiting.silence_limit(1.5))
         assert [client.execute(each).fetchone()[0] for each in limits] == ["1500ms", "1s"]
         client.commit()
         assert [client.execute(each).fetchone()[0] for each in limits] == ["0", "0"]

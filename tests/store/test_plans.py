@@ -5,7 +5,17 @@ import json
 import pytest
 from django.db import connection, transaction
 
-from spark_outbox import emit, store
+from spark_outbox import emit
+from spark_outbox.store import (
+    checking,
+    claiming,
+    ordering,
+    reading,
+    repairing,
+    resting,
+    scanning,
+    settling,
+)
 from spark_outbox.worker.loop import Worker
 
 pytestmark = pytest.mark.django_db
@@ -17,7 +27,7 @@ select gen_random_uuid(), 'g', %(status)s, case when %(status)s = 'done' then no
 from generate_series(1, %(count)s) as number
 """
 
-FROM_THE_FIRST = {"id": store.LOWEST_ID, "time": "-infinity"}
+FROM_THE_FIRST = {"id": reading.LOWEST_ID, "time": "-infinity"}
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +73,7 @@ def kinds(nodes):
 
 @pytest.mark.parametrize("floor", [0, 115_000])
 def test_the_claim_reads_the_ready_index_in_its_order(full_table, floor):
-    nodes, pages = explain(store.CLAIM_READY, {"floor": floor, "limit": 500})
+    nodes, pages = explain(claiming.CLAIM_READY, {"floor": floor, "limit": 500})
     assert indexes(nodes) == ["spark_outbox_event_ready"]
     assert kinds(nodes) == {"Limit", "LockRows", "Index Scan"}  # and so without a sort
     assert nodes[0]["Actual Rows"] == 100
@@ -71,7 +81,7 @@ def test_the_claim_reads_the_ready_index_in_its_order(full_table, floor):
 
 
 def test_the_claim_of_due_rows_does_not_read_those_that_are_delayed(full_table):
-    nodes, pages = explain(store.CLAIM_DUE, {"limit": 100, **FROM_THE_FIRST})
+    nodes, pages = explain(claiming.CLAIM_DUE, {"limit": 100, **FROM_THE_FIRST})
     assert indexes(nodes) == ["spark_outbox_event_due"]
     assert "Sort" not in kinds(nodes)
     assert nodes[0]["Actual Rows"] == 0
@@ -79,7 +89,7 @@ def test_the_claim_of_due_rows_does_not_read_those_that_are_delayed(full_table):
 
 
 def test_the_heads_of_ordering_keys_are_found_by_one_descent_for_each(full_table):
-    sql = store.HEADS.format(unfinished=store.UNFINISHED["block"], mine="true")
+    sql = ordering.HEADS.format(unfinished=ordering.UNFINISHED["block"], mine="true")
     nodes, pages = explain(sql, {"keys": [f"key {n}" for n in range(50)]})
     assert set(indexes(nodes)) == {"spark_outbox_event_order"}
     assert "Seq Scan" not in kinds(nodes)
@@ -88,7 +98,7 @@ def test_the_heads_of_ordering_keys_are_found_by_one_descent_for_each(full_table
 
 
 def test_a_run_of_ordered_events_is_read_no_further_than_asked(full_table):
-    sql = store.RUNS.format(unfinished=store.UNFINISHED["block"], mine="true")
+    sql = ordering.RUNS.format(unfinished=ordering.UNFINISHED["block"], mine="true")
     nodes, pages = explain(sql, {"keys": [f"key {n}" for n in range(50)], "limit": 2})
     assert set(indexes(nodes)) == {"spark_outbox_event_order"}
     assert nodes[0]["Actual Rows"] == 100
@@ -107,7 +117,7 @@ def test_the_head_of_a_key_with_many_events_is_not_looked_for_among_all_that_are
     for _ in range(20):
         handled, rows = look(worker)
         assert handled >= 16
-        assert rows < 2 * store.PIECE + 10 * handled
+        assert rows < 2 * scanning.PIECE + 10 * handled
 
 
 @pytest.mark.parametrize(
@@ -119,7 +129,7 @@ def test_the_head_of_a_key_with_many_events_is_not_looked_for_among_all_that_are
     ],
 )
 def test_a_piece_is_read_off_its_index_in_its_order(full_table, ordered, groups, names):
-    sql = store.piece_sql(ordered=ordered, groups=groups)
+    sql = scanning.piece_sql(ordered=ordered, groups=groups)
     nodes, pages = explain(sql, {"piece": 100, "due_id": 0, "groups": groups, **FROM_THE_FIRST})
     assert set(indexes(nodes)) == names
     assert "Seq Scan" not in kinds(nodes)
@@ -131,24 +141,24 @@ def test_settling_finds_its_rows_by_their_ids(full_table):
         cursor.execute("select id from spark_outbox_event order by id desc limit 100")
         ids = [event_id for (event_id,) in cursor.fetchall()]
     array = "{" + ",".join(map(str, ids)) + "}"
-    nodes, _ = explain(store.FINISH, {"ids": array, "status": "done"})
+    nodes, _ = explain(settling.FINISH, {"ids": array, "status": "done"})
     assert set(indexes(nodes)) == {"spark_outbox_event_pkey"}
     assert "Seq Scan" not in kinds(nodes)
 
 
 def test_groups_that_nobody_handles_are_read_off_their_index_one_by_one(full_table):
-    nodes, pages = explain(store.UNHANDLED_GROUPS.format(groups=""), {"groups": None})
+    nodes, pages = explain(repairing.UNHANDLED_GROUPS.format(groups=""), {"groups": None})
     assert set(indexes(nodes)) == {"spark_outbox_event_aside"}
     assert pages < 20  # and not for each of the 20,000 events
 
 
 @pytest.mark.parametrize("groups", [None, "^g$", "^other$"])
 def test_a_worker_that_looks_before_it_sleeps_reads_little(full_table, groups):
-    nodes, pages = explain(store.outlook_sql(groups=groups), {"groups": groups})
+    nodes, pages = explain(resting.outlook_sql(groups=groups), {"groups": groups})
     assert "Seq Scan" not in {
         node["Node Type"] for node in nodes if node.get("Relation Name") == "spark_outbox_event"
     }
-    assert pages < (50 if groups is None else 50 + store.PIECE)  # of 10,000 delayed events
+    assert pages < (50 if groups is None else 50 + scanning.PIECE)  # of 10,000 delayed events
 
 
 # The cost of a whole look, in rows that it reads, however many events wait
@@ -221,7 +231,7 @@ def test_events_behind_blocked_heads_cost_each_look_no_more_than_a_piece(look):
     worker = Worker()
     while worker.handle_batch() or worker._claims.goes_on:
         pass
-    most = 2 * store.PIECE + 2 * store.KEYS_AT_ONCE
+    most = 2 * scanning.PIECE + 2 * ordering.KEYS_AT_ONCE
     for number in range(3):
         emit("g", f"{number}", ordering_key="o")
         handled, rows = look(worker)
@@ -242,11 +252,11 @@ def test_events_of_other_groups_cost_each_look_no_more_than_a_piece(look, ordere
     emit("theirs", ordering_key="o" if ordered else None)
     handled, rows = look(worker)
     assert handled == 0
-    assert rows < 2 * store.PIECE
+    assert rows < 2 * scanning.PIECE
     emit("ours", ordering_key="p" if ordered else None)
     handled, rows = look(worker)
     assert handled == 1
-    assert rows < 2 * store.PIECE
+    assert rows < 2 * scanning.PIECE
 
 
 @pytest.mark.parametrize("count", [1, 100])
@@ -263,5 +273,5 @@ def test_whether_keys_are_there_is_read_off_their_index(full_table, count):
 
 def test_whether_the_sequence_is_behind_is_read_off_the_last_id(full_table):
     for _ in range(2):  # the first time it also reads the catalogue
-        _, pages = explain(store.IDS_ARE_BEHIND, [])
+        _, pages = explain(checking.IDS_ARE_BEHIND, [])
     assert pages < 20

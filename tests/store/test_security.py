@@ -19,10 +19,21 @@ from django.db import ProgrammingError, connection, transaction
 from psycopg.conninfo import make_conninfo
 from psycopg.errors import InsufficientPrivilege, UniqueViolation
 
-from spark_outbox import aemit, emit, emit_many, source, store
+from spark_outbox import aemit, emit, emit_many, source
 from spark_outbox.errors import DuplicateKey, IdCollision
 from spark_outbox.models import Delivery, OutboxEvent
-from spark_outbox.store import NewRow, Running
+from spark_outbox.store import (
+    checking,
+    claiming,
+    detached,
+    emitting,
+    replaying,
+    sessions,
+    settling,
+    waking,
+)
+from spark_outbox.store.detached import Running
+from spark_outbox.store.emitting import NewRow
 from spark_outbox.worker.loop import Worker
 from spark_outbox.worker.outcome import Fate, Result
 from tests.challenges.models import Challenge, Handled
@@ -156,7 +167,7 @@ def test_the_emitter_is_told_of_an_id_that_is_taken(logins):
             mine.execute("select spark_emit('g', 'new')")
     finally:
         with connection.cursor() as cursor:
-            cursor.execute(store.PUT_IDS_RIGHT)
+            cursor.execute(checking.PUT_IDS_RIGHT)
 
 
 def test_an_emit_by_the_emitter_wakes_a_sleeping_worker(logins):
@@ -390,25 +401,25 @@ def test_a_worker_whose_role_may_not_says_what_it_lacks(logins):
 
 def emits():
     ready = NewRow("new", "g", "{}", "{}", None, None, None)
-    yield partial(store.insert, ready)
-    yield partial(store.insert, ready._replace(ordering_key="o"))
-    yield partial(store.insert_many, [ready])
-    yield partial(store.is_same, ready)
-    yield partial(store.check_key, "key")
+    yield partial(emitting.insert, ready)
+    yield partial(emitting.insert, ready._replace(ordering_key="o"))
+    yield partial(emitting.insert_many, [ready])
+    yield partial(emitting.is_same, ready)
+    yield partial(emitting.check_key, "key")
 
 
 def works(event_id):
-    yield partial(store.claim_ready, 0, 1)
-    yield partial(store.finish, [event_id], "done")
+    yield partial(claiming.claim_ready, 0, 1)
+    yield partial(settling.finish, [event_id], "done")
     result = Result("running")
-    yield partial(store.record_results, [(event_id, "h", *result)], worker="w", session=1)
-    yield partial(store.settle, [Fate(event_id, "pending", "x")])
-    yield partial(store.take_back, [Running(event_id, "h", 1)], to_settle=False)
-    yield partial(store.owe_again, [event_id], "h", [(event_id, "other")])
-    yield partial(store.enlist, 1, "w")
-    yield partial(store.fallen_workers, 2)
-    yield partial(store.note_call, [1], event_id, "h", 1)
-    yield partial(store.dismiss, [1])
+    yield partial(settling.record_results, [(event_id, "h", *result)], worker="w", session=1)
+    yield partial(settling.settle, [Fate(event_id, "pending", "x")])
+    yield partial(detached.take_back, [Running(event_id, "h", 1)], to_settle=False)
+    yield partial(replaying.owe_again, [event_id], "h", [(event_id, "other")])
+    yield partial(sessions.enlist, 1, "w")
+    yield partial(sessions.fallen_workers, 2)
+    yield partial(sessions.note_call, [1], event_id, "h", 1)
+    yield partial(sessions.dismiss, [1])
     yield from emits()
 
 
@@ -515,7 +526,7 @@ def test_no_search_path_makes_the_outbox_run_what_is_not_its_own(
                 victim.execute(trap)
         listener.execute("listen spark_outbox")
         if sleeping:
-            listener.execute(store.TAKE_S)
+            listener.execute(waking.TAKE_S)
         victim.execute("insert into public.spark_outbox_event (key, event_group) values ('1', 'g')")
         for key in ("2", None):
             assert victim.execute("select public.spark_emit('g', %s)", [key]).fetchone()[0]

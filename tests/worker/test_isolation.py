@@ -10,11 +10,12 @@ from django.utils import timezone, translation
 from psycopg import sql
 from psycopg.rows import dict_row
 
-from spark_outbox import Event, emit, emit_many, handler, store
+from spark_outbox import Event, emit, emit_many, handler
 from spark_outbox.errors import HandlerTimeout
 from spark_outbox.models import Delivery, OutboxEvent
 from spark_outbox.operating.replay import Selection, rehearse
 from spark_outbox.registry.policy import Policy
+from spark_outbox.store import isolating, limiting, resting, settling
 from spark_outbox.worker import wire
 from spark_outbox.worker.loop import Worker
 from spark_outbox.worker.savepoints import MAX_SUBTRANSACTIONS
@@ -640,17 +641,18 @@ def test_a_setting_made_in_a_pipeline_ends_with_its_handler(own_registry):
 
 def test_a_handler_that_only_writes_pays_nothing_for_it(own_registry, monkeypatch):
     own_registry.add_handler(note, group="")
-    for name in ("settings", "restore_settings", "statement_timeout"):
-        monkeypatch.setattr(store, name, None)
+    for name in ("settings", "restore_settings"):
+        monkeypatch.setattr(isolating, name, None)
+    monkeypatch.setattr(limiting, "statement_timeout", None)
     emit_many({"group": "g", "key": f"{n}"} for n in range(5))
     assert Worker().drain() == 5
 
 
 def test_settings_are_put_back_in_one_round_trip_each_and_read_once_a_batch(own_registry, monkeypatch):
     sent = []
-    past_wrappers = store._past_wrappers
+    past_wrappers = isolating.past_wrappers
     monkeypatch.setattr(
-        store, "_past_wrappers", lambda sql, using: (sent.append(sql), past_wrappers(sql, using))[1]
+        isolating, "past_wrappers", lambda sql, using: (sent.append(sql), past_wrappers(sql, using))[1]
     )
     own_registry.add_handler(lambda _: run("set local app.tenant = '7'"), group="", name="h")
     emit_many({"group": "g", "key": f"{n}"} for n in range(5))
@@ -807,20 +809,20 @@ def test_the_projects_statement_timeout_is_for_handlers_and_not_for_the_worker(
     own_registry, project_limit, monkeypatch
 ):
     seen, own = [], []
-    outlook = store.outlook
+    outlook = resting.outlook
 
     def look_at_outlook(**options):
         own.append(show("statement_timeout"))
         return outlook(**options)
 
-    monkeypatch.setattr(store, "outlook", look_at_outlook)
-    finish = store.finish
+    monkeypatch.setattr(resting, "outlook", look_at_outlook)
+    finish = settling.finish
 
     def look_at_settle(*arguments, **options):
         own.append(show("statement_timeout"))
         return finish(*arguments, **options)
 
-    monkeypatch.setattr(store, "finish", look_at_settle)
+    monkeypatch.setattr(settling, "finish", look_at_settle)
 
     def look(event):
         seen.append((event.group, show("statement_timeout")))
@@ -863,13 +865,13 @@ def test_behind_a_pooler_the_limit_is_lifted_for_each_transaction_alone(
 ):
     settings.SPARK_OUTBOX = {"LISTEN_DATABASE": "other"}
     seen, own = [], []
-    finish = store.finish
+    finish = settling.finish
 
     def look_at_settle(*arguments, **options):
         own.append(show("statement_timeout"))
         return finish(*arguments, **options)
 
-    monkeypatch.setattr(store, "finish", look_at_settle)
+    monkeypatch.setattr(settling, "finish", look_at_settle)
 
     @handler("", name="h")
     def look(event):
@@ -914,7 +916,7 @@ def test_an_alarm_that_rings_as_a_payload_is_read_charges_no_other_event(
 ):
     """The savepoint that was to be taken may not be there: then nothing of the batch can be kept."""
     rings = []
-    savepoint = store.savepoint
+    savepoint = isolating.savepoint
 
     def ring(sql, *, using):
         if not rings and sql.startswith(("savepoint", "set local", "release")):
@@ -924,7 +926,7 @@ def test_an_alarm_that_rings_as_a_payload_is_read_charges_no_other_event(
 
     def check(event):
         if event.key == "bad" and not rings:
-            monkeypatch.setattr(store, "savepoint", ring)
+            monkeypatch.setattr(isolating, "savepoint", ring)
             connection.connection.execute("select 1")
 
     for name in ("check", "load"):

@@ -6,8 +6,9 @@ from collections import defaultdict
 import pytest
 from django.db import connection
 
-from spark_outbox import Retry, emit, emit_many, handler, store
+from spark_outbox import Retry, emit, emit_many, handler
 from spark_outbox.models import OutboxEvent
+from spark_outbox.store import ordering, scanning
 from spark_outbox.worker.loop import Worker
 from tests.tools import (
     HOUR,
@@ -156,7 +157,7 @@ def test_polling_alone_finds_ordered_events_too(own_registry, settings):
 
 def test_more_keys_than_are_looked_at_at_once_all_get_their_turn(own_registry):
     own_registry.add_handler(lambda event: None, group="", name="h")
-    keys = store.KEYS_AT_ONCE * 3 + 5
+    keys = ordering.KEYS_AT_ONCE * 3 + 5
     emit_many({"group": "g", "ordering_key": f"key {n}"} for n in range(keys) for _ in range(2))
     assert Worker().drain() == keys * 2
 
@@ -224,7 +225,7 @@ def test_a_hot_key_leaves_other_keys_their_time(own_registry):
 
 @pytest.fixture
 def small_looks(monkeypatch):
-    monkeypatch.setattr(store, "PIECE", 10)
+    monkeypatch.setattr(scanning, "PIECE", 10)
     monkeypatch.setattr("spark_outbox.worker.ordered.KEYS_AT_ONCE", 4)
 
 

@@ -8,9 +8,11 @@ import pytest
 from django.db import DataError, ProgrammingError, connection, transaction
 from psycopg.conninfo import make_conninfo
 
-from spark_outbox import emit, emit_many, handler, store
+from spark_outbox import emit, emit_many, handler
 from spark_outbox.errors import DuplicateKey
 from spark_outbox.models import Delivery, OutboxEvent
+from spark_outbox.store import claiming
+from spark_outbox.store.connection import fetch_value
 from spark_outbox.worker import running as detached_calls
 from spark_outbox.worker import takeover
 from spark_outbox.worker.isolation import Isolation
@@ -255,13 +257,13 @@ def test_what_postgresql_refuses_to_a_worker_that_is_to_end_ends_it(
     sessions = []
 
     def claim(*arguments, using, **options):
-        return store.value("select 1 / 0", using=using)
+        return fetch_value("select 1 / 0", using=using)
 
     def ready(_):
         sessions.append(connection.connection)
         assert len(sessions) == 1
         if table is None:
-            monkeypatch.setattr(store, "claim_ready", claim)
+            monkeypatch.setattr(claiming, "claim_ready", claim)
         else:
             other.execute(f"alter table {table} rename to away")
 
@@ -512,7 +514,7 @@ def test_a_function_whose_table_is_gone_is_that_of_another_outbox(whole_tenant, 
 
 def test_an_attempt_is_counted_also_if_the_closed_connection_lingers(own_registry, monkeypatch):
     """The server may take a moment to see that it is gone, and the event's row is locked until then."""
-    seen, claim_one = threading.Event(), store.claim_one
+    seen, claim_one = threading.Event(), claiming.claim_one
 
     def claim(*arguments, **options):
         claimed = claim_one(*arguments, **options)
@@ -524,7 +526,7 @@ def test_an_attempt_is_counted_also_if_the_closed_connection_lingers(own_registr
         lingering.execute("select from spark_outbox_event for update")
         raise OSError
 
-    monkeypatch.setattr(store, "claim_one", claim)
+    monkeypatch.setattr(claiming, "claim_one", claim)
     handler("", name="h", max_attempts=1)(fail)
     with connect(autocommit=False) as lingering, worker_thread():
         emit("g", "key")

@@ -8,10 +8,12 @@ import pytest
 from django.db import OperationalError, close_old_connections, connection, connections, transaction
 from psycopg.conninfo import make_conninfo
 
-from spark_outbox import checks, conf, emit, handler, store
+from spark_outbox import checks, conf, emit, handler
 from spark_outbox.errors import HandlerTimeout, SettingsError, WorkerDied
 from spark_outbox.models import Delivery, OutboxEvent
 from spark_outbox.registry.handlers import Registry
+from spark_outbox.store import repairing, sessions, waking
+from spark_outbox.store.connection import fetch, fetch_value
 from spark_outbox.worker import booking, bounds, takeover
 from spark_outbox.worker.claims import Claims
 from spark_outbox.worker.loop import Worker
@@ -121,10 +123,10 @@ def test_the_server_ends_a_private_connection_for_no_reason_but_that_its_client_
     private = PrivateConnection("default")
     try:
         for limit in ("idle_session_timeout", "statement_timeout"):
-            assert private.run(store.value, f"show {limit}") == "0"
+            assert private.run(fetch_value, f"show {limit}") == "0"
         assert len(private_sessions()) == 1
         connections.close_all()
-        assert private.run(store.lock_session, 1)
+        assert private.run(sessions.lock_session, 1)
     finally:
         private.close()
     eventually(lambda: not private_sessions())
@@ -136,7 +138,7 @@ def test_a_private_connection_belongs_to_no_pool(monkeypatch):
         connection.settings_dict, "OPTIONS", {**connection.settings_dict["OPTIONS"], "pool": True}
     )
     private = PrivateConnection("default")
-    assert private.run(store.lock_session, 1)
+    assert private.run(sessions.lock_session, 1)
     private.close()
     with connect() as other:
         eventually(lambda: other.execute("select pg_try_advisory_lock(7531003, 1)").fetchone()[0])
@@ -437,7 +439,7 @@ def test_an_event_whose_delivery_a_person_gives_up_as_it_runs_ends(own_registry)
 def test_a_running_event_that_nobody_else_works_on_is_looked_for_by_an_index(django_db_blocker):
     with connection.cursor() as cursor:
         cursor.execute("set enable_seqscan = off")
-        cursor.execute(f"explain {store.REOPEN_STRAYS}")
+        cursor.execute(f"explain {repairing.REOPEN_STRAYS}")
         plan = "\n".join(line for (line,) in cursor.fetchall())
         cursor.execute("reset enable_seqscan")
     assert "spark_outbox_event_aside" in plan
@@ -452,7 +454,7 @@ def test_nobody_listens_while_a_detached_handler_runs(own_registry):
 
     @handler("^detached$", name="h", atomic=False)
     def run(event):
-        listening.append([*store._rows("select pg_listening_channels()", using="default")])
+        listening.append([*fetch("select pg_listening_channels()", using="default")])
 
     own_registry.add_handler(note, group="^plain$")
     with worker_thread():
@@ -468,7 +470,7 @@ RESTORE = f"""
 create table restored (like spark_outbox_event including all);
 drop table spark_outbox_event cascade;
 alter table restored rename to spark_outbox_event;
-{store.SET_WAKE_MODE["gated"]}
+{waking.SET_WAKE_MODE["gated"]}
 """
 
 

@@ -9,8 +9,10 @@ from contextlib import contextmanager
 import pytest
 from django.db import connection, transaction
 
-from spark_outbox import emit, emit_many, store
+from spark_outbox import emit, emit_many
 from spark_outbox.models import OutboxEvent
+from spark_outbox.store import waking
+from spark_outbox.store.connection import fetch_value
 from spark_outbox.worker.context import make_context
 from spark_outbox.worker.event_loop import poll
 from spark_outbox.worker.wake import MAX_PAUSE, Wake
@@ -125,7 +127,7 @@ def test_an_emit_that_began_while_the_worker_was_busy_and_committed_after_it_sle
 def test_the_worker_that_ignores_k_would_lose_that_race(hold_up, monkeypatch):
     """The test above bites: without the probe of K the same steps leave the event lying."""
     busy, go, handled = hold_up
-    monkeypatch.setattr(store, "PROBE_K", "select %(oid)s is not null")
+    monkeypatch.setattr(waking, "PROBE_K", "select %(oid)s is not null")
     with worker_thread(poll_interval=HOUR), connect() as emitter:
         wait_until_asleep()
         emit("g", "busy")
@@ -265,7 +267,7 @@ def test_writers_whose_worker_keeps_up_notify_for_few_of_their_events(listener, 
 
 
 def test_a_lock_on_s_that_an_interrupted_writer_left_behind_does_not_stop_a_worker(handled):
-    oid = store.value(store.OUTBOX_OID, using="default")
+    oid = fetch_value(waking.OUTBOX_OID, using="default")
     with connect() as interrupted:
         interrupted.execute("select pg_advisory_lock(7531002, %s)", [oid])
         with worker_thread(poll_interval=HOUR):

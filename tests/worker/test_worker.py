@@ -13,11 +13,12 @@ import pytest
 from django.db import IntegrityError, connection, connections, transaction
 from django.utils import timezone
 
-from spark_outbox import Retry, emit, emit_many, store
+from spark_outbox import Retry, emit, emit_many
 from spark_outbox.errors import HandlerTimeout
 from spark_outbox.models import Delivery, OutboxEvent
 from spark_outbox.registry.handlers import Registry
 from spark_outbox.registry.policy import Policy
+from spark_outbox.store import checking, scanning
 from spark_outbox.worker import savepoints
 from spark_outbox.worker.loop import Worker
 from spark_outbox.worker.savepoints import MAX_SUBTRANSACTIONS
@@ -710,7 +711,7 @@ def test_ready_due_and_ordered_events_take_turns_if_each_takes_long(own_registry
 def test_a_worker_of_some_groups_finds_all_of_its_events_among_others(
     own_registry, monkeypatch, delay, piece
 ):
-    monkeypatch.setattr(store, "PIECE", piece)
+    monkeypatch.setattr(scanning, "PIECE", piece)
     own_registry.add_handler(lambda event: None, group="", name="h")
     emit_many({"group": "theirs" if n % 7 else "ours", "delay": delay} for n in range(100))
     assert Worker(groups="^ours$").drain() == 15
@@ -733,7 +734,7 @@ def test_events_of_a_group_that_somebody_else_holds_are_found_when_they_are_free
 def test_a_worker_of_some_groups_finds_what_is_committed_late_beside_a_backlog_of_others(
     own_registry, monkeypatch, backlog
 ):
-    monkeypatch.setattr(store, "PIECE", 10)
+    monkeypatch.setattr(scanning, "PIECE", 10)
     own_registry.add_handler(note, group="")
     emit_many({"group": "theirs"} for _ in range(backlog))
     with worker_thread(groups="^ours$"), connect() as late:
@@ -918,7 +919,7 @@ def test_memory_does_not_grow_with_the_events(own_registry):
 def test_a_worker_without_an_outbox_says_how_to_get_one(own_registry, monkeypatch):
     from spark_outbox.errors import NotMigrated
 
-    monkeypatch.setattr(store, "HAS_OUTBOX", "select false")
+    monkeypatch.setattr(checking, "HAS_OUTBOX", "select false")
     with pytest.raises(NotMigrated, match=r"manage\.py migrate spark_outbox"):
         Worker().run(drain=True)
 

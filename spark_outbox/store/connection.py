@@ -1,0 +1,110 @@
+"""Which outbox a statement means, and how it runs on a Django connection.
+
+On a worker's connection it is the outbox that its search_path found first, by its schema, whatever a
+handler makes of the search_path. Elsewhere it is the one that the caller's search_path finds.
+"""
+
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import lru_cache
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from django.db import connections
+from django.db.backends.base.base import BaseDatabaseWrapper
+from psycopg import Connection
+from psycopg.errors import error_from_result
+from psycopg.pq import ExecStatus
+
+Using = str | BaseDatabaseWrapper
+
+SCHEMA = """
+select relnamespace::regnamespace::text from pg_class where oid = to_regclass('spark_outbox_event')
+"""
+
+_schemas: "WeakKeyDictionary[Connection[Any], str]" = WeakKeyDictionary()
+_TABLE = re.compile(r"(?<![\w.])spark_outbox_(?:event|delivery|session)\b")
+
+
+def fix_schema(*, using: str) -> None:
+    """Have statements on this connection mean the outbox that its search_path finds now."""
+    (schema,) = fetch(SCHEMA, using=using)[0]
+    _schemas[connections[using].connection] = schema
+
+
+@contextmanager
+def fixed_schema(*, using: str) -> Iterator[None]:
+    """Do what `fix_schema` does, for the block, unless it has been done."""
+    connection = connections[using]
+    connection.ensure_connection()
+    raw = connection.connection
+    if raw in _schemas:
+        yield
+        return
+    fix_schema(using=using)
+    try:
+        yield
+    finally:
+        _schemas.pop(raw, None)
+
+
+def addressed(sql: str, using: Using) -> str:
+    """Return the statement with the outbox's schema in it, if that is fixed."""
+    raw = _connection(using).connection
+    schema = None if raw is None else _schemas.get(raw)
+    return sql if schema is None else _qualified(sql, schema)
+
+
+@lru_cache(maxsize=512)
+def _qualified(sql: str, schema: str) -> str:
+    return _TABLE.sub(lambda table: f"{schema}.{table[0]}", sql)
+
+
+def _connection(using: Using) -> BaseDatabaseWrapper:
+    return connections[using] if isinstance(using, str) else using
+
+
+def execute(sql: str, params: Any = None, *, using: Using) -> int:
+    """Run a statement; return how many rows it wrote."""
+    with _connection(using).cursor() as cursor:
+        cursor.execute(addressed(sql, using), params)
+        return int(cursor.rowcount)
+
+
+def fetch(sql: str, params: Any = None, *, using: Using) -> list[Any]:
+    """Run a query; return its rows."""
+    return fetch_here(addressed(sql, using), params, using=using)
+
+
+def fetch_here(sql: str, params: Any = None, *, using: Using) -> list[Any]:
+    """Do it in the outbox that the caller's search_path finds."""
+    with _connection(using).cursor() as cursor:
+        cursor.execute(sql, params)
+        return list(cursor.fetchall())
+
+
+def fetch_value(sql: str, params: Any = None, *, using: Using) -> Any:
+    """Run a statement; return the first value of its first row."""
+    return fetch(sql, params, using=using)[0][0]
+
+
+def run_query(sql: str, *, using: str) -> None:
+    """Run a query whose rows nobody needs."""
+    fetch(sql, using=using)
+
+
+def as_columns(rows: Iterable[Sequence[Any]]) -> list[list[Any]]:
+    """Turn rows into the arrays that `unnest` turns into rows again."""
+    return [list(column) for column in zip(*rows, strict=True)]
+
+
+def past_wrappers(sql: str, using: str) -> Any:
+    """Run statements past Django's wrappers and psycopg's cursors; return the result of the last."""
+    connection = connections[using]
+    with connection.wrap_database_errors:
+        raw = connection.connection
+        result = raw.pgconn.exec_(sql.encode())
+        if result.status not in {ExecStatus.COMMAND_OK, ExecStatus.TUPLES_OK}:
+            raise error_from_result(result, raw.info.encoding)
+        return result

@@ -1,0 +1,102 @@
+"""Write events. Runs on the caller's connection, in the outbox that its search_path finds."""
+
+import datetime as dt
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple
+
+from django.db import IntegrityError
+
+from spark_outbox.errors import IdCollision
+from spark_outbox.store.connection import as_columns, fetch_here
+
+
+class NewRow(NamedTuple):
+    """An event, ready to be written. `delay` is added to the database's clock."""
+
+    key: str
+    group: str
+    payload: str
+    headers: str
+    ordering_key: str | None
+    available_at: dt.datetime | None
+    delay: dt.timedelta | None
+
+
+INSERT = """
+insert into spark_outbox_event
+    (key, event_group, payload, headers, ordering_key, available_at)
+values
+    (%s, %s, %s::jsonb, %s::jsonb, %s, coalesce(%s, statement_timestamp() + %s::interval))
+on conflict do nothing
+returning id, (extract(epoch from created_at) * 1000000)::bigint
+"""
+
+# The same for most events: without order, and ready at once.
+INSERT_READY = """
+insert into spark_outbox_event (key, event_group, payload, headers)
+values (%s, %s, %s::jsonb, %s::jsonb)
+on conflict do nothing
+returning id, (extract(epoch from created_at) * 1000000)::bigint
+"""
+
+# A function, which allots the ids in the order given, and writes in that of the keys.
+# Each function is told which table is meant: if it is that of another outbox, found in another schema of
+# the search_path, it raises undefined_function.
+INSERT_MANY = """
+select spark_outbox_emit_many(
+    'spark_outbox_event'::regclass,
+    %s::text[], %s::text[], %s::jsonb[], %s::jsonb[], %s::text[], %s::timestamptz[], %s::interval[]
+)
+"""
+
+# Of an INSERT that wrote nothing: whether a row of the key is the reason, or one of the same id.
+CHECK_KEY = "select spark_outbox_check_keys('spark_outbox_event'::regclass, array[%s::text])"
+PRIMARY_KEY = "spark_outbox_event_pkey"
+
+
+def insert(row: NewRow, *, using: str) -> tuple[int, int] | None:
+    """Write one event; return its id and its time in microseconds, or None if its key exists.
+
+    Waits for a transaction that has written the same key and not ended yet.
+    """
+    is_ready = row[4:] == (None, None, None)
+    sql, params = (INSERT_READY, row[:4]) if is_ready else (INSERT, row)
+    stored = fetch_here(sql, params, using=using)
+    return stored[0] if stored else None
+
+
+def insert_many(rows: Sequence[NewRow], *, using: str) -> int:
+    """Write events in one statement, all or none of them; return how many were new.
+
+    Ids follow the order of `rows`. Raises IdCollision.
+    """
+    with _collisions():
+        return int(fetch_here(INSERT_MANY, as_columns(rows), using=using)[0][0])
+
+
+def check_key(key: str, *, using: str) -> None:
+    """Raise IdCollision if there is no event of this key."""
+    with _collisions():
+        fetch_here(CHECK_KEY, [key], using=using)
+
+
+@contextmanager
+def _collisions() -> Iterator[None]:
+    """Raise IdCollision for what spark_outbox_check_keys() raises."""
+    try:
+        yield
+    except IntegrityError as error:
+        diagnostic = getattr(error.__cause__, "diag", None)
+        if diagnostic is None or diagnostic.constraint_name != PRIMARY_KEY:
+            raise
+        raise IdCollision(f"{diagnostic.message_primary} {diagnostic.message_hint}") from error
+
+
+# A function, so that who emits need not be allowed to read what others have emitted.
+SAME_EVENT = "select spark_outbox_is_same('spark_outbox_event'::regclass, %s, %s, %s::jsonb)"
+
+
+def is_same(row: NewRow, *, using: str) -> bool:
+    """Return whether the event that is stored under this key has this group and payload."""
+    return bool(fetch_here(SAME_EVENT, [row.key, row.group, row.payload], using=using)[0][0])

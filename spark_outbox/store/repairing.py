@@ -1,0 +1,84 @@
+"""Make events pending again: running ones without a delivery, and unhandled ones."""
+
+from spark_outbox.store.connection import execute, fetch
+from spark_outbox.store.filtering import with_groups
+
+# Not found in a race: an event and its delivery begin to run, and stop, in one transaction.
+_STRAYS = """
+    select id from spark_outbox_event as event
+    where status = 'running' and not exists (
+        select from spark_outbox_delivery
+        where event_id = event.id and status = 'running'
+    )
+"""
+
+REOPEN_STRAYS = f"""
+update spark_outbox_event set status = 'pending', available_at = statement_timestamp()
+where id in ({_STRAYS} for no key update skip locked)
+"""
+
+REOPEN_SOME_STRAYS = f"""
+update spark_outbox_event set status = 'pending', available_at = statement_timestamp()
+where id in ({_STRAYS} and id = any(%s) for no key update skip locked)
+"""
+
+
+def strays(*, using: str) -> list[int]:
+    """Return running events of which no delivery runs.
+
+    A person may have discarded the delivery, or SQL may have made the event so.
+    """
+    return [event_id for (event_id,) in fetch(_STRAYS, using=using)]
+
+
+def reopen_strays(only: list[int] | None = None, *, using: str) -> int:
+    """Make them, or some of them, pending again; return how many."""
+    if only is None:
+        return execute(REOPEN_STRAYS, using=using)
+    return execute(REOPEN_SOME_STRAYS, [only], using=using)
+
+
+# Unhandled events: a worker puts back those that its registry matches
+
+# From one group to the next, so not through all of their events.
+UNHANDLED_GROUPS = """
+with recursive unhandled (event_group) as (
+    select min(event_group) from spark_outbox_event where status = 'unhandled'
+    union all
+    select (
+        select min(event.event_group) from spark_outbox_event as event
+        where event.status = 'unhandled' and event.event_group > unhandled.event_group
+    )
+    from unhandled
+    where unhandled.event_group is not null
+)
+select event_group from unhandled where event_group is not null {groups}
+"""
+
+PUT_BACK = """
+update spark_outbox_event as event
+set status = 'pending', finished_at = null, available_at = (
+    select min(delivery.available_at)
+    from spark_outbox_delivery as delivery
+    where delivery.event_id = event.id and delivery.status = 'pending'
+)
+where id in (
+    select id from spark_outbox_event
+    where status = 'unhandled' and event_group = any(%(matched)s)
+    limit %(limit)s
+    for no key update skip locked
+)
+"""
+
+
+def unhandled_groups(*, groups: str | None, using: str) -> list[str]:
+    rows = fetch(with_groups(UNHANDLED_GROUPS, groups), {"groups": groups}, using=using)
+    return [group for (group,) in rows]
+
+
+def put_back(matched: list[str], *, limit: int, using: str) -> int:
+    """Make up to `limit` unhandled events of these groups pending again; return how many.
+
+    They are ready, or due when what they owe is: another release may have tried them.
+    """
+    return execute(PUT_BACK, {"matched": matched, "limit": limit}, using=using)

@@ -1,0 +1,89 @@
+"""Wake: the two advisory locks of the migration's trigger, LISTEN, and the trigger's mode.
+
+See worker/wake.py for the protocol, and SPARK_OUTBOX["WAKE"] for the mode.
+"""
+
+from spark_outbox.store.connection import execute, fetch, fetch_value
+
+LISTEN = "listen spark_outbox"
+UNLISTEN = "unlisten spark_outbox"
+
+OUTBOX_OID = "select to_regclass('spark_outbox_event')::oid::integer"
+
+# Of the table as it is now: it may have been dropped and restored since the last time.
+TAKE_S = """
+select pg_try_advisory_lock_shared(7531002, this), this
+from (select 'spark_outbox_event'::regclass::oid::integer) as outbox (this)
+"""
+LET_GO_OF_S = "select pg_advisory_unlock_shared(7531002, {oid})"
+# Whether no transaction that has emitted is still open.
+PROBE_K = """
+select case when pg_try_advisory_lock(7531001, %(oid)s)
+    then pg_advisory_unlock(7531001, %(oid)s) else false end
+"""
+
+
+def listen(*, using: str) -> None:
+    execute(LISTEN, using=using)
+
+
+def unlisten(*, using: str) -> None:
+    execute(UNLISTEN, using=using)
+
+
+def outbox_oid(*, using: str) -> int | None:
+    """Return the OID of the table that this connection takes for the outbox; None if there is none."""
+    oid: int | None = fetch_value(OUTBOX_OID, using=using)
+    return oid
+
+
+def take_s(*, using: str) -> tuple[bool, int]:
+    """Hold S, unless somebody has it for himself; return whether we do, and of which table."""
+    ((held, oid),) = fetch(TAKE_S, using=using)
+    return held, oid
+
+
+# To others, as the trigger does to those who sleep; see worker/wake.py.
+WAKE_OTHERS = """
+select case when (
+    case when pg_try_advisory_xact_lock_shared(7531001, oid) then
+        case when pg_try_advisory_lock(7531002, oid) then pg_advisory_unlock(7531002, oid) end
+    end
+) is not true then pg_notify('spark_outbox', '') end
+from (select 'spark_outbox_event'::regclass::oid::integer as oid) as outbox
+"""
+
+
+def wake_others(*, using: str) -> None:
+    """Notify workers that sleep, when the transaction commits."""
+    fetch(WAKE_OTHERS, using=using)
+
+
+# The wake trigger's mode, see SPARK_OUTBOX["WAKE"]
+
+WAKE_MODE = """
+select coalesce((
+    select substring(encode(tgargs, 'escape') from '^[a-z]+')
+    from pg_trigger
+    where tgrelid = to_regclass('spark_outbox_event') and tgname = 'spark_outbox_wake'
+), 'never')
+"""
+
+SET_WAKE_MODE = {
+    mode: f"""
+create or replace trigger spark_outbox_wake after insert on spark_outbox_event
+    for each statement execute function spark_outbox_wake('{mode}')
+"""
+    for mode in ("gated", "always")
+} | {"never": "drop trigger if exists spark_outbox_wake on spark_outbox_event"}
+
+
+def wake_mode(*, using: str) -> str:
+    """Return what the trigger does: `gated`, `always`, or `never`."""
+    mode: str = fetch_value(WAKE_MODE, using=using)
+    return mode
+
+
+def set_wake_mode(mode: str, *, using: str) -> None:
+    """Make the trigger do `mode`. Locks the outbox against writers until the transaction ends."""
+    execute(SET_WAKE_MODE[mode], using=using)
