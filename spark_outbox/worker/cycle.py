@@ -94,6 +94,7 @@ class Cycle:
             raise
         finally:
             references.close()
+        self._running.go_on(batch.calls)
         self._learn(batch)
         self._running.begin(batch.calls, inline=inline)
         return batch.count

@@ -58,12 +58,17 @@ class Running:
         """Give up the session: others may take over whatever is still running."""
         self._presence.end()
 
-    def begin(self, calls: list[Call], *, inline: bool) -> None:
-        """Make the calls of deliveries that have been committed as running; go on with those under
-        way."""
+    def go_on(self, calls: list[Call]) -> None:
+        """Note the calls of deliveries that have been committed as running: some are under way.
+
+        Runs no SQL, as nothing may come between: a call that is not noted would be taken over.
+        """
         for call in calls:
             call.session = self._presence.session
         self._calls += [call for call in calls if call.handler.atomic]
+
+    def begin(self, calls: list[Call], *, inline: bool) -> None:
+        """Make those of them that are not under way."""
         for call in calls:
             if not call.handler.atomic:
                 self._make(call, inline=inline)

@@ -1,15 +1,17 @@
 """A worker and its supervisor that are killed together: what was being called is not forgotten."""
 
+import asyncio
 import os
 import signal
 import threading
 
 import pytest
-from django.db import connection
+from django.db import OperationalError, connection
 from django.db.models.expressions import RawSQL
 
-from spark_outbox import emit, emit_many, handler
+from spark_outbox import emit, emit_many, handler, store
 from spark_outbox.models import Delivery, WorkerSession
+from spark_outbox.worker import running
 from spark_outbox.worker.loop import Worker
 from tests.tools import (
     PATIENCE,
@@ -231,3 +233,36 @@ def test_a_handler_that_ends_its_process_with_0_has_crashed(tmp_path):
         assert worker.wait() == 0
     assert status("behind") == "done"
     assert deliveries() == {"exit": ("pending", 1)}
+
+
+def test_a_call_under_way_goes_on_if_the_connection_is_lost_just_after_its_batch(
+    own_registry, monkeypatch
+):
+    release, calls, lost, dismiss = threading.Event(), [], [], store.dismiss
+
+    def lose(sessions, *, using):
+        if not lost:
+            lost.append(sessions)
+            raise OperationalError("server closed the connection")
+        dismiss(sessions, using=using)
+
+    @handler("^async$", name="async")
+    async def run(event):
+        calls.append(event.key)
+        while not release.is_set():
+            await asyncio.sleep(0.005)
+
+    own_registry.add_handler(note, group="^plain$")
+    monkeypatch.setattr(store, "dismiss", lose)
+    monkeypatch.setattr(running, "TAKE_OVER_INTERVAL", 0)
+    WorkerSession.objects.create(session=1, name="dead")
+    with worker_thread(batch_size=1):
+        for group, key in (("plain", "first"), ("async", "slow"), ("plain", "1"), ("plain", "2")):
+            emit(group, key)
+            eventually(lambda key=key: status(key) in {"done", "running"})
+        eventually(lambda: not WorkerSession.objects.filter(name="dead").exists())
+        release.set()
+        eventually(lambda: status("slow") == "done")
+    assert lost == [[1]]
+    assert calls == ["slow"]
+    assert deliveries() == {"async": ("done", 1)}
