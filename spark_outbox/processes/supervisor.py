@@ -39,9 +39,7 @@ GRACE = 5.0
 BOOKING_PATIENCE = 30.0
 """The most seconds that the booking of a crash may take."""
 
-LATE = (
-    "The handler ran longer than its timeout, in code that no alarm interrupts: its process was killed."
-)
+LATE = "The handler exceeded its timeout, in code that no alarm interrupts: its process was killed."
 DIED = "The worker process died of {cause} while it ran this handler."
 
 
@@ -208,7 +206,7 @@ class Supervisor:
                 logger.warning("A worker process does not %(what)s, and is killed.", {"what": what})
                 child.kill(overdue=due)
             elif now - child.slot.waits_since() > self._answer_timeout:
-                logger.warning("A worker process has waited too long for the database, and is killed.")
+                logger.warning("A worker process that the database has not answered in time is killed.")
                 child.kill()
         if now >= self._deadline:
             self._deadline = NEVER
