@@ -8,7 +8,7 @@ SparkOutboxError
 │   ├── InvalidEvent      the group, the key or an option is not acceptable
 │   ├── UnstorableValue   a payload value can't be stored; names its path and the cure
 │   ├── NotInTransaction  REQUIRE_ATOMIC is set and there is no transaction
-│   ├── DuplicateKey      the key exists, and on_duplicate says that it must not
+│   ├── DuplicateKey      the key exists, and on_duplicate forbids it
 │   └── IdCollision       another event has the id: the sequence is behind the table
 └── HandlingError         raised inside a handler
     ├── Retry             a handler raises it to be called again later

@@ -1,4 +1,4 @@
-"""The outbox tables: their columns, constraints and indexes. All queries on them are in store.py.
+"""The outbox tables: their columns, constraints and indexes. All queries on them are in the store.
 
 An event's status:
 
@@ -71,7 +71,7 @@ class OutboxEvent(models.Model):
 
     class Meta:
         db_table = "spark_outbox_event"
-        required_db_vendor = "postgresql"  # `migrate` passes over other databases
+        required_db_vendor = "postgresql"  # `migrate` skips other databases
         verbose_name = "event"
         constraints = [
             # Not unique=True: that adds a second index, for LIKE, which each emit would pay for.

@@ -24,7 +24,7 @@ NOT_DONE = {
     "running": "it is running: a handler is at work on it.",
     "failed": "it has failed, and is not done. To try it again, make it pending.",
     "unhandled": "no handler has matched it, so it is not done. A worker that has one will handle it.",
-    "discarded": "it was discarded, and is not done. To have it handled, make it pending.",
+    "discarded": "it was discarded, and is not done. To handle it, make it pending.",
 }
 """The reason why an event is not replayed, by its status."""
 

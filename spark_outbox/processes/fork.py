@@ -23,7 +23,7 @@ READY = b"r"
 class Pipes:
     """Two pipes. One wakes the supervisor, by a byte for each signal and for each child that is ready.
 
-    The other one closes when the supervisor ends, and so tells the children.
+    The other one closes when the supervisor ends, which stops the children.
     """
 
     def __init__(self) -> None:

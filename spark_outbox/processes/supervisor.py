@@ -39,7 +39,7 @@ GRACE = 5.0
 BOOKING_PATIENCE = 30.0
 """The most seconds that the booking of a crash may take."""
 
-LATE = "The handler exceeded its timeout, in code that no alarm interrupts: its process was killed."
+LATE = "The handler ran longer than its timeout, in code that no alarm stops: its process was killed."
 DIED = "The worker process died of {cause} while it ran this handler."
 
 
@@ -126,8 +126,8 @@ class Supervisor:
         looks = [now + GRACE, now + self._answer_timeout / 4, self._deadline]
         looks += [child.slot.due() + GRACE for child in self._children() if not child.killed]
         looks += [place.start_at for place in self._vacant()]
-        told = self._pipes.wait(min(looks) - now)
-        if READY in told and all(place.has_been_ready() for place in self._places):
+        received = self._pipes.wait(min(looks) - now)
+        if READY in received and all(place.has_been_ready() for place in self._places):
             self._on_ready()
 
     def _children(self) -> Iterator[Child]:

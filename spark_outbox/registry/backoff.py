@@ -1,4 +1,4 @@
-"""How long to wait before the next attempt. Pure."""
+"""Computes the delay before the next attempt. Pure."""
 
 import datetime as dt
 import random

@@ -146,7 +146,7 @@ class Server:
 
     def errors(self) -> Counter[str]:
         """Count the errors in the server's log that the faults should have caused."""
-        told = (
+        expected = (
             "deadlock detected",
             "No space left on device",
             "canceling statement due to statement timeout",
@@ -155,7 +155,7 @@ class Server:
             "terminating connection due to administrator command",
         )
         log = self.log.read_text(errors="replace")
-        return Counter({error: log.count(error) for error in told})
+        return Counter({error: log.count(error) for error in expected})
 
     def remove(self) -> None:
         with contextlib.suppress(subprocess.CalledProcessError):

@@ -94,8 +94,8 @@ class Command(OutboxCommand):
             type=_seconds,
             default=300.0,
             metavar="SECONDS",
-            help="restart a process whose own query has had no reply for this long; queries of "
-            "handlers don't count (default: %(default)s)",
+            help="restart a process whose own query has had no reply from the database for this "
+            "long; queries of handlers don't count (default: %(default)s)",
         )
         parser.add_argument(
             "--max-events",
@@ -159,7 +159,7 @@ class Command(OutboxCommand):
             systemd.notify("STOPPING=1")
             supervisor.stop()
             if number == signal.SIGINT:
-                self._tell_what_is_waited_for(supervisor.in_hand())
+                self._print_current_calls(supervisor.in_hand())
 
         def stop_at_once(number: int, _: object) -> None:
             supervisor.kill()  # uncommitted events are handled again: nothing is lost
@@ -248,20 +248,20 @@ class Command(OutboxCommand):
             event_id, _ = in_hand[0]
             self.stderr.write(f"A crash on event {event_id} could not be counted: {describe(refusal)}")
 
-    def _tell_what_is_waited_for(self, in_hand: list[tuple[int, int]]) -> None:
+    def _print_current_calls(self, in_hand: list[tuple[int, int]]) -> None:
         """Print, after a Ctrl-C, why the worker has not ended yet."""
         events: dict[str, list[int]] = {}
         for event_id, number in in_hand:
             events.setdefault(registry.handlers[number].name, []).append(event_id)
-        told = ", ".join(
+        calls = ", ".join(
             f"{name} on event {ids[0]}" + (f" and {len(ids) - 1} more" if ids[1:] else "")
             for name, ids in events.items()
         )
-        if told:
+        if calls:
             # The signal may have interrupted a write to this stream.
             with contextlib.suppress(OSError, RuntimeError):
                 self.stderr.write(
-                    f"Waiting for {told}; press Ctrl-C again to stop at once (nothing is lost)."
+                    f"Waiting for {calls}; press Ctrl-C again to stop at once (nothing is lost)."
                 )
 
     def _introduce(self, version: str, options: dict[str, Any]) -> None:
