@@ -1,6 +1,6 @@
 """A transactional outbox for Django on PostgreSQL.
 
-All that stands here can be imported before the app registry is ready.
+Nothing here needs the app registry: import these names at any time.
 """
 
 from spark_outbox.emitting.emit import aemit, aemit_many, emit, emit_many

@@ -1,9 +1,9 @@
-"""The names that code written for django-spark imports, with what it expects of them.
+"""The names of django-spark, for code that was written for it.
 
     from spark import api   becomes   from spark_outbox import api
 
-One thing differs, and is why one ports: an event is written in the caller's transaction and handled
-after its commit, by a worker (or in the same process, with DISPATCH = "on_commit").
+One thing differs: an event is written in the caller's transaction, and handled after its commit by a
+worker (or, with DISPATCH = "on_commit", in the same process).
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -53,7 +53,7 @@ def event(group: str, instance_id: object, context: Mapping[str, Any] | None = N
 
 
 def process_events(iterable: Iterable[AnyEvent]) -> None:
-    """Emit events; those whose key exists already are passed over."""
+    """Emit events; skip each whose key exists already."""
     emit_many(iterable)
 
 
@@ -66,17 +66,18 @@ def only_new_events(iterable: Iterable[AnyEvent]) -> Iterator[Event]:
 
 
 def register_group_handler(*, group: str, handler: HandlerFunction, name: str | None = None) -> None:
-    """Have `handler` called with each event whose group the regex `group` is found in.
+    """Call `handler` with each event whose group matches the regex `group`.
 
-    Retries are kept under its `name`. By default that is its dotted path. Others can have the same path
-    if it is a partial, an object, an object's method, or made by a function. Its pattern follows then,
-    and a number if it is not the first of that path and pattern: so register such in the same order.
+    Its deliveries are stored under `name`, by default its dotted path. A partial, an object, a bound
+    method or an inner function can share its path with others. Its name then has the pattern as well,
+    and a number if another handler has both. Register such handlers in the same order in every process.
+    Raises RegistrationError.
     """
     registry.add_handler(handler, group=group, name=_name(group, handler) if name is None else name)
 
 
 def _name(group: str, handler: HandlerFunction) -> str:
-    """Return a name that a handler has in every process."""
+    """Return a name for a handler that is the same in every process."""
     path = path_of(handler)
     alike = [each for each in registry.handlers if path_of(each.function) == path]
     of_group = [each for each in alike if each.pattern.pattern == group]
@@ -88,5 +89,5 @@ def _name(group: str, handler: HandlerFunction) -> str:
 
 
 def register_model_event_source(*, sender: type[Model], source: SourceFunction) -> None:
-    """Emit what `source` yields for an instance of `sender` whenever one is saved."""
+    """Emit the events that `source` yields, each time an instance of `sender` is saved."""
     registry.add_source(source, model=sender)

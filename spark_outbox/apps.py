@@ -28,7 +28,7 @@ class SparkOutboxConfig(AppConfig):
 
 
 def apply_wake_mode(using: str, **_: Any) -> None:
-    """After `migrate`: make the trigger do what SPARK_OUTBOX["WAKE"] says, if it does not."""
+    """After `migrate`, set the trigger to the mode of SPARK_OUTBOX["WAKE"]."""
     if connections[using].vendor != "postgresql" or not checking.has_outbox(using=using):
         return
     mode = conf.current().WAKE

@@ -62,9 +62,9 @@ def check_vendor(**_: Any) -> list[CheckMessage]:
         return []
     return [
         Error(
-            f"The outbox is to be written to database {alias!r}, which is {vendor}.",
-            hint="spark_outbox needs PostgreSQL. With several databases, have a router's "
-            "db_for_write() and allow_migrate() send its models to one.",
+            f"The router sends the outbox to database {alias!r}, which is {vendor}.",
+            hint="spark_outbox needs PostgreSQL. With several databases, write a router whose "
+            "db_for_write() and allow_migrate() send its models to a PostgreSQL database.",
             id="spark_outbox.E003",
         )
     ]
@@ -82,17 +82,17 @@ def check_databases(databases: Sequence[str] | None = None, **_: Any) -> list[Ch
             found.append(
                 checks.Warning(
                     f"SPARK_OUTBOX['WAKE'] is {wanted!r}, but the trigger in database {alias!r} "
-                    f"does {actual!r}.",
-                    hint="manage.py migrate puts the trigger right.",
+                    f"is in mode {actual!r}.",
+                    hint="Run manage.py migrate: it sets the mode.",
                     id="spark_outbox.W001",
                 )
             )
         if checking.ids_are_behind(using=alias):
             found.append(
                 Error(
-                    f"The sequence of the outbox's ids in database {alias!r} is behind the table: "
+                    f"The id sequence of the outbox in database {alias!r} is behind the table: "
                     "events can't be emitted.",
-                    hint=f"As the owner of the table: {checking.PUT_IDS_RIGHT}",
+                    hint=f"Run as the owner of the table: {checking.PUT_IDS_RIGHT}",
                     id="spark_outbox.E007",
                 )
             )

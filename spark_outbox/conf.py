@@ -18,31 +18,31 @@ class Settings:
     """Every setting with its default. Durations are seconds, or a timedelta."""
 
     WAKE: str = "gated"
-    """How the trigger tells sleeping workers: `gated`, `always`, or `never`. Applied by `migrate`."""
+    """How the trigger wakes sleeping workers: `gated`, `always`, or `never`. Applied by `migrate`."""
 
     DISPATCH: str = "worker"
-    """Who handles events: `worker`, or `on_commit`, in the emitting process after its commit."""
+    """Where events are handled: in a `worker`, or `on_commit`, in the emitting process."""
 
     REQUIRE_ATOMIC: bool = False
     """Whether emit() outside `transaction.atomic()` raises NotInTransaction."""
 
     MAX_ATTEMPTS: int = 20
-    """How often a handler is tried on an event before its delivery is `failed`."""
+    """How often a handler is called for an event before its delivery is `failed`."""
 
     BACKOFF: float = 1.0
-    """Seconds before the second attempt; doubled, less up to half at random, for each further one."""
+    """Seconds before the second attempt, doubled for each further one, less up to half at random."""
 
     MAX_BACKOFF: float = 3600.0
-    """The longest that these delays grow to, in seconds."""
+    """The longest of these delays, in seconds."""
 
     TIMEOUT: float | None = None
-    """Seconds that a handler may run; None for as long as it likes."""
+    """Seconds that a call of a handler may take; None for no limit."""
 
     FAILED_HEAD: str = "block"
-    """What a failed event does to later ones of its ordering key: `block` them, or `skip` it."""
+    """Whether a failed event blocks later events of its ordering key (`block`), or not (`skip`)."""
 
     BREAK_AFTER: int | None = 10
-    """After failing on this many events in a row a handler is left alone for a while; None: never."""
+    """A handler that fails on this many events in a row is not called for a while; None: no limit."""
 
     BATCH_SIZE: int = 500
     """The most events that a worker locks at once."""
@@ -51,15 +51,15 @@ class Settings:
     """Seconds after which a worker commits what it has handled and takes a new batch."""
 
     ASYNC_CONCURRENCY: int = 100
-    """The most calls of async handlers that a worker process has under way."""
+    """The most calls of async handlers that a worker process runs at the same time."""
 
     POLL_INTERVAL: float = 60.0
-    """Seconds after which a sleeping worker looks for events that no notification told it of."""
+    """Seconds after which a sleeping worker looks for events even without a notification."""
 
     LISTEN_DATABASE: str | Mapping[str, str | None] | None = ""
     """Alias of a direct connection for LISTEN, for workers behind a transaction pooler.
-    The empty string means the worker's own; None means no LISTEN at all: it polls.
-    With several outboxes, a dict of these by the alias of the outbox; "" for those not in it."""
+    "" means the worker's own connection. None means no LISTEN: the worker polls.
+    With several outboxes, a dict from the alias of each outbox to such a value; the default is ""."""
 
     def __post_init__(self) -> None:
         for name in ("BACKOFF", "MAX_BACKOFF", "COMMIT_INTERVAL", "POLL_INTERVAL"):
@@ -83,7 +83,7 @@ class Settings:
             )
 
     def direct(self, using: str) -> str | None:
-        """Return the alias of the connection to `using` that is no pooler's; None if all are."""
+        """Return the alias of a connection to `using` that passes no pooler; None if there is none."""
         given = self.LISTEN_DATABASE
         if isinstance(given, Mapping):
             given = given.get(using, "")
@@ -99,7 +99,7 @@ class Settings:
 
 @cache
 def current() -> Settings:
-    """Return the settings in force. Raises SettingsError that names all that is wrong with them."""
+    """Return the current settings. Raises SettingsError, which lists every problem."""
     given: Any = getattr(django_settings, "SPARK_OUTBOX", {})
     if not isinstance(given, dict):
         raise SettingsError(f"SPARK_OUTBOX must be a dict, not {type(given).__name__}.")

@@ -1,24 +1,24 @@
-"""What can go wrong, as exceptions; database errors pass through unwrapped.
+"""The exceptions of spark_outbox. Database errors pass through unwrapped.
 
 SparkOutboxError
-├── SettingsError         SPARK_OUTBOX holds something it must not
+├── SettingsError         SPARK_OUTBOX has an invalid setting
 ├── NotMigrated           the database has no outbox
 ├── RegistrationError     a handler or source can't be registered
 ├── EmitError             nothing was written
 │   ├── InvalidEvent      the group, the key or an option is not acceptable
 │   ├── UnstorableValue   a payload value can't be stored; names its path and the cure
 │   ├── NotInTransaction  REQUIRE_ATOMIC is set and there is no transaction
-│   ├── DuplicateKey      the key exists, and on_duplicate says that it must not
+│   ├── DuplicateKey      the key exists, and on_duplicate forbids it
 │   └── IdCollision       another event has the id: the sequence is behind the table
 └── HandlingError         raised inside a handler
-    ├── Retry             a handler's own word: not now, try me again
-    ├── Discard           a handler's own word: leave it, this event needs nothing from me
-    ├── BatchFailed       a batch handler's own word: some of my events failed
+    ├── Retry             a handler raises it to be called again later
+    ├── Discard           a handler raises it to give an event up: no retry, no failure
+    ├── BatchFailed       a batch handler raises it to fail some of its events
     ├── UnreadablePayload the stored payload is not one that emit() writes
-    ├── WorkerDied        the handler took its worker process with it; raised by nobody, but recorded
-    ├── ConnectionLost    the connection was lost again and again while the handler ran; recorded, too
-    ├── NotSettled        PostgreSQL let the outbox's own UPDATE pass, but did not apply it
-    ├── InstanceGone      the row that the payload refers to was deleted since
+    ├── WorkerDied        the worker process died during the call; only recorded, never raised
+    ├── ConnectionLost    the connection was lost in several calls in a row; only recorded, too
+    ├── NotSettled        PostgreSQL accepted the outbox's own UPDATE, but did not apply it
+    ├── InstanceGone      the row that the payload refers to has been deleted
     └── BrokenTransaction the handler left the transaction in a state that can't be committed
 
 KeyboardInterrupt
@@ -71,7 +71,7 @@ class DuplicateKey(EmitError, ValueError):
 
 
 class IdCollision(EmitError, RuntimeError):
-    """Not an IntegrityError: code that expects one for its own duplicates must not swallow it."""
+    """Not an IntegrityError: code that catches its own duplicates must not swallow this one."""
 
 
 class HandlingError(SparkOutboxError):
@@ -98,27 +98,27 @@ class Retry(HandlingError):
 
 
 class Discard(HandlingError):
-    """Raise it in a handler, with the reason, to be done with an event without having handled it."""
+    """Raise it in a handler, with the reason, to give an event up: no retry, no failure."""
 
 
 class BatchFailed(HandlingError):
-    """Raise it in a handler with `batch=…` to fail some of its events: `errors` says which, and how.
+    """Raise it in a handler with `batch=…` to fail some of its events: the keys of `errors`.
 
-    What the handler has written stays, for the sake of the others: so put what belongs to one event
-    into `transaction.atomic()`.
+    Everything that the handler has written stays, for the sake of the other events. So wrap the writes
+    of each event in `transaction.atomic()`.
     """
 
     def __init__(self, errors: Mapping[Any, BaseException]) -> None:
         super().__init__(f"{len(errors)} events failed.")
         if not errors or not all(isinstance(error, BaseException) for error in errors.values()):
-            raise TypeError("BatchFailed takes a dict of events, and the exception of each.")
+            raise TypeError("BatchFailed takes a dict from the failed events to their exceptions.")
         self.errors = dict(errors)
 
     def check(self, events: Iterable[Any]) -> None:
-        """Raise TypeError if it names others than `events`, the list of the handler that raised it."""
+        """Raise TypeError if `errors` has an event that is not in `events`, the handler's list."""
         if not self.errors.keys() <= set(events):
             raise TypeError(
-                "BatchFailed is for handlers with batch=…, and names events of their list."
+                "BatchFailed is for handlers with batch=…, and its events must be in their list."
             ) from self
 
 
@@ -147,16 +147,18 @@ class BrokenTransaction(HandlingError, RuntimeError):
 
 
 class HandlerTimeout(KeyboardInterrupt):
-    """Raised inside a handler. Not an Exception, so that `except Exception` lets it pass; and what
-    psycopg takes for a Ctrl-C, on which it cancels the running query."""
+    """Raised inside a handler. Not an Exception, so `except Exception` does not catch it. Psycopg
+    treats it like a Ctrl-C: it cancels the running query."""
 
     def __init__(self, message: str = "The handler ran longer than its timeout.") -> None:
         super().__init__(message)
 
 
 def describe(error: BaseException) -> str:
-    """Return what a log may say of an exception. Its message can quote a payload, or a row: so its type,
-    and where it was raised. Of a database that is not there, or does not let us, the message as well.
+    """Describe an exception for a log, by its type and where it was raised.
+
+    Its message can quote a payload or a row, so it is left out; except if the database can't be reached,
+    or denies access.
     """
     kind = type(error).__qualname__
     sqlstate = str(getattr(error.__cause__, "sqlstate", None) or "")

@@ -1,15 +1,15 @@
-"""The outbox tables. They describe the rows; whatever runs against them is in store/.
+"""The outbox tables: their columns, constraints and indexes. All queries on them are in the store.
 
 An event's status:
 
     pending ──> done         every handler that matched succeeded, or discarded it
-       │  ├───> failed       a handler is out of attempts, and no other is owed: a dead letter
+       │  ├───> failed       a handler is out of attempts, and no other is left to run: a dead letter
        │  ├───> discarded    every handler discarded it, or a person did
-       │  ├───> unhandled    no handler matched its group; a worker that starts and has one puts it back
-       │  ╰───> running      a detached handler is at work; then, or if its worker is gone, pending again
+       │  ├───> unhandled    no handler matched its group; a worker that starts with one makes it pending
+       │  ╰───> running      a detached handler is at work; pending again when this or its worker ends
        ╰─ again at available_at, after a handler failed
 
-`available_at` NULL means ready now; a time means delayed, or to be tried again then.
+`available_at` NULL means ready now; a time means delayed, or a retry at that time.
 """
 
 from django.db import models
@@ -71,7 +71,7 @@ class OutboxEvent(models.Model):
 
     class Meta:
         db_table = "spark_outbox_event"
-        required_db_vendor = "postgresql"  # `migrate` passes over other databases
+        required_db_vendor = "postgresql"  # `migrate` skips other databases
         verbose_name = "event"
         constraints = [
             # Not unique=True: that adds a second index, for LIKE, which each emit would pay for.
@@ -109,7 +109,7 @@ class OutboxEvent(models.Model):
                 fields=["ordering_key", "id"],
                 condition=Q(ordering_key__isnull=False, status__in=["pending", "running", "failed"]),
             ),
-            models.Index(  # one for both, which are few: each index is paid for at each emit
+            models.Index(  # one index for two rare statuses: each emit pays for each index
                 name="spark_outbox_event_aside",
                 fields=["status", "group"],
                 condition=Q(status__in=["unhandled", "running"]),
@@ -124,10 +124,10 @@ class OutboxEvent(models.Model):
 
 
 class Delivery(models.Model):
-    """What one handler owes or has done for one event; exists only once an event needed two tries."""
+    """One handler's work on one event. Not stored if all handlers of the event succeed at once."""
 
     id = models.BigAutoField(primary_key=True)
-    # The migration adds the foreign key itself: one that deletes in the database, for plain SQL.
+    # The migration adds the foreign key, with ON DELETE CASCADE: plain SQL may delete events.
     event = models.ForeignKey(
         OutboxEvent,
         on_delete=models.CASCADE,
@@ -169,17 +169,17 @@ class Delivery(models.Model):
 
 
 class WorkerSession(models.Model):
-    """A worker that lives, or one that did not stop by itself; see worker/crashes.py."""
+    """A worker that is alive, or has died without stopping by itself; see worker/crashes.py."""
 
     session = models.IntegerField(primary_key=True)
     """The number of an advisory lock that the worker holds while it lives."""
     name = models.TextField()
     started_at = models.DateTimeField(db_default=NOW)
     event_id = models.BigIntegerField(null=True, blank=True)
-    """Of the call that it makes, if it looks closely; else NULL, and no handler."""
+    """The event of the current call, if the worker notes its calls here; else NULL, and no handler."""
     handler = models.TextField(db_default="", blank=True)
     times = models.IntegerField(db_default=0)
-    """How often in a row a worker has made this call, and noted it."""
+    """How often in a row this call has been made and noted, by any worker."""
 
     class Meta:
         db_table = "spark_outbox_session"

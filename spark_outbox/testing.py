@@ -15,15 +15,15 @@ from spark_outbox.worker.loop import Worker
 def drain(*, using: str = "default", raise_exceptions: bool = True) -> int:
     """Handle the ready events on the current connection, as a worker would; return how many.
 
-    Includes those that handlers emit meanwhile, but not what is delayed or waits for another
-    attempt. The first exception that a handler raised is raised again at the end, unless
-    `raise_exceptions` is False; its event has been postponed as by a worker.
+    Events that handlers emit meanwhile are handled, too. Delayed events, and those that wait for
+    another attempt, are not. At the end the first exception of a handler is raised again, unless
+    `raise_exceptions` is False. Its event is postponed, as by a worker.
     """
     errors: list[BaseException] = []
 
     def remember(event: Event, handler: Handler, error: BaseException) -> None:
         if isinstance(error, Discard | Retry):
-            return  # a handler's own words, and no failure
+            return  # the handler's own decision, not a failure
         error.add_note(f"raised by handler {handler.name} on {event!r}")
         errors.append(error)
 
@@ -34,7 +34,7 @@ def drain(*, using: str = "default", raise_exceptions: bool = True) -> int:
 
 
 def emitted(group: str = "", *, using: str = "default") -> list[Event]:
-    """Return the stored events whose group the regex `group` is found in, in order, of any status."""
+    """Return the stored events of any status whose group matches the regex `group`, in order."""
     return _events_after(0, group, using)
 
 

@@ -20,7 +20,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         type=float,
         default=0,
         metavar="N",
-        help="go on with faults for this long; each comes once in any case",
+        help="inject faults for this long, and each at least once",
     )
     group.addoption(
         "--chaos-seed",
@@ -53,7 +53,7 @@ def empty(of: Registry) -> Iterator[Registry]:
 
 @pytest.fixture
 def own_registry() -> Iterator[Registry]:
-    """Empty the project's registry for one test: it registers what it needs."""
+    """Empty the project's registry for one test, which registers its own handlers and sources."""
     with empty(registry) as emptied:
         yield emptied
 
@@ -65,7 +65,7 @@ def flags(tmp_path: Path) -> Flags:
 
 @pytest.fixture
 def wake_mode(settings: Any) -> Iterator[Callable[[str], None]]:
-    """What sets WAKE, and makes the trigger do so; the trigger is as it was after the test."""
+    """A function that sets WAKE and the trigger's mode. The trigger is reset after the test."""
 
     def set_mode(mode: str) -> None:
         settings.SPARK_OUTBOX = {"WAKE": mode}

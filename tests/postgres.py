@@ -1,4 +1,4 @@
-"""Where the demo and the tests find a PostgreSQL: DATABASE_URL, a container, or an embedded server."""
+"""Finds a PostgreSQL for the demo and the tests: DATABASE_URL, a container, or an embedded server."""
 
 import contextlib
 import os
@@ -16,7 +16,7 @@ IMAGE = os.environ.get("SPARK_OUTBOX_TEST_IMAGE", "postgres:18")
 
 @dataclass(frozen=True)
 class Server:
-    """A PostgreSQL to use: its URL, and what to tell a person about it."""
+    """A PostgreSQL to use: its URL, and a description for people."""
 
     url: str
     description: str
@@ -39,16 +39,16 @@ def django_database(url: str) -> dict[str, Any]:
 
 
 def embedded(name: str, *, conf: str = "", keep: bool = False) -> Server:
-    """Start, or find running, the server whose data is in `.postgres/<name>`.
+    """Start the server whose data is in `.postgres/<name>`, unless it is running.
 
-    It listens on a Unix socket alone. It stops when the last process that asked for it ends, or
-    with `keep` goes on. `conf` is appended to its postgresql.conf when its data is first made.
+    It listens on a Unix socket alone. It stops when the last process that asked for it ends; with `keep`
+    it goes on. `conf` is appended to its postgresql.conf when its data is first created.
     """
     try:
         pgserver = _import_pgserver()
     except ModuleNotFoundError:
         raise SystemExit(
-            "There is no DATABASE_URL, and no embedded PostgreSQL to do without it.\n"
+            "DATABASE_URL is not set, and the embedded PostgreSQL is not installed.\n"
             'Either: pip install -e ".[demo]"\n'
             "Or:     export DATABASE_URL=postgresql://user:password@localhost/database"
         ) from None
@@ -80,11 +80,11 @@ def embedded_binaries() -> Path:
 
 
 def _import_pgserver() -> Any:
-    """Import it where it has a folder of this user's own: else all users share a lock file."""
+    """Import pgserver with a folder of this user's own; otherwise all users share a lock file."""
     import platformdirs
 
     with warnings.catch_warnings(), contextlib.suppress(OSError):
-        warnings.simplefilter("ignore")  # platformdirs tells where it falls back to
+        warnings.simplefilter("ignore")  # platformdirs warns of its fallback
         folder = platformdirs.user_runtime_path("python_PostgresServer")
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     with warnings.catch_warnings():
@@ -112,7 +112,7 @@ def _container() -> tuple[Server | None, str]:
         from testcontainers.postgres import PostgresContainer
     except ModuleNotFoundError:
         return None, "testcontainers is not installed"
-    # Ryuk is one more image to pull; this container is stopped by _stop, or by Docker's --rm.
+    # Ryuk would be one more image to pull; stop_containers() stops this container, and --rm removes it.
     os.environ.setdefault("TESTCONTAINERS_RYUK_DISABLED", "true")
     try:
         with contextlib.closing(docker.from_env(timeout=5)) as client:

@@ -149,7 +149,7 @@ def test_check_warns_if_the_trigger_does_not_do_what_the_settings_say(settings):
     settings.SPARK_OUTBOX = {"WAKE": "always"}
     (warning,) = checks.check_databases(databases=["default"])
     assert warning.id == "spark_outbox.W001"
-    assert "does 'gated'" in warning.msg
+    assert "is in mode 'gated'" in warning.msg
 
 
 # Migrations

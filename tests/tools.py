@@ -1,5 +1,5 @@
-"""What tests share: waiting for something to become true, connections and workers of their own, and
-what the outbox and the ledger say."""
+"""Shared by the tests: waiting for a condition, connections and workers of their own, and the state of
+the outbox and the ledger."""
 
 import contextlib
 import os
@@ -31,7 +31,7 @@ from tests.challenges.models import Challenge, Handled
 T = TypeVar("T")
 
 PATIENCE = 30.0
-"""Seconds until a test gives up on something that should happen at once."""
+"""Seconds after which a test stops waiting for something that should happen at once."""
 
 HOUR = 3600.0
 
@@ -54,7 +54,7 @@ def conninfo() -> str:
 
 
 def connect(**options: Any) -> psycopg.Connection[Any]:
-    """Open a connection that is not Django's; in autocommit mode unless told otherwise."""
+    """Open a connection that is not Django's, by default in autocommit mode."""
     return psycopg.connect(conninfo(), **{"autocommit": True, **options})
 
 
@@ -68,8 +68,8 @@ def notifications(listener: psycopg.Connection[Any]) -> int:
 def worker_thread(**options: Any) -> Iterator[Worker]:
     """Run a worker in a thread, with a connection of its own, until the end of the block.
 
-    It polls once an hour unless told otherwise: whatever it finds, it was woken for. The block
-    starts once the worker LISTENs.
+    By default it polls once an hour, so it finds an event only after a notification. The block starts
+    once the worker LISTENs.
     """
     ready = threading.Event()
     worker = Worker(**{"poll_interval": HOUR, "on_ready": lambda _: ready.set(), **options})
@@ -106,7 +106,7 @@ def sleeping_workers() -> int:
 
 
 def wait_until_asleep(count: int = 1) -> None:
-    """Wait until `count` workers have nothing left to do."""
+    """Wait until exactly `count` workers sleep."""
     eventually(lambda: sleeping_workers() == count)
 
 
@@ -118,13 +118,13 @@ def is_asleep(pid: int) -> bool:
 
 
 def make_challenge(title: str = "One", *, using: str = "default", **fields: Any) -> Challenge:
-    """Save a challenge that goes on for long; its source emits one event."""
+    """Save a challenge that ends in the far future; its source emits one event."""
     dates = {"start_date": date(2026, 1, 1), "end_date": date(2999, 1, 1)}
     return Challenge.objects.using(using).create(title=title, **{**dates, **fields})
 
 
 def note(event: Event) -> None:
-    """Be a handler that writes to the ledger."""
+    """A handler that writes to the ledger."""
     Handled.objects.create(key=event.key, handler="note")
 
 
@@ -142,7 +142,7 @@ def statuses() -> dict[str, str]:
 
 
 def deliveries() -> dict[str, tuple[str, int]]:
-    """Return the status and the attempts of each handler's delivery, where there is one event."""
+    """Return the status and the attempts of each handler's delivery. For tests of a single event."""
     return {d.handler: (d.status, d.attempts) for d in Delivery.objects.all()}
 
 
@@ -152,7 +152,7 @@ def make_ready() -> None:
 
 
 def make_due() -> None:
-    """Let the time come for everything that waits."""
+    """Make everything due that waits for its time."""
     past = timezone.now() - timedelta(minutes=1)
     OutboxEvent.objects.filter(status="pending", available_at__isnull=False).update(available_at=past)
     Delivery.objects.filter(status="pending").update(available_at=past)
@@ -169,7 +169,7 @@ def wait_until_ended() -> None:
 
 
 class Clock:
-    """A worker's clock that stands still unless it is told otherwise."""
+    """A worker's clock, which stands still until a test sets `now`."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -179,7 +179,7 @@ class Clock:
 
 
 class Flags:
-    """The files by which a handler of tests.probe tells that it started, and is told to go on."""
+    """Two files: a handler of tests.probe creates `started`, and waits for `go`."""
 
     def __init__(self, folder: Path) -> None:
         self.started, self.go = folder / "started", folder / "go"
@@ -204,7 +204,7 @@ def start_a_handler(flags: Flags, group: str = "probe") -> int:
 class WorkerProcess:
     """A real `manage.py spark_worker`, with a socket where its messages to systemd arrive.
 
-    `within` is a command that runs it.
+    `within` is a command that runs another one, such as `ip netns exec`.
     """
 
     def __init__(

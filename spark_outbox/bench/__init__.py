@@ -1,1 +1,1 @@
-"""What `manage.py spark_bench` measures, and how: see `Bench` in bench/figures.py."""
+"""The measurements of `manage.py spark_bench`. How they run: see `Bench` in bench/figures.py."""

@@ -1,4 +1,4 @@
-"""How fast a worker handles what is there: alone, with a handler that writes, in order, in processes."""
+"""Measures how fast workers handle a full table: alone, with writing handlers, in order, in parallel."""
 
 import os
 import time
@@ -126,9 +126,9 @@ def processes(bench: Bench) -> list[Figure]:
 
 @measure
 def memory(bench: Bench) -> list[Figure]:
-    """What a worker's memory grows by while it handles ten times as many events."""
+    """The growth of a worker's memory while it handles ten times as many events."""
     if not PROC.exists():
-        return []  # Linux tells what is in use; others only the most that ever was
+        return []  # only Linux reports the memory in use now
     first, last = bench.size(20_000), bench.size(200_000)
 
     def growth() -> float:

@@ -1,4 +1,4 @@
-"""What it costs to emit."""
+"""Measures the cost of emitting."""
 
 import threading
 import time
@@ -25,7 +25,7 @@ select key, event_group, payload, headers
 from unnest(%s::text[], %s::text[], %s::jsonb[], %s::jsonb[]) as new (key, event_group, payload, headers)
 """
 
-# Transactions of a client that costs nothing: the server's own loop, with a commit each.
+# Transactions without a client's cost: a loop in the server, with a commit for each.
 TRANSACTIONS = """
 do $$ begin
     for number in 1..%(count)s loop
@@ -66,7 +66,7 @@ def emit_one(bench: Bench) -> list[Figure]:
 
 @measure
 def emit_many(bench: Bench) -> list[Figure]:
-    """emit_many() of dicts with a model instance each, against one INSERT of ready made rows."""
+    """emit_many() of dicts with a model instance each, against one INSERT of prepared rows."""
     count = bench.size(20_000)
     alias = bench.scratch.alias
     refill(bench.scratch, 0)
@@ -99,7 +99,7 @@ def emit_many(bench: Bench) -> list[Figure]:
 
 @measure
 def emit_contended(bench: Bench) -> list[Figure]:
-    """Many writers and a worker, against no trigger; and with one that always notifies."""
+    """Many writers beside a worker, against no trigger; also with a trigger that always notifies."""
     count = bench.size(40_000) // CONNECTIONS
     worker = handlers(noop)
 
@@ -111,7 +111,7 @@ def emit_contended(bench: Bench) -> list[Figure]:
             threading.Thread(target=writer.execute, args=[TRANSACTIONS % {"count": count}])
             for writer in writers
         ]
-        # Without a trigger nobody wakes the worker: let it look as often as it is woken otherwise.
+        # Without a trigger nothing wakes the worker: let it poll as often as it would be woken.
         with child_workers(bench.scratch, worker, poll_interval=0.005 if mode == "never" else None):
             started = time.perf_counter()
             for thread in threads:

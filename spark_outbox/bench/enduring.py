@@ -1,4 +1,4 @@
-"""Whether a worker stays as fast with a long queue, behind an old snapshot, and beside bad events."""
+"""Measures whether a worker stays fast with a long backlog, an old snapshot, and bad events."""
 
 import logging
 import statistics
@@ -19,7 +19,7 @@ CLAIMS = 30
 
 @measure
 def backlog(bench: Bench) -> list[Figure]:
-    """What a claim takes with many pending, and with many delayed rows, against a thousand."""
+    """Claims with many pending and with many delayed rows, against claims with a thousand."""
     refill(bench.scratch, 0)
     small, big, delayed = (Scratch(bench.near, name) for name in ("_small", "_big", "_delayed"))
     for each in (small, big, delayed):
@@ -58,7 +58,7 @@ def claims_a_second(scratch: Scratch) -> float:
 
 @measure
 def held_snapshot(bench: Bench) -> list[Figure]:
-    """A steady load while somebody holds an old snapshot, against the same while nobody does."""
+    """A steady load while another session holds an old snapshot, against the same load without it."""
     seconds, rate = bench.seconds(60), 1000
 
     def under_load(*, is_held: bool) -> tuple[float, float]:
@@ -73,7 +73,7 @@ def held_snapshot(bench: Bench) -> list[Figure]:
                     claims.tell(time.perf_counter() - started)
                 return found
 
-            since = time.monotonic() + seconds * 5 / 6  # the child tells of later claims alone
+            since = time.monotonic() + seconds * 5 / 6  # the child reports only later claims
             if is_held:
                 other.execute("begin isolation level repeatable read")
                 other.execute("select count(*) from spark_outbox_event")
@@ -84,7 +84,7 @@ def held_snapshot(bench: Bench) -> list[Figure]:
                 time.sleep(max(0.0, since - started))
                 found: list[float] = []
                 while emitter.is_alive():
-                    found += claims.all()  # lest the worker wait for room in the pipe
+                    found += claims.all()  # so that the pipe never fills up and blocks the worker
                     time.sleep(0.02)
                 took = time.monotonic() - started
                 handled = count_done(bench)
@@ -117,7 +117,7 @@ def count_done(bench: Bench) -> int:
 
 @measure
 def poison(bench: Bench) -> list[Figure]:
-    """From commit to handler, ten events a second beside 300 that always fail; against without."""
+    """From commit to handler, at ten events a second: beside 300 that always fail, against without."""
     seconds = max(10.0, bench.seconds(40))
     many = bench.size(300)
 

@@ -1,4 +1,4 @@
-"""Figures, their goals, and the interleaved runs that they are the medians of."""
+"""Figures, their goals, and the interleaved runs whose medians they are."""
 
 import operator
 import statistics
@@ -13,7 +13,7 @@ Run = Callable[[], float | tuple[float, ...]]
 
 @dataclass(frozen=True, slots=True)
 class Goal:
-    """What a figure's ratio is to be, or its value if there is nothing to compare it with."""
+    """The bound of a figure's ratio; or, if it has no baseline, of its value."""
 
     sign: str
     bound: float
@@ -52,7 +52,7 @@ class Figure:
 
 
 class Bench:
-    """What a measurement is given: the database, how many rounds, and how large they are."""
+    """The argument of each measurement: the database, the number of rounds, and their size."""
 
     def __init__(self, scratch: Scratch, near: str, *, quick: bool, say: Callable[[str], None]) -> None:
         self.scratch = scratch
@@ -62,16 +62,16 @@ class Bench:
         self._say = say
 
     def size(self, full: int) -> int:
-        """Return how many events, or rows, there are to be."""
+        """Return the number of events or rows to use: `full`, or less with --quick."""
         return max(100, full // 20) if self.quick else full
 
     def seconds(self, full: float) -> float:
-        """Return how long something is to go on."""
+        """Return the duration to use, in seconds: `full`, or less with --quick."""
         return full / 10 if self.quick else full
 
     def medians(self, *runs: Run) -> list[float]:
-        """Call each in turn, as many times as there are rounds; return the median of each number that
-        they return, in their order."""
+        """Call all runs in turn, once in each round; return the median of each number that they
+        return, in their order."""
         found: list[list[tuple[float, ...]]] = [[] for _ in runs]
         for number in range(self.rounds):
             for run, results in zip(runs, found, strict=True):
@@ -85,7 +85,7 @@ class Bench:
 
 Measure = Callable[[Bench], list[Figure]]
 MEASURES: dict[str, Measure] = {}
-"""By name, in the order in which they are run."""
+"""All measurements by name, in the order in which they run."""
 
 
 def measure(function: Measure) -> Measure:

@@ -1,4 +1,4 @@
-"""What measurements share: events by the thousand, workers, and the bare loop that they race."""
+"""Shared by the measurements: many events, workers, and the bare loop to compare them with."""
 
 import contextlib
 import gc
@@ -31,11 +31,11 @@ EMPTY = "truncate spark_outbox_event, spark_outbox_delivery, spark_bench_row res
 
 
 PROC = Path("/proc")
-"""Where Linux tells of its processes."""
+"""The folder in which Linux describes its processes."""
 
 
 def noop(event: Any) -> None:
-    """Be a handler that does nothing."""
+    """A handler that does nothing."""
 
 
 def handlers(*functions: Callable[..., object], **options: Any) -> Registry:
@@ -69,12 +69,12 @@ def pending(scratch: Scratch) -> int:
 
 
 def make_worker(scratch: Scratch, registry: Registry, **options: Any) -> Worker:
-    """Return a worker with all that `spark_worker` gives to one."""
+    """Return a worker with the same arguments as one of `spark_worker`."""
     return Worker(using=scratch.alias, registry=registry, guard=Guard(Slot(0)), **options)
 
 
 def drain(scratch: Scratch, registry: Registry, count: int) -> float:
-    """Let a worker of this process handle all; return events a second."""
+    """Let a worker in this process handle all events; return events a second."""
     connections[scratch.alias].ensure_connection()
     worker = make_worker(scratch, registry)
     gc.collect()
@@ -96,7 +96,7 @@ where id = any(%s) and status = 'pending'
 
 
 def bare_drain(scratch: Scratch, count: int) -> float:
-    """Do to the table what a worker does, with psycopg alone; return events a second."""
+    """Run the statements of a worker with psycopg alone; return events a second."""
     claim = claiming.CLAIM_READY.format(groups="")
     limit = conf.current().BATCH_SIZE
     floor = handled = 0
@@ -150,7 +150,7 @@ def child_workers(
     watch: Callable[..., Any] | None = None,
     **options: Any,
 ) -> Iterator[list[Child]]:
-    """Run workers in processes of their own, until the end of the block. It starts once they LISTEN.
+    """Run workers in processes of their own until the end of the block, which starts once they LISTEN.
 
     `watch` is wrapped around each of their statements, as by Django's `execute_wrapper`.
     """
@@ -185,7 +185,7 @@ def sleeping(scratch: Scratch) -> bool:
 
 
 def wait_until(probe: Callable[[], bool], *, patience: float = 120.0) -> None:
-    """Raises TimeoutError if `probe` is not true within `patience` seconds."""
+    """Wait until `probe` is true. Raises TimeoutError after `patience` seconds."""
     deadline = time.monotonic() + patience
     while not probe():
         if time.monotonic() > deadline:

@@ -1,4 +1,4 @@
-"""Databases of the benchmark's own, next to the project's: made, migrated, and dropped again."""
+"""Creates, migrates and drops databases of the benchmark's own, next to the project's."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -13,7 +13,7 @@ from psycopg import sql
 from spark_outbox.errors import SparkOutboxError
 
 LOCK = 7531004
-"""The advisory lock of a benchmark that is running, in the project's own database."""
+"""The key of an advisory lock in the project's database, held while a benchmark runs."""
 
 SUFFIX = "_spark_bench"
 
@@ -26,7 +26,7 @@ create table spark_bench_row (
 
 
 class BenchRow(models.Model):
-    """A row of the project's, as the benchmark has it."""
+    """A business row, such as a project would write beside its events."""
 
     id = models.BigAutoField(primary_key=True)
     key = models.TextField()
@@ -35,16 +35,16 @@ class BenchRow(models.Model):
 
     class Meta:
         app_label = "spark_outbox"
-        apps = Apps()  # not the project's: no migration is to be made of it
+        apps = Apps()  # not the project's: makemigrations must not see it
         db_table = "spark_bench_row"
-        managed = False  # it is only ever in a scratch database
+        managed = False  # it exists only in scratch databases
 
     def __str__(self) -> str:
         return self.key
 
 
 class Router:
-    """Lets migrations of spark_outbox into scratch databases, and instances out of them."""
+    """Allows no migrations in scratch databases but those of spark_outbox."""
 
     def allow_migrate(self, db: str, app_label: str, **_: Any) -> bool | None:
         return app_label == "spark_outbox" if db.endswith(SUFFIX) else None
@@ -61,7 +61,7 @@ class Scratch:
         self.alias = f"{connections[near].settings_dict['NAME']}{purpose}{SUFFIX}"
 
     def create(self, template: "Scratch | None" = None) -> None:
-        """Create it anew, as a copy of `template` if there is one."""
+        """Create it, as a copy of `template` if there is one. Drops an older one first."""
         self.drop()
         if template is not None:
             connections[template.alias].close()
@@ -103,7 +103,7 @@ class Scratch:
 
 @contextmanager
 def scratch(near: str = DEFAULT_DB_ALIAS) -> Iterator[Scratch]:
-    """Make the benchmark's first database; drop it, and those that an earlier one left behind.
+    """Create the benchmark's main database. Drop all scratch databases before and after.
 
     Raises SparkOutboxError if another benchmark is running, or the user may not create databases.
     """
@@ -122,8 +122,8 @@ def scratch(near: str = DEFAULT_DB_ALIAS) -> Iterator[Scratch]:
         if getattr(error.__cause__, "sqlstate", None) != "42501":
             raise
         raise SparkOutboxError(
-            f"spark_bench works in a database of its own, and may not create one: {error}"
-            "Grant it: ALTER ROLE … CREATEDB; or name another server's alias with --database."
+            f"spark_bench needs a database of its own, but its user may not create one: {error}"
+            "Grant it: ALTER ROLE … CREATEDB; or choose another server's alias with --database."
         ) from error
     finally:
         with suppress(ProgrammingError):
@@ -134,7 +134,7 @@ def scratch(near: str = DEFAULT_DB_ALIAS) -> Iterator[Scratch]:
 
 
 def drop_all(near: str) -> None:
-    """Drop the scratch databases of `near`: also those of a benchmark that was killed."""
+    """Drop the scratch databases of `near`, also those that a killed benchmark left behind."""
     name = str(connections[near].settings_dict["NAME"])
     with connections[near].cursor() as cursor:
         cursor.execute(

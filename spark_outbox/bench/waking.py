@@ -1,4 +1,4 @@
-"""How soon a worker has an event; and what it costs while there is none."""
+"""Measures how soon a worker gets an event, and the cost of a worker that has none."""
 
 import os
 import select
@@ -31,13 +31,13 @@ NOW = struct.Struct("d")
 
 
 class Moments:
-    """Numbers that a child process notes, for its parent to read: moments, as all share a clock."""
+    """Numbers, such as times, that a child process writes for its parent. Both use the same clock."""
 
     def __init__(self) -> None:
         self._read, self._write = os.pipe()
 
     def note(self, *_: object) -> None:
-        """Note that it is now."""
+        """Write the current time."""
         self.tell(time.monotonic())
 
     def tell(self, seconds: float) -> None:
@@ -51,7 +51,7 @@ class Moments:
         return number
 
     def all(self) -> list[float]:
-        """Return those that have not been read."""
+        """Return all numbers that have not been read yet."""
         found = []
         while self._has_more(0):
             found.append(self.next())
@@ -80,7 +80,7 @@ def latency(bench: Bench) -> list[Figure]:
     count = bench.size(400)
 
     def emit_slowly(arrivals: Moments) -> tuple[float, float]:
-        """Commit 20 events a second; return p50 and p99 of the milliseconds that they took."""
+        """Commit 20 events a second; return p50 and p99 of their latency in milliseconds."""
         alias, found = bench.scratch.alias, []
         for _ in range(count):
             time.sleep(0.05)
@@ -164,7 +164,7 @@ def latency_loaded(bench: Bench) -> list[Figure]:
                     due = int((number + 1) * tick * rate)
                     fill_bare(bench, due - emitted)
                     emitted = due
-                    found += arrivals.all()  # lest the worker wait for room in the pipe
+                    found += arrivals.all()  # so that the pipe never blocks the worker
                     time.sleep(max(0.0, started + (number + 1) * tick - time.monotonic()))
                 found += [arrivals.next() for _ in range(emitted // 20 - len(found))]
         return percentile(found, 0.99) * 1000
@@ -209,7 +209,7 @@ def takeover(bench: Bench) -> list[Figure]:
 
 @measure
 def idle(bench: Bench) -> list[Figure]:
-    """What a worker that sleeps asks of the server, and of the processor, in a minute."""
+    """The statements and the processor time of a sleeping worker in a minute."""
     seconds, poll_interval = bench.seconds(30), bench.seconds(5)
 
     def asleep() -> tuple[float, float]:
@@ -243,7 +243,7 @@ def idle(bench: Bench) -> list[Figure]:
 
 
 def processor_seconds(pid: int) -> float:
-    """Return the seconds of processor time that a process has used; 0 if the system does not tell."""
+    """Return the seconds of processor time that a process has used; 0 if the system has no /proc."""
     if not PROC.exists():
         return 0.0
     fields = PROC.joinpath(str(pid), "stat").read_text().rpartition(")")[2].split()

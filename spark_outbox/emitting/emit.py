@@ -41,16 +41,15 @@ def emit(
 ) -> Event | None:
     """Write one event in the current transaction; return it, or None if its key exists already.
 
-    Instead of a group and options it takes an Event, or a dict of the same names. Without a key it
-    gets a time-ordered UUID. `delay` is seconds or a timedelta, counted by the database's clock;
-    `available_at` an aware datetime. `using` is a database alias; the default is where the router
-    writes the outbox. `on_duplicate` says what an existing key means: "ignore"; "raise" DuplicateKey;
-    or "check", which raises it if the stored event has another group or payload.
+    Instead of a group and options, give an Event, or a dict with the same names. Without a key, the
+    event gets a time-ordered UUID. `delay` is seconds or a timedelta, counted by the database's clock;
+    `available_at` is an aware datetime. `using` is a database alias; by default the router chooses.
+    `on_duplicate` says what to do if the key exists: "ignore" the event; "raise" DuplicateKey; or
+    "check": raise it only if the stored event has another group or payload.
 
-    If another open transaction has written the same key, this waits for it to end. A duplicate
-    leaves the transaction as it was. Raises InvalidEvent, UnstorableValue or NotInTransaction before
-    anything is written. Raises IdCollision, and the transaction is rolled back, if another event has
-    the id.
+    Waits for the end of any open transaction that has written the same key. A duplicate does not abort
+    the transaction. Raises InvalidEvent, UnstorableValue or NotInTransaction before anything is written.
+    Raises IdCollision if another event has the same id; the transaction is then rolled back.
     """
     if isinstance(group, str):
         event = Event(
@@ -64,8 +63,7 @@ def emit(
         )
     elif not isinstance(group, Event | Mapping):
         raise InvalidEvent(
-            f"Give a group, which is text, or an Event or a dict, not {type(group).__name__}: "
-            f"{group!r:.100}."
+            f"Give a group (text), an Event or a dict, not {type(group).__name__}: {group!r:.100}."
         )
     else:
         options = (key, ordering_key, available_at, delay, headers)
@@ -86,12 +84,12 @@ def emit(
 
 
 def emit_many(events: Iterable[AnyEvent], using: str | None = None, chunk_size: int = CHUNK_SIZE) -> int:
-    """Write any number of events, `chunk_size` a statement; return how many were new.
+    """Write any number of events, `chunk_size` in each statement; return how many were new.
 
-    `events` is read as a stream. Their ids follow the order in which they come. A statement writes its
-    rows in the order of their keys, so two calls with the same keys wait for each other and don't
-    deadlock; calls of several chunks in long transactions may, if they come in different orders. Outside
-    a transaction each chunk is committed by itself. Raises what `emit` raises.
+    `events` is read as a stream; their ids follow its order. Each statement writes its rows in the order
+    of their keys: two statements with the same keys wait for each other, and can't deadlock. Two
+    transactions of several chunks still can, if their orders differ. Outside a transaction each chunk is
+    committed by itself. Raises the errors of `emit`.
     """
     if chunk_size < 1:
         raise ValueError(f"chunk_size must be 1 or more, not {chunk_size}.")
@@ -108,10 +106,10 @@ async def aemit(
     on_duplicate: OnDuplicate = "ignore",
     **options: Any,
 ) -> Event | None:
-    """Do what `emit` does, from async code, as Django's own async ORM methods do.
+    """Emit from async code: run `emit` in a thread, as Django's async ORM methods do.
 
-    Each await is a transaction of its own: if this one never happens, since the task is cancelled, a row
-    that was saved before has no event. The README says how to write both in one transaction.
+    Each await is a transaction of its own. If the task is cancelled between two of them, a row can be
+    saved without its event. The README says how to write both in one transaction.
     """
     with _cure_for_async_code():
         return await sync_to_async(emit)(group, key, using=using, on_duplicate=on_duplicate, **options)
@@ -122,7 +120,7 @@ async def aemit_many(
     using: str | None = None,
     chunk_size: int = CHUNK_SIZE,
 ) -> int:
-    """Do what `emit_many` does, from async code; `events` may be an async iterable, too."""
+    """Emit from async code, as `emit_many` does; `events` may be an async iterable, too."""
     emit_chunk = sync_to_async(partial(emit_many, using=using, chunk_size=chunk_size))
     with _cure_for_async_code():
         if not isinstance(events, AsyncIterable):
@@ -163,7 +161,7 @@ def write(rows: Sequence[NewRow], *, using: str) -> int:
 
 
 def _meet_duplicate(row: NewRow, on_duplicate: OnDuplicate, using: str) -> None:
-    """Do what `on_duplicate` says about a row that was not written; raise IdCollision if it is none."""
+    """Apply `on_duplicate` to a row that was not written; raise IdCollision if its key is not there."""
     if on_duplicate == "check" and emitting.is_same(row, using=using):
         return
     with _uncommittable_if_lost(using):
@@ -172,14 +170,14 @@ def _meet_duplicate(row: NewRow, on_duplicate: OnDuplicate, using: str) -> None:
         raise DuplicateKey(f"There is an event with the key {row.key!r} already.")
     if on_duplicate == "check":
         raise DuplicateKey(
-            f"The event with the key {row.key!r} has another group or payload. A key must tell "
-            "everything apart that shall be handled apart."
+            f"The event with the key {row.key!r} has another group or payload. Give each event "
+            "that must be handled separately a key of its own."
         )
 
 
 @contextmanager
 def _uncommittable_if_lost(using: str) -> Iterator[None]:
-    """Have Django roll back the innermost atomic() after an IdCollision, as after its own errors."""
+    """Make Django roll back the innermost atomic() after an IdCollision, as after a database error."""
     try:
         yield
     except IdCollision:
@@ -189,11 +187,11 @@ def _uncommittable_if_lost(using: str) -> Iterator[None]:
 
 
 events_committed = Signal()
-"""Sent with `using` after a transaction that has emitted, with DISPATCH = "on_commit" alone."""
+"""Sent, with `using`, after a transaction that emitted has committed, if DISPATCH is "on_commit"."""
 
 
 def _announce(using: str) -> None:
-    """Have new events handled in this process after the commit, once, if the settings say so."""
+    """With DISPATCH = "on_commit", send `events_committed` once, after the commit."""
     if conf.current().DISPATCH != "on_commit":
         return
     hooks = transaction.get_connection(using).run_on_commit
@@ -209,26 +207,27 @@ def _writable(using: str | None) -> str:
     connection = transaction.get_connection(alias)
     if connection.vendor != "postgresql":
         raise NotMigrated(
-            f"Database {alias!r} is {connection.vendor}, and the outbox needs PostgreSQL: name another "
-            "one, by using=… or a router's db_for_write()."
+            f"Database {alias!r} is {connection.vendor}, and the outbox needs PostgreSQL: choose "
+            "another database by using=… or a router's db_for_write()."
         )
     if conf.current().REQUIRE_ATOMIC and not connection.in_atomic_block:
         raise NotInTransaction(
-            f"emit() outside a transaction on database {alias!r}, and SPARK_OUTBOX['REQUIRE_ATOMIC'] "
-            "is set: put it and the change it tells of into one `with transaction.atomic():`."
+            f"emit() was called outside a transaction on database {alias!r}, and "
+            "SPARK_OUTBOX['REQUIRE_ATOMIC'] is set: put emit() and the change that it reports into one "
+            "`with transaction.atomic():`."
         )
     return alias
 
 
 @contextmanager
 def _cure_for_async_code() -> Iterator[None]:
-    """Have NotInTransaction say how to have a transaction in async code."""
+    """Add to NotInTransaction how to open a transaction in async code."""
     try:
         yield
     except NotInTransaction as error:
         raise NotInTransaction(
-            f"{error} Django has no async atomic(): put that block into a function that is not async, "
-            "and await it by sync_to_async(function)(…)."
+            f"{error} Django has no async atomic(): move that block into a plain function, and call "
+            "it with await sync_to_async(function)(…)."
         ) from None
 
 

@@ -1,4 +1,4 @@
-"""Let the registered sources speak: on every save, and in a sweep over all instances of a model."""
+"""Emits the events of registered sources: on every save, and in sweeps over a model's instances."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ from spark_outbox.store.emitting import NewRow
 def emit_on_save(sender: type[Model], instance: Model, using: str, raw: bool = False, **_: Any) -> None:
     """Receive post_save: emit what the model's sources yield, in the saver's transaction.
 
-    A fixture being loaded (`raw`) is left to the next sweep: what it refers to may be missing yet.
+    Fixtures (`raw`) are left to the next sweep: rows that they refer to may not be loaded yet.
     """
     if raw:
         return
@@ -26,10 +26,11 @@ def emit_on_save(sender: type[Model], instance: Model, using: str, raw: bool = F
 
 
 def sources_of(model: type[Model]) -> list[tuple[SourceFunction, type[Model]]]:
-    """Return the sources that speak for instances of `model`, once each, and as what each sees them.
+    """Return the sources of `model`, each once, with the model as whose instance it gets a row.
 
-    The sources of its bases speak, too, and first. They see an instance as the model whose sweep meets
-    the same row: the one that the source is registered for; if that is abstract, the first below it.
+    Sources of base classes are included, and come first. A source gets a row as an instance of the model
+    that is swept for it: the one that it is registered for or, if that is abstract, the first concrete
+    one below it.
     """
     found: list[tuple[SourceFunction, type[Model]]] = []
     for base in reversed(model.__mro__):
@@ -40,8 +41,8 @@ def sources_of(model: type[Model]) -> list[tuple[SourceFunction, type[Model]]]:
 
 
 def swept_models() -> dict[type[Model], list[SourceFunction]]:
-    """Return the models whose sweep meets each row that has a source, and the sources of each: every
-    row is met once by every source, those of a child's table with their parent's."""
+    """Return the models to sweep and the sources of each, so that each source gets each row once. Rows
+    of a child's table are swept with their parent's."""
     models: dict[type[Model], list[SourceFunction]] = {}
     for base in registry.sources:
         concrete = apps.get_models() if base._meta.abstract else [base]
@@ -52,15 +53,15 @@ def swept_models() -> dict[type[Model], list[SourceFunction]]:
 
 
 def _first_concrete(model: type[Model], base: type[Model]) -> type[Model]:
-    """Return what is nearest to `base` of `model` and its own bases, and is not abstract."""
+    """Return the concrete class that is nearest to `base`, among `model` and its bases."""
     below: list[type[Model]] = [each for each in model.__mro__ if issubclass(each, base)]
     return [each for each in below if not each._meta.abstract][-1]
 
 
 def _as(model: type[Model], instance: Model, using: str) -> Model:
-    """Return the instance; or its parent of class `model`, if that has another key.
+    """Return the instance; or its parent of class `model`, if that has another primary key.
 
-    A source makes its keys of the instance's, and they must be the same in a sweep of `model`.
+    Sources build event keys from the primary key, so it must be the same as in a sweep of `model`.
     """
     pk = getattr(instance, model._meta.pk.attname)
     if pk == instance.pk:
@@ -70,7 +71,7 @@ def _as(model: type[Model], instance: Model, using: str) -> Model:
 
 @dataclass(slots=True)
 class Sweep:
-    """What a sweep has done so far."""
+    """The counts of a sweep so far."""
 
     instances: int = 0
     events: int = 0
@@ -87,10 +88,10 @@ def sweep(
     dry_run: bool,
     on_error: Callable[[Model, SourceFunction, Exception], None],
 ) -> Iterator[Sweep]:
-    """Send every instance of `model` through `sources`; yield the count after each chunk.
+    """Pass every instance of `model` to `sources`; yield the counts after each chunk.
 
-    Holds one chunk in memory, and no transaction or cursor open between chunks. What one instance
-    does wrong goes to `on_error` and costs only that instance's events of that source.
+    Keeps one chunk in memory, and no transaction or cursor open between chunks. The exception of one
+    call goes to `on_error`, and costs only the events of that call.
     """
     count = Sweep()
     known = sources_of(model)
@@ -115,7 +116,7 @@ def sweep(
 
 
 def _chunks(model: type[Model], using: str, size: int) -> Iterator[list[Model]]:
-    """Page through all instances by primary key: no cursor or snapshot that outlives a chunk."""
+    """Page through all instances by primary key, so that no cursor or snapshot outlives a chunk."""
     queryset = model._default_manager.using(using).order_by("pk")
     chunk = list(queryset[:size])
     while chunk:

@@ -1,7 +1,7 @@
-"""Decode the JSON text of the payload column, as encoding.py has written it.
+"""Decodes the JSON text of the payload column, as written by encoding.py.
 
-Runs no SQL: References fetch the model instances. The text may come from elsewhere, so nothing in it is
-trusted: whatever `dump` could not have written raises UnreadablePayload.
+Runs no SQL: References fetch the model instances. Other programs may write the column, too, so no text
+is trusted: if `dump` could not have written it, it raises UnreadablePayload.
 """
 
 import base64
@@ -25,17 +25,17 @@ MAX_DIGITS = 4300
 """The most digits of an integer that Python reads; see sys.set_int_max_str_digits()."""
 
 MAX_STORED = 32 * 2**20
-"""The most bytes of jsonb that are read. It takes up to six times the room of its text."""
+"""The most bytes of a jsonb value that are read. It takes up to six times the bytes of its text."""
 
 Text = str | Callable[[], str]
-"""JSON text as it was claimed; or a function that fetches it, if it is large."""
+"""JSON text; or, if it is large, a function that fetches it."""
 
 Resolve = Callable[[Any, Any, Any], Any]
-"""Takes the label, the key and the alias of a model reference; returns the value in its place."""
+"""Takes the label, the key and the alias of a model reference; returns the value that replaces it."""
 
 
 class LazyPayload(Mapping[str, Any]):
-    """A stored payload: parsed at first access, each top-level value decoded when it is asked for.
+    """A stored payload, parsed at first access. Each top-level value is decoded when it is read.
 
     Raises UnreadablePayload if the text is not an object that `dump` could have written. `root` is
     "payload" or "headers", for the error.
@@ -65,14 +65,14 @@ class LazyPayload(Mapping[str, Any]):
         return len(self._parsed())
 
     def copy(self) -> "LazyPayload":
-        """Return a copy: its reader shares no decoded value with ours."""
+        """Return a copy that shares no decoded values with this one."""
         new = copy.copy(self)
         new._values = {}
         new._gone = {}
         return new
 
     def load(self) -> None:
-        """Decode everything now. A value whose instance is gone still says so when it is asked for."""
+        """Decode everything now. An instance that is gone raises InstanceGone only when it is read."""
         for name in self._parsed():
             try:
                 self._values[name] = self._read(self._parsed()[name])
@@ -80,20 +80,20 @@ class LazyPayload(Mapping[str, Any]):
                 self._gone[name] = error
 
     def check(self) -> None:
-        """Raise UnreadablePayload if it can't be decoded; fetches none of the instances."""
+        """Raise UnreadablePayload if it can't be decoded. Fetches no instances."""
         for value in self._parsed().values():
             self._decode(value, locate)
 
     def start_over(self) -> None:
-        """Drop the decoded values, so that the next reader does not see what another changed in them."""
+        """Drop the decoded values, so that the next reader does not see another's changes to them."""
         if self._values:
             self._values = {}
 
     def keys_of(self, label: str, alias: str) -> Iterator[Any]:
         """Yield the primary keys of the model `label` that this payload refers to.
 
-        Skips keys that can't be read, as their own event will raise the error; and a large payload
-        that has not been fetched yet.
+        Skips keys that can't be read: their own event will raise the error. Yields none if the payload
+        is large and has not been fetched yet.
         """
         if self._document is None and not isinstance(self._text, str):
             return
@@ -109,7 +109,7 @@ class LazyPayload(Mapping[str, Any]):
                 raise UnreadablePayload(f"The {self._root} can't be parsed: {error}") from error
             if not isinstance(document, dict):
                 kind = _KINDS[type(document)]
-                raise UnreadablePayload(f"The {self._root} must be an object in JSON, and not {kind}.")
+                raise UnreadablePayload(f"The {self._root} must be an object in JSON, not {kind}.")
             self._document = document
         return self._document
 
@@ -127,9 +127,9 @@ class LazyPayload(Mapping[str, Any]):
 
 
 def is_simple(text: Text) -> bool:
-    """Return whether a stored payload needs no check before its handler is called. Most need none.
+    """Return whether a stored payload needs no check before its handler is called, as most do.
 
-    It is an object without a tag, without a number that is too long for Python, and not too deep.
+    Such a payload is an object that has no tags, no numbers too long for Python, and is not too deep.
     """
     if not isinstance(text, str) or len(text) >= MAX_DIGITS or text[:1] != "{":
         return False
@@ -139,7 +139,7 @@ def is_simple(text: Text) -> bool:
 
 
 def decode(value: Any, resolve: Resolve) -> Any:
-    """Reverse `encode`. Raises UnreadablePayload, and whatever `resolve` raises."""
+    """Reverse `encode`. Raises UnreadablePayload, and the errors of `resolve`."""
     if isinstance(value, list):
         return [decode(item, resolve) for item in value]
     if not isinstance(value, dict):
@@ -174,7 +174,7 @@ def _decode_tag(tag: Any, content: list[Any], resolve: Resolve) -> Any:
 
 @cache
 def zones() -> frozenset[str]:
-    """Return the names of this machine's time zones. ZoneInfo opens files, so it gets no other."""
+    """Return the names of this machine's time zones. ZoneInfo opens files: give it no other name."""
     return frozenset(available_timezones())
 
 

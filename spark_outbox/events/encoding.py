@@ -1,4 +1,4 @@
-"""Encode Python values as the JSON text of the payload column. Runs no SQL.
+"""Encodes Python values as the JSON text of the payload column. Runs no SQL.
 
 A value that JSON lacks becomes an object with the one key "$":
 
@@ -8,8 +8,8 @@ A value that JSON lacks becomes an object with the one key "$":
 
 A user's dict that has a key "$", or a key that JSON would change (5 would come back as "5"), is written
 as its pairs, {"$": ["dict", [[key, value], …]]}. So no stored value can be mistaken for one of our tags.
-jsonb keeps numbers as decimals: a float that would come back as an int is tagged, too, as is a negative
-zero, and text with a NUL or a lone surrogate, which jsonb refuses.
+jsonb keeps numbers as decimals, so a float that would come back as an int is tagged, too, and so is a
+negative zero. Text with a NUL or a lone surrogate is tagged, because jsonb refuses it.
 """
 
 import base64
@@ -31,10 +31,10 @@ from spark_outbox.errors import UnstorableValue
 TAG = "$"
 MAX_DEPTH = 100
 MAX_TEXT = 5 * 2**20
-"""Characters of JSON that a payload, or the headers, may have when they are emitted."""
+"""The most characters of JSON that emit() accepts for a payload, or for the headers."""
 
-# Where a value stands: its parent's place, its key or index there, and its depth. Only an error
-# turns it into text, so that the good case pays for no formatting.
+# The position of a value: its parent's place, its key or index in the parent, and its depth. It is
+# formatted only for an error, so that the good case does not pay for it.
 Place = tuple["Place | None", Any, int]
 Encoder = Callable[[Any, Place], Any]
 
@@ -49,14 +49,14 @@ def dump(values: Mapping[str, Any], *, root: str = "payload") -> str:
     text = json.dumps(document, separators=(",", ":"), allow_nan=False)
     if len(text) > MAX_TEXT:
         raise UnstorableValue(
-            f"{len(text):,} characters of JSON are too many for the {root}: the most is {MAX_TEXT:,}. "
-            "Store what is large in a table or file of its own, and emit its key."
+            f"The {root} has {len(text):,} characters of JSON; the most is {MAX_TEXT:,}. "
+            "Store large values in a table or file of their own, and emit a key."
         )
     return text
 
 
 def encode(value: Any, place: Place) -> Any:
-    """Return `value` in terms that json.dumps takes and jsonb returns unchanged."""
+    """Return `value` in a form that json.dumps accepts and jsonb returns unchanged."""
     encoder = _ENCODERS.get(type(value)) or _find_encoder(value, place)
     return encoder(value, place)
 
@@ -117,7 +117,7 @@ def _dict(value: Mapping[Any, Any], place: Place) -> Any:
 
 def _deeper(place: Place) -> int:
     depth = place[2] + 1
-    if depth > MAX_DEPTH:  # what can be written can be read, whatever the stack looks like then
+    if depth > MAX_DEPTH:  # a payload that was written can be read, even deep in a stack
         raise UnstorableValue(
             f"The payload is nested more than {MAX_DEPTH} levels deep, or contains itself. "
             "Store an identifier instead."
@@ -163,7 +163,7 @@ def _instance(value: models.Model, place: Place) -> Any:
     key = value.pk
     if key is None or (isinstance(key, tuple) and None in key) or value._state.adding:
         raise _refuse(place, f"is an unsaved {value._meta.label}", "Call its save() before emit()")
-    # Where it is written is where it is current: with a read replica, the primary.
+    # Its current row is in the database that it is written to: not in a read replica.
     alias = router.db_for_write(type(value), instance=value)
     return {TAG: ["model", value._meta.label_lower, encode(key, place), alias]}
 
@@ -221,7 +221,7 @@ _FALLBACKS: tuple[tuple[Any, Encoder], ...] = (
 
 
 def _find_encoder(value: Any, place: Place) -> Encoder:
-    # isinstance() sees through Django's lazy objects, such as request.user, by __class__.
+    # isinstance() looks at __class__, so it sees through Django's lazy objects, such as request.user.
     for kind, encoder in _FALLBACKS:
         if isinstance(value, kind):
             return encoder

@@ -1,4 +1,4 @@
-"""Event: what sources yield, what emit() returns, what handlers get."""
+"""Event: sources yield it, emit() returns it, handlers get it."""
 
 import copy
 import datetime as dt
@@ -18,7 +18,7 @@ from spark_outbox.events.encoding import is_plain_text
 from spark_outbox.events.references import References
 
 MAX_LENGTH = 255
-"""Characters that a group, a key or an ordering key may have; the table checks it as well."""
+"""The most characters of a group, a key or an ordering key. The table checks it as well."""
 
 
 NO_HEADERS: Mapping[str, Any] = MappingProxyType({})
@@ -39,16 +39,15 @@ class StoredRow(NamedTuple):
     created: int
     """Microseconds since 1970."""
     available_at: dt.datetime | None
-    """Like `created` within the years that Python knows, whatever the row says."""
+    """Like `created`, moved into the years that Python supports."""
 
 
 class Event(Mapping[str, Any]):
-    """A group, a unique key, and the payload: everything else it was given, by name.
+    """A group, a unique key, and a payload: all other values, by name.
 
-    `event["name"]` and `event.get("name")` look at group, key and the payload; `event.name` looks
-    at the event's own attributes first. Without a key it gets a time-ordered UUID. Its `id` (0
-    until then) and `created_at` are set when it is stored; `attempt` is 1 for the first. Events
-    compare by identity.
+    `event["name"]` and `event.get("name")` look at group, key and payload; `event.name` looks at the
+    event's own attributes first. Without a key, it gets a time-ordered UUID. `id` (0 before) and
+    `created_at` are set when it is stored. `attempt` counts from 1. Events compare by identity.
 
     Raises InvalidEvent for a group or key that the table would refuse.
     """
@@ -101,11 +100,11 @@ class Event(Mapping[str, Any]):
         self._created_at: dt.datetime | int | None = None
         self.attempt = 1
         self.is_simple = True
-        """There is nothing to `check` in what a stored event was given."""
+        """Whether payload and headers need no `check` before a handler is called."""
 
     @classmethod
     def from_row(cls, row: StoredRow, references: References) -> "Event":
-        """Return a stored event; its payload is parsed when a handler first looks at it."""
+        """Return a stored event, whose payload is parsed at first access."""
         event = cls.__new__(cls)
         (
             event.id,
@@ -135,7 +134,7 @@ class Event(Mapping[str, Any]):
 
     @property
     def payload(self) -> Mapping[str, Any]:
-        """What it was given by name."""
+        """The values that the event was given by name, without its options."""
         if self._payload is None:
             self._payload = LazyPayload(self._text, self._references or References())
         return self._payload
@@ -149,7 +148,7 @@ class Event(Mapping[str, Any]):
         return self._created_at
 
     def is_stored_as(self, event_id: int, created: int) -> None:
-        """Note its id, and its time in microseconds, that the database gave it."""
+        """Set the id, and the time in microseconds since 1970, that the database has assigned."""
         self.id, self._created_at = event_id, created
 
     @classmethod
@@ -169,7 +168,7 @@ class Event(Mapping[str, Any]):
             raise InvalidEvent(f"This is no event: {error}") from error
 
     def copy(self) -> "Event":
-        """Return the stored event for another handler: what that one makes of its values is its own."""
+        """Return a copy of the stored event, for another handler. It shares no decoded values."""
         event = copy.copy(self)
         if isinstance(self._payload, LazyPayload):
             event._payload = self._payload.copy()
@@ -180,22 +179,22 @@ class Event(Mapping[str, Any]):
     def check(self) -> None:
         """Raise UnreadablePayload unless a stored event's payload and headers can be read.
 
-        Fetches nothing that they refer to; but themselves, if they are large.
+        Runs no query, except to load a payload or headers over 8 KB.
         """
         for part in (self.payload, self.headers):
             if isinstance(part, LazyPayload):
                 part.check()
 
     def load(self) -> None:
-        """Decode a stored event's payload and headers now, and fetch what they refer to."""
+        """Decode a stored event's payload and headers now, and fetch the instances in them."""
         for part in (self.payload, self.headers):
             if isinstance(part, LazyPayload):
                 part.load()
 
     def start_over(self) -> None:
-        """Forget what was read of a stored event: the next handler reads it anew."""
+        """Drop the decoded values of a stored event: the next handler decodes them again."""
         if self._payload is None and self.headers is NO_HEADERS:
-            return  # nothing was; this is asked before each call, and isinstance() takes its time
+            return  # nothing was decoded; this runs before each call, and isinstance() is slow
         if isinstance(self._payload, LazyPayload):
             self._payload.start_over()
         if isinstance(self.headers, LazyPayload):
@@ -242,7 +241,7 @@ def check_text(name: str, value: object) -> str:
 
 
 def time_ordered_key() -> str:
-    """Return a new UUID of version 7 (RFC 9562): its order is that of time, to the millisecond."""
+    """Return a new UUID of version 7 (RFC 9562). Such keys sort by time, to the millisecond."""
     milliseconds = time.time_ns() // 1_000_000
     random_bits = int.from_bytes(os.urandom(10)) & ~(0xF << 76) & ~(0b11 << 62)
     return str(uuid.UUID(int=milliseconds << 80 | 0x7 << 76 | 0b10 << 62 | random_bits))

@@ -1,4 +1,4 @@
-"""References in payloads -> model instances, fetched for a whole batch at once."""
+"""Turns references in payloads into model instances, fetched for a whole batch at once."""
 
 import contextlib
 import copy
@@ -18,13 +18,13 @@ from django.db import connection, connections, models
 from spark_outbox.errors import InstanceGone, UnreadablePayload
 
 MOST_KEYS = 10_000
-"""So many rows of a model are fetched for a batch in advance: PostgreSQL takes 65,535 parameters."""
+"""The most rows of a model that one query fetches: PostgreSQL accepts 65,535 parameters."""
 
 Source = tuple[type[models.Model], str]
 
 KeysOf = Callable[[str, str], Iterator[Any]]
-"""Takes a model's label and an alias; yields the primary keys of the rows that a payload refers to, but
-for those that can't be read."""
+"""Takes a model's label and an alias; yields the primary keys that a payload refers to. Skips those that
+can't be read."""
 
 IMMUTABLE = frozenset(
     {type(None), bool, int, float, str, bytes, Decimal, uuid.UUID}
@@ -33,7 +33,7 @@ IMMUTABLE = frozenset(
 
 
 class Carrier(Protocol):
-    """An event, as far as this module is concerned."""
+    """The part of an event that this module uses."""
 
     @property
     def payload(self) -> Any:
@@ -43,10 +43,10 @@ class Carrier(Protocol):
 class References:
     """The model instances that a batch's payloads refer to: one query a model, at first access.
 
-    Every access hands out a copy of its own, so that what one handler does to an instance stays
-    with it. Instances of the database `using`, the worker's, are kept for the batch. After a statement
-    that may have changed a model's table they are fetched again, each when it is asked for; see
-    `forget`. Nobody sees what changes other databases, so their instances are not kept.
+    Each access returns a copy of its own, so that one handler does not see another's changes to an
+    instance. Instances in the database `using`, the worker's, are kept for the batch. After a statement
+    that may have changed a model's table they are dropped (see `forget`), and fetched again one by one.
+    Changes of other databases go unseen, so their instances are not kept.
     """
 
     def __init__(self, using: str | None = None) -> None:
@@ -58,25 +58,26 @@ class References:
         self._events += events
 
     def close(self) -> None:
-        """End the batch: an event that somebody kept is fetched for alone from now on."""
+        """End the batch. An event that is still in use fetches its own instances from now on."""
         self._using = None
         self._events.clear()
         self._kept.forget()
 
     def get(self, label: str, pk: Any, alias: str, *, beside: "Fetched") -> models.Model:
-        """Return the row as it is now. Raises InstanceGone, or UnreadablePayload for no such model.
+        """Return the row as it is now. Raises InstanceGone, or UnreadablePayload for an unknown model.
 
-        What is not kept for the batch is left to `beside`, which lasts as long as the reading of one
-        value.
+        Instances that are not kept for the batch come from `beside`, which lasts while one value is
+        decoded.
         """
         source, pk = locate(label, pk, alias)
         return (self._kept if source[1] == self._using else beside).get(source, pk)
 
     def forget(self, sql: str | None = None) -> None:
-        """Drop the instances that a statement on the worker's connection may have changed: those whose
-        tables it names, unless it only reads; or all, if it calls what may write anything.
+        """Drop the instances that a statement on the worker's connection may have changed.
 
-        What a trigger or a foreign key's cascade changes in other tables goes unnoticed.
+        These are the instances of the tables that it names, unless it only reads; or all instances, if
+        it calls a function that may write anything. Changes that triggers or cascades make in other
+        tables go unnoticed.
         """
         self._kept.forget(sql)
 
@@ -86,7 +87,7 @@ class References:
 
 
 class Fetched:
-    """Rows, fetched together with those of the same model that `keys_of` yields."""
+    """Fetched rows. The first row of a model is fetched together with all that `keys_of` yields."""
 
     def __init__(self, keys_of: KeysOf) -> None:
         self._keys_of = keys_of
@@ -111,11 +112,11 @@ class Fetched:
             return copy.copy(instance)
         try:
             return copy.deepcopy(instance)
-        except Exception:  # noqa: BLE001, what can't be copied is handed out once, and fetched again
+        except Exception:  # noqa: BLE001, it can't be copied: return it once, and fetch it again
             return rows.pop(pk)[0]
 
     def forget(self, sql: str | None = None) -> None:
-        """Drop what `sql` may have changed; everything without it."""
+        """Drop the rows that `sql` may have changed; without it, all rows."""
         if not self._rows:
             return
         sql = "" if sql is None else sql.replace('"', "").lower()
@@ -130,23 +131,23 @@ class Fetched:
     def _others(self, source: Source) -> Iterator[Any]:
         model, alias = source
         for pk in self._keys_of(model._meta.label_lower, alias):
-            # What is wrong with another key is for the event to say that has it.
+            # Another event's bad key raises when that event is read.
             with contextlib.suppress(UnreadablePayload):
                 yield _key(model, pk)
 
 
 class Row(NamedTuple):
-    """A fetched row, which nobody may change."""
+    """A fetched row. It is never changed; readers get copies."""
 
     instance: models.Model
     is_flat: bool
-    """A shallow copy shares nothing with it that could be changed."""
+    """Whether a shallow copy shares no mutable value with it."""
 
 
 def locate(label: Any, pk: Any, alias: Any) -> tuple[Source, Any]:
-    """Return where the instance is, and its key as the model's own rows have it; runs no query.
+    """Return the model and alias of a reference, and its key in the model's own type. Runs no query.
 
-    Raises UnreadablePayload if no row can be meant.
+    Raises UnreadablePayload if there can be no such row.
     """
     model = _model(label)
     return (model, _alias(alias)), _key(model, pk)
@@ -165,7 +166,7 @@ def _is_flat(row: models.Model) -> bool:
     )
 
 
-# What is followed by a parenthesis: the table of an INSERT, or a name, perhaps a function's.
+# A word before a parenthesis: the table of an INSERT, or a name, perhaps of a function.
 _CALLED = re.compile(r"\binto\s+[\w.]+\s*\(|\b(\w+)\s*\(")
 # Keywords, and functions that only compute.
 _HARMLESS = frozenset(
@@ -183,7 +184,7 @@ _HARMLESS = frozenset(
     """.split()  # noqa: SIM905
 )
 _ANYTHING = ("rollback", "do", "execute")
-"""How a statement begins that changes what it does not name."""
+"""The first words of statements that may change tables that they do not name."""
 
 
 def _changes_anything(sql: str) -> bool:
@@ -201,7 +202,7 @@ def _bare(table: str) -> str:
 
 def _model(label: Any) -> type[models.Model]:
     try:
-        return apps.get_model(label)  # looks among the installed ones, and imports nothing
+        return apps.get_model(label)  # looks at installed models only, and imports nothing
     except (LookupError, ValueError, AttributeError):
         raise UnreadablePayload(
             f"The payload refers to the model {label!r:.100}, which is not installed here."
@@ -215,7 +216,7 @@ def _alias(alias: Any) -> str:
 
 
 def _key(model: type[models.Model], pk: Any) -> Any:
-    """Return `pk` as the model's own rows have it. Raises UnreadablePayload if none can."""
+    """Return `pk` in the model's own type. Raises UnreadablePayload if no row can have it."""
     fields = model._meta.pk_fields
     try:
         parts = zip(fields, pk if len(fields) > 1 else (pk,), strict=True)
@@ -228,11 +229,11 @@ def _key(model: type[models.Model], pk: Any) -> Any:
 
 
 def _clean(field: Any, value: Any) -> Any:
-    """Return the value of a column; raise if PostgreSQL could not compare it with those of rows.
+    """Return `value` in the type of a column; raise if PostgreSQL could not compare it with that column.
 
-    A field's validators and choices are for forms: there may be rows that they would refuse.
+    A project's own validators and choices are not applied: they are for forms; rows may violate them.
     """
-    while field.remote_field:  # a key that is a foreign key: the field that it holds the value of
+    while field.remote_field:  # the key is a foreign key: take the field that it refers to
         field = field.target_field
     if isinstance(value, Decimal) and not isinstance(field, models.DecimalField):
         raise TypeError("It is a Decimal.")  # int(Decimal("1e999999999")) would not return

@@ -1,4 +1,4 @@
-"""What the commands share: one sentence, and an exit code that says so, for what no restart can mend."""
+"""The base of the commands: an error is one sentence; EX_CONFIG means that a restart can't help."""
 
 import os
 from typing import Any
@@ -11,7 +11,7 @@ from spark_outbox.errors import SettingsError, SparkOutboxError
 
 
 class OutboxCommand(BaseCommand):
-    """A command on an outbox. Errors are sentences; what is wrong in settings exits with EX_CONFIG."""
+    """A command on an outbox. Errors of the configuration exit with EX_CONFIG."""
 
     def check(self, *arguments: Any, **options: Any) -> None:
         try:
@@ -27,14 +27,14 @@ class OutboxCommand(BaseCommand):
             raise CommandError(str(error), returncode=os.EX_CONFIG) from error
 
     def settings(self) -> conf.Settings:
-        """Return the settings for the options' defaults; if they are wrong, `execute` will say so."""
+        """Return the settings, for the options' defaults. If they are invalid, `execute` reports it."""
         try:
             return conf.current()
         except SettingsError:
             return conf.Settings()
 
     def check_database(self, alias: str) -> None:
-        """Raise CommandError if there can be no outbox in the database."""
+        """Raise CommandError if the database can't hold an outbox."""
         if alias not in connections:
             known = ", ".join(connections)
             raise CommandError(f"DATABASES has no {alias!r}; it has {known}.", returncode=os.EX_CONFIG)

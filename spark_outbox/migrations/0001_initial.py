@@ -82,7 +82,7 @@ class Migration(migrations.Migration):
                     ),
                 ],
                 # Each kind of event is claimed from an index of its own, which holds no other kind.
-                # With the id, due events are read piece by piece even if many share one time.
+                # The id lets a claim of due events go on where the last one ended, within one time.
                 "indexes": [
                     models.Index(
                         name="spark_outbox_event_ready",

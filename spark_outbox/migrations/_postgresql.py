@@ -1,7 +1,7 @@
-"""Operations that run the SQL of sql/ on PostgreSQL alone.
+"""Operations that run the SQL files of sql/, on PostgreSQL alone.
 
-A project may have other databases. The outbox is not created there: Django passes over its tables, whose
-models have `required_db_vendor`, and RunSQL passes over the rest.
+A project may have other databases. The outbox is not created there: Django skips its tables, because
+their models have `required_db_vendor`, and RunSQL skips the rest.
 """
 
 from pathlib import Path
@@ -14,7 +14,7 @@ SQL = Path(__file__).with_name("sql")
 
 
 class RunSQL(migrations.RunSQL):
-    """Django's RunSQL, which passes over the databases of other vendors."""
+    """Django's RunSQL, but it skips databases of other vendors."""
 
     def database_forwards(
         self, app_label: str, schema_editor: BaseDatabaseSchemaEditor, *states: Any

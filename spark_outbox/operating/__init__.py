@@ -1,1 +1,1 @@
-"""The functions that operators need. Commands are thin over them."""
+"""The functions behind the commands for operators."""

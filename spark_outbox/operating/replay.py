@@ -1,4 +1,4 @@
-"""Give past events to a handler: really, as new deliveries; or as a rehearsal that is rolled back."""
+"""Replays past events to a handler: as new deliveries, or in a rehearsal that is rolled back."""
 
 import re
 import traceback
@@ -24,14 +24,14 @@ NOT_DONE = {
     "running": "it is running: a handler is at work on it.",
     "failed": "it has failed, and is not done. To try it again, make it pending.",
     "unhandled": "no handler has matched it, so it is not done. A worker that has one will handle it.",
-    "discarded": "it was discarded, and is not done. To have it handled, make it pending.",
+    "discarded": "it was discarded, and is not done. To handle it, make it pending.",
 }
-"""Why an event in such a status is not replayed."""
+"""The reason why an event is not replayed, by its status."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Selection:
-    """Which done events: those that the handler matches, and that all of these let pass."""
+    """Selects the done events that match the handler and all other conditions."""
 
     handler: Handler
     group: str = ""
@@ -49,7 +49,7 @@ class Selection:
             yield [event_id for event_id, group in page if self.matches(group)]
 
     def left_out(self, *, using: str) -> dict[str, str]:
-        """Return those of the `keys` that are not selected, and for each the reason."""
+        """Return the `keys` that are not selected, each with the reason."""
         found = replaying.states_of_keys(list(self.keys), using=using) if self.keys else {}
         reasons = {}
         for key in self.keys:
@@ -66,7 +66,7 @@ class Selection:
         return reasons
 
     def groups(self) -> str:
-        """Return how a person may read the conditions on groups."""
+        """Describe the conditions on groups for a message."""
         handled = f"the handler's, {self.handler.pattern.pattern!r}"
         return f"{handled}, and --group {self.group!r}" if self.group else handled
 
@@ -75,10 +75,10 @@ class Selection:
 
 
 def replay(selection: Selection, registry: Registry, *, using: str) -> Iterator[int]:
-    """Owe the handler each selected event once more; yield how many after each chunk.
+    """Make each selected event pending for the handler; yield the total after each chunk.
 
-    The events' other handlers are noted as done, and not called again. Each chunk is committed, and
-    wakes the workers.
+    The deliveries of other handlers are stored as done, so these are not called again. Each chunk is
+    committed, and wakes the workers.
     """
     name = selection.handler.name
     total = 0
@@ -97,12 +97,12 @@ def replay(selection: Selection, registry: Registry, *, using: str) -> Iterator[
 
 @dataclass(slots=True)
 class Rehearsal:
-    """What would have happened."""
+    """The result of a rehearsal."""
 
     events: int = 0
     queries: int = 0
     failures: list[tuple[str, str]] = field(default_factory=list)
-    """Keys, and the tracebacks of what was raised."""
+    """The keys of events on which the handler failed, and the tracebacks."""
     rows: dict[str, int] = field(default_factory=dict)
     """Rows inserted, updated and deleted, by table."""
 
@@ -110,12 +110,12 @@ class Rehearsal:
 def rehearse(selection: Selection, *, using: str, limit: int) -> Rehearsal:
     """Call the handler with up to `limit` selected events, in one transaction that is rolled back.
 
-    What it does outside of this database, such as mails, happens.
+    Effects outside of this database, such as mails, are real.
     """
     done = Rehearsal()
     with transaction.atomic(using=using):
         if not selection.handler.atomic:
-            # It may begin durable transactions; as in a test, they nest in one that is rolled back.
+            # The handler may open durable transactions: let them nest in this one, as in a test.
             outermost: Any = connections[using].atomic_blocks[-1]
             outermost._from_testcase = True
         before = Counter(replaying.rows_written(using=using))
@@ -126,13 +126,13 @@ def rehearse(selection: Selection, *, using: str, limit: int) -> Rehearsal:
                     break
             done.rows = dict((Counter(replaying.rows_written(using=using)) - before).most_common())
         except TransactionLost:
-            pass  # it is among the failures; and nobody knows what was written
+            pass  # it is among the failures; the rows that were written are unknown
         transaction.set_rollback(True, using=using)
     return done
 
 
 def _rehearse(handler: Handler, ids: list[int], done: Rehearsal, using: str) -> None:
-    """Call the handler with some events. Raises TransactionLost if one ends the transaction."""
+    """Call the handler with some events. Raises TransactionLost if a call ends the transaction."""
     references = References(using)
     events = Event.from_rows(reading.events_by_id(ids, using=using), references)
     isolation = Isolation(using, references, strict=True, apart=None)
@@ -144,7 +144,7 @@ def _rehearse(handler: Handler, ids: list[int], done: Rehearsal, using: str) -> 
                 event.check()
                 copy_context().run(handler.call, event if handler.batch is None else [event])
                 isolation.end()
-            except Exception:  # noqa: BLE001, it is what a rehearsal is to report
+            except Exception:  # noqa: BLE001, a rehearsal reports it
                 done.failures.append((event.key, traceback.format_exc()))
                 isolation.undo()
 

@@ -1,1 +1,1 @@
-"""Worker processes and who looks after them. Nothing here asks the database."""
+"""Worker processes and their supervisor. Nothing here uses the database."""

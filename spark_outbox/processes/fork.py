@@ -1,4 +1,4 @@
-"""How a child process begins and ends, and how it and the supervisor hear of each other."""
+"""Starts and ends child processes, and holds the pipes between them and the supervisor."""
 
 import atexit
 import contextlib
@@ -11,19 +11,19 @@ from collections.abc import Callable, Iterator
 from typing import NoReturn
 
 STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-"""What stops the supervisor. A terminal sends the last two to the children as well."""
+"""The signals that stop the supervisor. A terminal sends the last two to the children as well."""
 
 SIGNALS = (*STOPS, signal.SIGCHLD)
 """Blocked around the fork: a child must not run the handlers of its parent."""
 
 READY = b"r"
-"""What a child that is ready writes to the supervisor's pipe: the number of no signal."""
+"""The byte that a ready child writes to the supervisor's pipe. No signal has this number."""
 
 
 class Pipes:
-    """One pipe wakes the supervisor: a byte per signal, and one per child that is ready.
+    """Two pipes. One wakes the supervisor, by a byte for each signal and for each child that is ready.
 
-    At the end of the other, the children know that the supervisor is gone.
+    The other one closes when the supervisor ends, which stops the children.
     """
 
     def __init__(self) -> None:
@@ -33,11 +33,11 @@ class Pipes:
             os.set_blocking(end, False)
 
     def receive_signals(self) -> None:
-        """Have each signal write a byte, from the moment that it comes."""
+        """Make each signal write a byte as soon as it arrives."""
         signal.set_wakeup_fd(self._wake_write, warn_on_full_buffer=False)
 
     def wait(self, seconds: float) -> bytes:
-        """Wait for bytes; return them, or none after so many seconds."""
+        """Wait for bytes, up to `seconds`; return them, or none."""
         if select.select([self._wake_read], [], [], max(0.0, seconds))[0]:
             return os.read(self._wake_read, 4096)
         return b""
@@ -45,13 +45,13 @@ class Pipes:
     # In a child
 
     def leave_parent(self) -> None:
-        """Give up, in a new process, what is the supervisor's alone."""
+        """In a new process, close and reset what belongs to the supervisor alone."""
         signal.set_wakeup_fd(-1)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         os.close(self._life_write)
 
     def follow_parent(self) -> None:
-        """Stop when the supervisor has ended, however it did."""
+        """Stop this process when the supervisor has ended, for whatever reason."""
         threading.Thread(target=self._follow, daemon=True).start()
 
     def _follow(self) -> None:
@@ -80,9 +80,9 @@ def signals_blocked() -> Iterator[None]:
 
 
 def be_process(work: Callable[[], int]) -> NoReturn:
-    """In a new process: do the work, and end as Python ends. Its exit code is 1 if it raises.
+    """In a new process, run `work`, and exit with the code that it returns, or with 1 if it raises.
 
-    Not by `sys.exit`: the frames below ours belong to the parent, and so do their `finally` blocks.
+    Does not use `sys.exit`: the calling frames, with their `finally` blocks, belong to the parent.
     """
     code = 1
     try:

@@ -1,4 +1,4 @@
-"""Guards a worker's calls: notes for others what is being called, and ends a call that takes too long.
+"""Guards a worker's calls: notes the current ones, and interrupts a call that takes too long.
 
 A worker calls `take_in_hand` and `start` before a handler, `stop` and `put_down` after it. Its guard is
 a Guard in the main thread of a process, and elsewhere an Unguarded.
@@ -12,48 +12,48 @@ from spark_outbox.errors import HandlerTimeout
 from spark_outbox.processes.slot import NEVER
 
 AGAIN = 1.0
-"""Seconds between further alarms, for a handler that catches the first."""
+"""Seconds between repeated alarms, for a handler that catches the first."""
 
 
 class Notes(Protocol):
-    """Where it is noted what is being called."""
+    """Holds notes of the current calls, and of the wait for the database."""
 
     def take_in_hand(self, *called: tuple[int, int]) -> None:
-        """Note pairs of an event's id and its handler's number, instead of what was noted before."""
+        """Note the current calls, as pairs of an event's id and its handler's number."""
 
     def put_down(self) -> None:
-        """Note that nothing is called, and that from now on the database has to answer."""
+        """Note that there is no current call, and start the answer timeout of the database."""
 
     def rest(self) -> None:
-        """Note that the database need not answer, until `put_down`."""
+        """Pause the answer timeout until `put_down()`."""
 
     def identify(self, session: int) -> None:
-        """Note the session that running deliveries of this worker bear."""
+        """Note the session that is stored in this worker's running deliveries."""
 
     def in_hand(self) -> list[tuple[int, int]]:
-        """Return what was taken in hand and not put down."""
+        """Return the current calls."""
 
 
 class SharedNotes(Notes, Protocol):
     """Notes that a supervisor reads, such as a Slot."""
 
     def end_by(self, deadline: float) -> None:
-        """Note when the call has to end, on the monotonic clock; NEVER lifts it."""
+        """Note the deadline of the current call, on the monotonic clock; NEVER means none."""
 
 
 class CallGuard(Notes, Protocol):
-    """What a worker needs of its guard."""
+    """The methods of a guard that a worker uses."""
 
     @property
     def is_watched(self) -> bool:
-        """Whether a supervisor reads the notes, and ends a worker that the database does not answer."""
+        """Whether a supervisor reads the notes, and kills a worker that gets no answer."""
 
     @property
     def interrupts(self) -> bool:
-        """Whether a call ends that outlasts its timeout, also if it makes no query."""
+        """Whether a call that exceeds its timeout is interrupted even if it runs no query."""
 
     def start(self, seconds: float) -> None:
-        """Raise HandlerTimeout in so many seconds, and again after that, until `stop`."""
+        """Raise HandlerTimeout after `seconds`, and repeatedly from then on, until `stop`."""
 
     def stop(self) -> None: ...
 
@@ -84,7 +84,7 @@ class OwnNotes:
 
 
 class _Noting:
-    """A guard's methods are those of its notes: each event calls some, so there is no call between."""
+    """Has the methods of its notes as its own. Some run for each event: a call in between would cost."""
 
     def __init__(self, notes: SharedNotes | None = None) -> None:
         self.is_watched = notes is not None
@@ -98,7 +98,7 @@ class _Noting:
 
 
 class Unguarded(_Noting):
-    """Ends no call: for threads, where no alarm rings, and for whoever drains by hand."""
+    """Interrupts no call: for threads, where no alarm rings, and for `drain()`."""
 
     interrupts = False
 
@@ -110,9 +110,9 @@ class Unguarded(_Noting):
 
 
 class Guard(_Noting):
-    """Ends calls by SIGALRM: in a process's main thread alone, and only between two steps of Python.
+    """Interrupts calls by SIGALRM: only in a process's main thread, and between two steps of Python.
 
-    Notes the deadline, too. So a supervisor can end code that takes no such step.
+    It notes the deadline, too. So a supervisor can kill a process that takes no such step.
     """
 
     interrupts = True
@@ -128,7 +128,7 @@ class Guard(_Noting):
         signal.setitimer(signal.ITIMER_REAL, seconds, AGAIN)
 
     def stop(self) -> None:
-        self._armed = False  # first: one may have rung that Python has not told us of yet
+        self._armed = False  # first: an alarm may wait for Python's next step
         signal.setitimer(signal.ITIMER_REAL, 0)
         self._end_by(NEVER)
 

@@ -1,4 +1,4 @@
-"""The supervisor's record of each process: a place, and the child that works there."""
+"""The supervisor's records: each place, and the child that runs there."""
 
 import contextlib
 import os
@@ -9,13 +9,13 @@ from dataclasses import dataclass, field
 from spark_outbox.processes.slot import NEVER, Slot
 
 RESTART_PAUSES = (0.1, 30.0)
-"""The first and the longest pause before a process that died is started again, in seconds."""
+"""The first and the longest pause before a dead process is restarted, in seconds."""
 
 HEALTHY = 60.0
-"""Seconds after which a process that dies is started again with the first pause."""
+"""A process that lives this many seconds is restarted after the first pause."""
 
 InHand = list[tuple[int, int]]
-"""Events, and the numbers of the handlers that are called with them."""
+"""The current calls: ids of events, and the numbers of their handlers."""
 
 
 @dataclass(slots=True)
@@ -26,7 +26,7 @@ class Child:
     pid: int = 0
     started: float = field(default_factory=time.monotonic)
     killed: bool = False
-    """By the supervisor."""
+    """Whether the supervisor has killed it."""
     overdue: float = NEVER
     """The deadline that it was killed for."""
 
@@ -39,11 +39,11 @@ class Child:
         self.send(signal.SIGKILL)
 
     def was_killed(self, code: int) -> bool:
-        """Return whether the exit code is the supervisor's doing."""
+        """Return whether the supervisor has caused this exit code."""
         return self.killed and code == -signal.SIGKILL
 
     def was_late(self, code: int) -> bool:
-        """Return whether it was killed for a call's deadline, and this call had not ended after all."""
+        """Return whether it was killed for a call's deadline, while that call was still running."""
         return self.was_killed(code) and self.slot.due() == self.overdue != NEVER
 
 
@@ -57,13 +57,13 @@ class Booking:
 
 @dataclass(slots=True)
 class Place:
-    """Where one child works at a time."""
+    """A place for one child at a time."""
 
     number: int
     child: Child | None = None
     booking: Booking | None = None
     start_at: float = 0.0
-    """When the place is filled again; NEVER if its work is done."""
+    """When the next child starts; NEVER if the work of this place is done."""
     _crashes: int = 0
     _was_ready: bool = False
 
@@ -81,7 +81,7 @@ class Place:
         self.child = None
 
     def restart_later(self, started: float) -> None:
-        """After a crash: be filled again after a pause, which grows with each crash."""
+        """After a crash, start the next child after a pause, which grows with each crash."""
         now = time.monotonic()
         self._crashes = self._crashes + 1 if now - started < HEALTHY else 1
         first, longest = RESTART_PAUSES

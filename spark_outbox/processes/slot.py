@@ -1,7 +1,7 @@
-"""The memory that a worker process shares with its supervisor: notes of the one, read by the other.
+"""The memory that a worker process shares with its supervisor. The worker writes, the supervisor reads.
 
-A note is a word or two, written in place. So the supervisor can read it whatever the process is at, and
-also after it has died.
+A note is a word or two, written in place. So the supervisor can read it at any moment, also after the
+process has died.
 """
 
 import mmap
@@ -20,11 +20,11 @@ class Slot:
     def __init__(self, number: int) -> None:
         self.number = number
         memory = mmap.mmap(-1, _SIZE)
-        # How many calls are in hand, and then their events and handlers. At _READY, whether the child
-        # has been ready. At _SESSION, the number of its session.
+        # The number of current calls, then their events and handlers. At _READY, whether the child has
+        # been ready. At _SESSION, the number of its session.
         self._words = memoryview(memory).cast("q")
-        # The same memory. At _ASKED, when the child began to wait for the database. At _DUE, when what
-        # it does has to end.
+        # The same memory. At _ASKED, when the child began to wait for the database. At _DUE, its
+        # deadline.
         self._times = memoryview(memory).cast("d")
         self._times[_DUE] = NEVER
         self.put_down()
@@ -32,7 +32,7 @@ class Slot:
     # The child writes
 
     def take_in_hand(self, *called: tuple[int, int]) -> None:
-        """Note what is about to be called: ids of events, and the numbers of their handlers."""
+        """Note the current calls: ids of events, and the numbers of their handlers."""
         words = self._words
         if len(called) == 1:
             words[1], words[2] = called[0]
@@ -44,23 +44,23 @@ class Slot:
         words[0] = len(called[:_ROOM])
 
     def put_down(self) -> None:
-        """Note that nothing is in hand, and that from now on the database has to answer."""
+        """Note that there is no current call, and start the answer timeout of the database."""
         self._times[_ASKED] = time.monotonic()
         self._words[0] = 0
 
     def rest(self) -> None:
-        """Note that nobody has to answer, until `put_down`."""
+        """Pause the answer timeout until `put_down()`."""
         self._times[_ASKED] = NEVER
 
     def end_by(self, deadline: float) -> None:
-        """Note when the current call has to end, on the monotonic clock; NEVER lifts it."""
+        """Note the deadline of the current call, on the monotonic clock; NEVER means none."""
         self._times[_DUE] = deadline
 
     def be_ready(self) -> None:
         self._words[_READY] = 1
 
     def identify(self, session: int) -> None:
-        """Note the session that running deliveries of this worker bear."""
+        """Note the session that is stored in this worker's running deliveries."""
         self._words[_SESSION] = session
 
     # The supervisor reads
@@ -74,7 +74,7 @@ class Slot:
         return NEVER if self._words[0] else float(self._times[_ASKED])
 
     def due(self) -> float:
-        """Return when what the child does has to end."""
+        """Return the child's deadline; NEVER if it has none."""
         return float(self._times[_DUE])
 
     def has_been_ready(self) -> bool:

@@ -1,23 +1,22 @@
-"""Prefork: runs workers in child processes, restarts those that die, and remembers what they died of.
+"""Prefork: runs workers in child processes, restarts those that die, and books their crashes.
 
-A child notes the event and the handler that it has in hand in memory that it shares with the
-supervisor, see slot.py. If it dies there, say of a segmentation fault, its transaction is rolled back,
-and the attempt would be forgotten with it. So the supervisor has `on_crash` book it. This takes a
-process of its own: no connection that is opened for it can be inherited by another child.
+A child notes its current event and handler in memory that it shares with the supervisor, see slot.py.
+If it dies during that call, say of a segmentation fault, its transaction is rolled back, and the attempt
+with it. So the supervisor calls `on_crash` to book the attempt. `on_crash` runs in a process of its own,
+so that no child can inherit a connection that it opens.
 
-The alarm that ends a handler past its timeout rings only between two steps of Python. So its deadline
-is in the shared memory, too. A child that goes on for GRACE seconds beyond it is killed, and the
-attempt is booked as one that ran out of time. If the supervisor kills a child for another reason, that
-is no crash.
+The alarm that interrupts a handler rings only between two steps of Python. So the deadline of a call is
+in the shared memory, too. A child that exceeds it by GRACE seconds is killed, and the attempt is booked
+as a timeout. A child that the supervisor kills for another reason has not crashed.
 
-A child that has no handler in hand, and is not at rest, waits for the database. If that takes too long,
-the child is killed. The cause may be a pooler that hangs: TCP has nothing to complain of then, and the
-child may be deaf to anything less.
+A child that has no current call, and is not at rest, waits for the database. If that takes too long, the
+child is killed. The cause may be a pooler that hangs: TCP reports no error then, and the child may react
+to nothing less.
 
 The supervisor installs no signal handlers. Its caller does, and calls `stop` and `kill` from them. It
-needs one for SIGCHLD, too, if only to be woken. Python calls handlers between two steps of its own, so a
-signal that comes just before a system call would be heeded after it: hence the wakeup file descriptor,
-written to at once.
+also needs a handler for SIGCHLD, if only to wake the supervisor. Python runs handlers between two steps
+of its own, so a signal just before a system call would be handled only after it. The wakeup file
+descriptor prevents that: a signal writes to it at once.
 """
 
 import logging
@@ -40,7 +39,7 @@ GRACE = 5.0
 BOOKING_PATIENCE = 30.0
 """The most seconds that the booking of a crash may take."""
 
-LATE = "The handler ran longer than its timeout, in code that does not heed it: its process was killed."
+LATE = "The handler ran longer than its timeout, in code that no alarm stops: its process was killed."
 DIED = "The worker process died of {cause} while it ran this handler."
 
 
@@ -48,15 +47,15 @@ class Supervisor:
     """Keeps `processes` children running `work`, whose return value is their exit code.
 
     `work` gets its slot and a function to call when it is ready. It starts with SIGNALS blocked, and
-    unblocks them when it has handlers of its own; on SIGTERM it is to finish.
+    must unblock them when it has handlers of its own. On SIGTERM it must finish.
 
-    A child that exits with 0 is done: it is started again at once, or not at all if `finite`. One that
-    exits with EX_CONFIG would do so again: then all are stopped, and `run` returns that code. Any other
-    end is a crash, but for those by the supervisor's own hand. `on_crash` gets the events and handlers
-    that the child was calling, the error, and the child's session. The error is None for a child that
-    was killed since it did not stop in time. `on_crash` runs in a process of its own, where signals to
-    stop are ignored, and has BOOKING_PATIENCE, or the `answer_timeout`. `on_ready` is called when a
-    child is ready and all have been.
+    A child that exits with 0 is done: it is restarted at once, or not at all if `finite`. With EX_CONFIG
+    a restart can't help: all children are stopped, and `run` returns that code. Any other end is a
+    crash, unless the supervisor has killed the child. `on_crash` gets the child's current events, their
+    handlers, the error, and the child's session. The error is None for a child that was killed because
+    it did not stop in time. `on_crash` runs in a process of its own, which ignores signals to stop. It
+    may take BOOKING_PATIENCE, or `answer_timeout` if that is shorter. `on_ready` is called when a child
+    is ready and all others are, or have been.
     """
 
     def __init__(
@@ -85,14 +84,14 @@ class Supervisor:
     # For signal handlers
 
     def stop(self) -> None:
-        """Have the children finish the handler in hand; kill those that take too long."""
+        """Let the children finish their current calls; kill those that take too long."""
         self._stopping = True
         self._deadline = time.monotonic() + self._shutdown_timeout
         for child in self._children():
             child.send(signal.SIGTERM)
 
     def kill(self) -> None:
-        """End the children at once. What they had not committed is handled again."""
+        """Kill the children at once. Events that they have not committed are handled again."""
         self._stopping = True
         for child in self._children():
             child.kill()
@@ -101,7 +100,7 @@ class Supervisor:
                 send(place.booking.pid, signal.SIGKILL)
 
     def in_hand(self) -> InHand:
-        """Return what the children are at: events and handlers."""
+        """Return the current calls of all children."""
         return [pair for child in self._children() for pair in child.slot.in_hand()]
 
     # The loop
@@ -123,19 +122,19 @@ class Supervisor:
             self._kill_late()
 
     def _wait(self, now: float) -> None:
-        # A call that begins from now on is due after now, and so is late after GRACE at the earliest.
+        # A call that starts later has a later deadline: it can't be late before now + GRACE.
         looks = [now + GRACE, now + self._answer_timeout / 4, self._deadline]
         looks += [child.slot.due() + GRACE for child in self._children() if not child.killed]
         looks += [place.start_at for place in self._vacant()]
-        told = self._pipes.wait(min(looks) - now)
-        if READY in told and all(place.has_been_ready() for place in self._places):
+        received = self._pipes.wait(min(looks) - now)
+        if READY in received and all(place.has_been_ready() for place in self._places):
             self._on_ready()
 
     def _children(self) -> Iterator[Child]:
         return (place.child for place in self._places if place.child is not None)
 
     def _vacant(self) -> list[Place]:
-        """Return the places that are to be filled, each at its time."""
+        """Return the places that wait for their next child; none while stopping."""
         return [] if self._stopping else [place for place in self._places if place.is_vacant]
 
     # Children
@@ -175,7 +174,7 @@ class Supervisor:
     def _ended(self, place: Place, child: Child, code: int) -> None:
         """Decide when a child's place is filled again, and whether its end is a failed attempt."""
         in_hand = child.slot.in_hand()
-        if code == 0 and not in_hand:  # else a handler has ended it
+        if code == 0 and not in_hand:  # with a current call, its handler has ended it
             place.start_at = NEVER if self._finite else 0.0
             return
         late = child.was_late(code)
@@ -194,18 +193,20 @@ class Supervisor:
             self._book(place, child, WorkerDied(DIED.format(cause=cause)))
 
     def _kill_late(self) -> None:
-        """Kill what should have ended by now, and what the database has not answered. Comes just after
-        `_reap`: one that is dead already has not been killed by us."""
+        """Kill children past their deadline, and those that the database does not answer.
+
+        Call `_reap` just before, so that a child that died by itself does not count as killed.
+        """
         now = time.monotonic()
         for child in self._children():
             if child.killed:
                 continue
             if now >= (due := child.slot.due()) + GRACE:
-                what = "heed its handler's timeout" if child.slot.in_hand() else "end in time"
+                what = "end its call in time" if child.slot.in_hand() else "end in time"
                 logger.warning("A worker process does not %(what)s, and is killed.", {"what": what})
                 child.kill(overdue=due)
             elif now - child.slot.waits_since() > self._answer_timeout:
-                logger.warning("The database has not answered a worker in time, which is killed.")
+                logger.warning("A worker process that the database has not answered in time is killed.")
                 child.kill()
         if now >= self._deadline:
             self._deadline = NEVER
@@ -232,7 +233,7 @@ class Supervisor:
         for number in STOPS:
             signal.signal(number, signal.SIG_IGN)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
-        signal.signal(signal.SIGALRM, signal.SIG_DFL)  # it ends us, whatever we wait for
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)  # it ends this process in any state
         signal.setitimer(signal.ITIMER_REAL, min(BOOKING_PATIENCE, self._answer_timeout))
         self._on_crash(slot.in_hand(), error, slot.session())
         return 0

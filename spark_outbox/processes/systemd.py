@@ -1,4 +1,4 @@
-"""Tell systemd how the service is doing: the datagram protocol of sd_notify(3)."""
+"""Reports the state of the service to systemd, by the datagrams of sd_notify(3)."""
 
 import os
 import socket

@@ -1,16 +1,16 @@
-"""How long to wait before the next attempt. Pure."""
+"""Computes the delay before the next attempt. Pure."""
 
 import datetime as dt
 import random
 from collections.abc import Callable, Sequence
 
 MAX_DELAY = dt.timedelta(days=100 * 365)
-"""The longest that an event is put off, whoever says so: PostgreSQL's years end somewhere."""
+"""The longest delay of an event: later times would exceed those that PostgreSQL can store."""
 
 Seconds = float | dt.timedelta
 Backoff = Seconds | Sequence[Seconds] | Callable[[int], Seconds]
-"""The first delay, which doubles with each attempt; or the delays one by one, the last of them again
-and again; or a function of the attempt."""
+"""The first delay, which doubles with each attempt; or a list of delays, the last of which repeats; or a
+function of the attempt."""
 
 
 def delay(
@@ -18,9 +18,9 @@ def delay(
 ) -> float:
     """Return the seconds to wait after the failed `attempt` (1-based).
 
-    Doubling delays grow up to `longest`, and `jitter` (0 to 1, random by default) takes away up to
-    half, so that what failed together does not come back together. Delays that are given one by one
-    are taken as they are.
+    Doubling delays grow up to `longest`. `jitter` (0 to 1, random by default) takes away up to half, so
+    that events that failed together are not retried together. Delays of a list or a function are used
+    unchanged.
     """
     if callable(backoff):
         return max(0.0, seconds(backoff(attempt)))

@@ -1,6 +1,6 @@
-"""What can be known of a function before it is called: its name, and whether it takes what it is given.
+"""Inspects functions before they are called: their name, their kind, and their first argument.
 
-What can't be found out, such as an annotation that does not resolve, is never an objection.
+If something can't be found out, such as an annotation that does not resolve, the function is accepted.
 """
 
 import functools
@@ -16,7 +16,7 @@ Function = Callable[..., object]
 
 
 def path_of(function: Function) -> str:
-    """Return `module.qualname`: of what a partial calls, or of an object's class."""
+    """Return `module.qualname`; for a partial, of its function; for an object, of its class."""
     function = unwrap_partial(function)
     named: Any = function if hasattr(function, "__qualname__") else type(function)
     module = getattr(named, "__module__", None) or type(getattr(function, "__self__", None)).__module__
@@ -24,7 +24,7 @@ def path_of(function: Function) -> str:
 
 
 def has_name_of_its_own(function: Function) -> bool:
-    """Return whether nothing else bears its path: it stands in a module, or is the method of a class."""
+    """Return whether no other function can have its path: it belongs to a module or a class."""
     owner = getattr(function, "__self__", None)
     return (
         not isinstance(function, functools.partial)
@@ -40,12 +40,12 @@ def unwrap_partial(function: Function) -> Function:
 
 
 def is_generator(function: Function) -> bool:
-    """Return whether calling it runs nothing of it; also if it is async."""
+    """Return whether it is a generator function, async or not: a call would run none of its code."""
     return _is(function, inspect.isgeneratorfunction) or _is(function, inspect.isasyncgenfunction)
 
 
 def is_async(function: Function) -> bool:
-    """Return whether what it returns is to be awaited, or iterated over with `async for`."""
+    """Return whether it is a coroutine function, or an async generator function."""
     return _is(function, inspect.iscoroutinefunction) or _is(function, inspect.isasyncgenfunction)
 
 
@@ -68,9 +68,9 @@ def misfit(function: Function) -> str:
 
 
 def is_for_lists(function: Function) -> bool | None:
-    """Return whether its first argument is annotated for a list of events; None if nothing tells.
+    """Return True if its first argument is annotated for a list of events, False if for one event.
 
-    False if it is annotated for one event.
+    Return None if the annotation is missing, or fits both.
     """
     hint = _first_hint(function)
     kinds = {_is_list(each) for each in _alternatives(hint)}
@@ -97,7 +97,7 @@ def _alternatives(hint: Any) -> list[Any]:
 
 
 def _is_list(hint: Any) -> bool | None:
-    """Return whether a list fits and an event does not, or the other way round; None if neither."""
+    """Return True if `hint` is for a list, False if it is for an event, None if that is unclear."""
     kind = typing.get_origin(hint) or hint
     try:
         takes_list, takes_event = issubclass(list, kind), issubclass(Event, kind)

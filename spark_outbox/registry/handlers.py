@@ -1,4 +1,4 @@
-"""Which handlers get an event, and which sources speak for a model. Filled at import; runs no SQL."""
+"""The registry of handlers, by pattern, and sources, by model. Filled at import; runs no SQL."""
 
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -15,7 +15,7 @@ from spark_outbox.registry.backoff import Backoff, Seconds
 from spark_outbox.registry.policy import Exceptions, Policy
 
 HandlerFunction = Callable[[Any], object]
-"""Takes an Event, or a list of them; returns nothing of interest, or a coroutine."""
+"""Takes an Event, or a list of them. Its result is ignored; a coroutine is awaited."""
 SourceFunction = Callable[[Any], Iterable[Event | Mapping[str, Any]] | None]
 F = TypeVar("F", bound=Callable[..., object])
 M = TypeVar("M", bound=Model)
@@ -26,22 +26,22 @@ _MATCHED_GROUPS = 1024  # groups come from the database: the cache must not grow
 
 @dataclass(frozen=True, slots=True)
 class Handler:
-    """A function for the events whose group matches a pattern, under the name its deliveries bear."""
+    """A function, the pattern of its groups, and the name under which its deliveries are stored."""
 
     name: str
     pattern: re.Pattern[str]
     function: HandlerFunction
     policy: Policy
     number: int = 0
-    """Its place among the registered, from 0."""
+    """Its position in the registry, from 0."""
     batch: int | None = None
-    """The most events that it takes at once, in a list; None for one, as itself."""
+    """The most events in one list; None if it takes single events."""
     atomic: bool = True
     is_async: bool = False
     is_plain: bool = field(init=False)
-    """Called with one event, in the batch's transaction, before the next one's turn."""
+    """It takes one event, and runs to its end in the batch's transaction."""
     outlives: bool = field(init=False)
-    """Its calls may outlive the batch's transaction: then other workers can take over its deliveries."""
+    """Its calls may outlive the batch's transaction; then other workers can take over its deliveries."""
     call: HandlerFunction = field(init=False)
     """Runs the function in this thread to its end, also if it is async."""
 
@@ -128,7 +128,7 @@ class Registry:
             )
         if any(handler.name == name for handler in self.handlers):
             raise RegistrationError(
-                f"There is a handler {name!r} already. Retries are kept under a handler's name: "
+                f"There is a handler {name!r} already. Deliveries are stored by handler name: "
                 "give this one another with name=…"
             )
         number = len(self.handlers)
@@ -186,19 +186,19 @@ def handler(
 ) -> Callable[[F], F]:
     """Decorate a function that handles the events whose group matches the regex `group`.
 
-    Handlers are called in registration order with one Event each. What one writes through the
-    worker's database connection is committed together with the event's done mark, or not at all.
+    Handlers are called in registration order, with one Event each. Writes through the worker's database
+    connection are committed together with the event's status, or not at all.
 
-    One that raises is tried again: `max_attempts` times in all, with the delays of `backoff` (the
-    seconds of the first, which then doubles; or a list of them; or a function of the attempt).
-    `retry_for` names the exceptions that are worth it, others fail at once; after those in
-    `discard_for` the event needs nothing more from this handler. One that runs for longer than
-    `timeout` seconds is interrupted, and counts as one that raised.
+    A handler that raises is called again, up to `max_attempts` times in all. `backoff` is the first
+    delay in seconds, which then doubles; or a list of delays; or a function of the attempt. Exceptions
+    in `retry_for` lead to a retry; others fail at once. An exception in `discard_for` ends the handler's
+    work on the event without a failure. A call that takes longer than `timeout` seconds is interrupted,
+    and counts as a failed attempt.
 
-    With `batch` it gets a list of up to so many events, and may raise BatchFailed. An `async def`
-    handler runs side by side with others, and what it writes through Django's async ORM is committed
-    at once, by itself. So is what one with `atomic=False` writes: it runs in no transaction of the
-    worker's, for as long as it takes. Both are at-least-once. Raises RegistrationError.
+    With `batch` the handler gets a list of up to that many events, and may raise BatchFailed. Calls of
+    an `async def` handler run concurrently. With `atomic=False` a handler runs outside the worker's
+    transaction, and may take as long as it needs. The writes of these two kinds are committed at once;
+    both are at-least-once. Raises RegistrationError.
     """
     if not isinstance(group, str):
         raise RegistrationError('Write @handler(r"^pattern"): it needs the pattern of its groups.')
@@ -221,8 +221,9 @@ def handler(
 def source(model: type[M]) -> Callable[[Callable[[M], R]], Callable[[M], R]]:
     """Decorate a generator function that yields the events of one instance of `model`.
 
-    It runs after every save, in the saver's transaction, and in `manage.py process_spark_sources`;
-    for the instances of subclasses as well. It may yield the same keys each time: each is handled once.
+    It runs after every save, in the saver's transaction, and in `manage.py process_spark_sources`. It
+    runs for instances of subclasses, too. It may yield the same keys each time: each is handled once.
+    Raises RegistrationError.
     """
     if not _is_model(model):
         raise RegistrationError(f"Write @source(Model): it needs a model class, not {model!r}.")
@@ -235,7 +236,7 @@ def source(model: type[M]) -> Callable[[Callable[[M], R]], Callable[[M], R]]:
 
 
 def _is_model(model: object) -> bool:
-    """Return whether `model` is a model class, abstract or not; and not the base of them all."""
+    """Return whether `model` is a model class, abstract or not, but not Model itself."""
     return isinstance(model, type) and issubclass(model, Model) and hasattr(model, "_meta")
 
 

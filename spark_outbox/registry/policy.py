@@ -1,4 +1,4 @@
-"""When a handler that raised is tried again, and when not. Pure."""
+"""Decides whether and when a handler that raised is called again. Pure."""
 
 import datetime as dt
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ HOPELESS: Exceptions = (InstanceGone, UnreadablePayload)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Policy:
-    """The policy of one handler. A field that is None comes from the settings, read when it is needed.
+    """The policy of one handler. For a field that is None the settings apply, read at each use.
 
     Raises RegistrationError for values that make no sense.
     """
@@ -60,12 +60,12 @@ class Policy:
                 raise RegistrationError(f"{name} is a tuple of exception classes, not {kinds!r}.")
 
     def limit(self) -> float | None:
-        """Return the seconds that a call may take."""
+        """Return the seconds that a call may take; None for no limit."""
         return conf.current().TIMEOUT if self.timeout is None else seconds(self.timeout)
 
     def is_final(self, error: BaseException) -> bool:
-        """Return whether another attempt would be pointless. Never so for Retry and Discard, in which
-        the handler itself has decided."""
+        """Return whether another attempt would be pointless. False for Retry and Discard: with these
+        the handler itself decides."""
         if isinstance(error, (Retry, Discard)):
             return False
         return isinstance(error, self.discard_for) or self._is_hopeless(error)
@@ -75,7 +75,7 @@ class Policy:
         return attempts >= (self.max_attempts or conf.current().MAX_ATTEMPTS)
 
     def discards(self, error: BaseException) -> bool:
-        """Return whether the handler has no more to do after this error."""
+        """Return whether this error ends the handler's work on the event without a failure."""
         return isinstance(error, (Discard, *self.discard_for))
 
     def next_try(self, error: BaseException, attempt: int) -> dt.timedelta | dt.datetime | None:

@@ -1,4 +1,4 @@
-"""The books of a run: what was committed against what was done. Each figure but the counts must be 0."""
+"""The books of a run compare its commits with its effects. All figures but the counts must be 0."""
 
 from collections import Counter, defaultdict
 from collections.abc import Iterator
@@ -67,14 +67,14 @@ class Done(NamedTuple):
 
 
 class Books:
-    """`connection` is to the database of the run, `files` the folder with what was done outside."""
+    """`connection` is to the database of the run; `files` is the folder of the effects outside of it."""
 
     def __init__(self, connection: psycopg.Connection[Any], files: Path) -> None:
         self._connection = connection
         self._files = files
 
     def faults(self) -> dict[str, list[str]]:
-        """Return the keys of what must not be."""
+        """Return the keys of events for which a promise was broken, by the name of the fault."""
         outside = self.outside("outside")
         return {
             "lost": [
@@ -99,7 +99,7 @@ class Books:
         }
 
     def counts(self) -> dict[str, int]:
-        """Tell how much there was to be wrong."""
+        """Return how much the run has done: the more, the more its books prove."""
         counts = {
             "events": len(self._keys("select key from spark_outbox_event")),
             "effects in the database": len(self._keys("select key from chaos_effect")),
@@ -142,15 +142,15 @@ class Books:
 
     def _noted(self, what: str) -> set[str]:
         files = (file.read_text() for file in self._files.glob(f"*.{what}"))
-        # Up to the last end of a line: kill -9 may tear what follows.
+        # Only whole lines: kill -9 may cut off the last one.
         return {key for text in files for key in text.rpartition("\n")[0].split()}
 
     def _unknown_to_the_database(self) -> set[str]:
-        """Return what the server said it had committed, and does not have."""
+        """Return keys whose commit the server confirmed, but which it does not have."""
         return self._noted("acknowledged") - set(self._keys("select key from chaos_order"))
 
     def _not_done(self) -> Iterator[str]:
-        """Yield what a handler owes, in the database or outside."""
+        """Yield effects that a handler has not done, in the database or outside."""
         for handler, groups in EXACTLY_ONCE.items():
             for key in self._keys(NOT_DONE, handler=handler, groups=groups):
                 yield f"{key} by {handler}"
@@ -177,8 +177,10 @@ class Books:
                 highest[key] = max(highest[key], each.event_id)
 
     def _rolled_back(self, done: list[Done]) -> Iterator[Done]:
-        """Yield those of which the ledger has nothing. A transaction's id by itself would tell little:
-        after a crash the server uses again what it had not yet written to its log."""
+        """Yield effects that are not in the ledger: their transaction was rolled back.
+
+        Its id alone proves nothing: after a crash the server reuses ids that were not yet in its log.
+        """
         kept = set(
             self._connection.execute(
                 "select key, transaction from chaos_effect where handler = 'outside'"

@@ -1,4 +1,4 @@
-"""What production does to it. Each fault is a function of the rig that has ended when it returns."""
+"""The faults of production. Each is a function of the rig, and is over when it returns."""
 
 import contextlib
 import signal
@@ -119,7 +119,7 @@ def terminate_workers(rig: Rig) -> None:
 
 @fault
 def terminate_listeners(rig: Rig) -> None:
-    """pg_terminate_backend on those that sleep."""
+    """pg_terminate_backend on connections of sleeping workers."""
     terminate(
         rig,
         "application_name = 'chaos_listener'"
@@ -136,7 +136,7 @@ def terminate_writers(rig: Rig) -> None:
 
 @fault
 def terminate_in_commit(rig: Rig) -> None:
-    """pg_terminate_backend on those that are in COMMIT."""
+    """pg_terminate_backend on connections that are in COMMIT."""
     sql = (
         "select pg_terminate_backend(pid) from pg_stat_activity"
         " where usename = 'chaos' and state = 'active' and query ilike 'commit%'"
@@ -151,7 +151,7 @@ def terminate_in_commit(rig: Rig) -> None:
 
 @fault
 def refuse(rig: Rig) -> None:
-    """max_connections used up, and the workers' connections ended."""
+    """All of max_connections taken, and the workers' connections terminated."""
     with contextlib.ExitStack() as stack:
         with contextlib.suppress(psycopg.OperationalError):
             for _ in range(CONNECTIONS):
@@ -190,7 +190,7 @@ def restart_immediate(rig: Rig) -> None:
 
 @fault
 def crash(rig: Rig) -> None:
-    """kill -9 of a backend, after which the server restarts all."""
+    """kill -9 of a backend, after which the server restarts all others."""
     rig.server.kill()
     rig.counts["kills"] += 1
 
@@ -215,7 +215,7 @@ def reset(rig: Rig) -> None:
 
 @fault
 def stall(rig: Rig) -> None:
-    """No byte goes through the proxy, until all do."""
+    """All bytes through the proxy are held back, then released."""
     rig.proxy.stall()
     time.sleep(rig.random.uniform(1, 4))
     rig.proxy.resume()
@@ -239,7 +239,7 @@ def slow(rig: Rig) -> None:
 
 @fault
 def no_route(rig: Rig) -> None:
-    """The proxy resets what is open and what comes."""
+    """The proxy resets all connections, also new ones."""
     rig.proxy.refuse()
     rig.proxy.reset()
     time.sleep(2)
@@ -260,7 +260,7 @@ def kill_pgbouncer(rig: Rig) -> None:
 
 @fault
 def freeze_pgbouncer(rig: Rig) -> None:
-    """SIGSTOP of pgbouncer, and SIGCONT: its connections stand, and nobody answers."""
+    """SIGSTOP of pgbouncer, and SIGCONT: connections stay open, and nothing answers."""
     if rig.bouncer is None:
         rig.say(NO_BOUNCER)
         return
@@ -273,7 +273,7 @@ def freeze_pgbouncer(rig: Rig) -> None:
 
 @contextlib.contextmanager
 def setting(rig: Rig, **settings: str) -> Iterator[None]:
-    """Change settings of the role, and end its sessions, so that the next ones have them."""
+    """Change settings of the role, and terminate its sessions, so that new ones have the settings."""
     try:
         for name, value in settings.items():
             rig.server.query(f"alter role chaos set {name} = '{value}'")
@@ -301,7 +301,7 @@ def statement_timeout(rig: Rig) -> None:
 
 @fault
 def lock_timeout(rig: Rig) -> None:
-    """A lock_timeout, and locks on rows and tables that others want."""
+    """A lock_timeout, and locks on rows and tables that others need."""
     with setting(rig, lock_timeout="30ms"):
         for _ in range(4):
             lock(rig, "update chaos_account set balance = balance", 0.3)
@@ -345,7 +345,7 @@ def reindex(rig: Rig) -> None:
     rig.server.query("reindex table concurrently spark_outbox_event")
 
 
-# The indexes of which a migration may make others. Their definitions are kept in a table meanwhile.
+# Indexes that a migration may replace. A table keeps their definitions meanwhile.
 CLAIMED_FROM = "'{spark_outbox_event_due, spark_outbox_event_ordered, spark_outbox_event_ordered_due}'"
 TAKE_AWAY = f"""
 create table chaos_index as select indexdef from pg_indexes where indexname = any({CLAIMED_FROM});
@@ -370,10 +370,10 @@ drop table chaos_index;
 
 @fault
 def migrate(rig: Rig) -> None:
-    """An outbox half migrated: without its trigger, functions, view, sessions and some indexes."""
+    """A half migrated outbox, without its trigger, functions, view, sessions and some indexes."""
 
     def run(statements: list[str]) -> bool:
-        """Run them in a transaction, as the owner of the outbox; return whether that went well."""
+        """Run statements in one transaction, as the owner of the outbox; return whether it succeeded."""
         try:
             with rig.server.superuser() as connection, connection.transaction():
                 connection.execute("set local role chaos")
@@ -404,7 +404,7 @@ def old_snapshot(rig: Rig) -> None:
 
 @fault
 def prepared(rig: Rig) -> None:
-    """A prepared transaction that has emitted, and ends late."""
+    """A prepared transaction that has emitted, and commits late."""
     with rig.server.superuser() as connection:
         connection.execute("set role chaos")
         connection.execute("begin")
@@ -440,10 +440,10 @@ def collisions(rig: Rig) -> int:
 
 @fault
 def lagging_sequence(rig: Rig) -> None:
-    """The sequence of ids put back, as by a restore or a cut-over to a replica that lags."""
+    """The sequence of ids set back, as by a restore or a switch to a replica that lags."""
     for member in rig.writers:
         member.signal(member.process.pid, signal.SIGUSR1)
-    time.sleep(0.5)  # what is emitted from now on is of new ordering keys
+    time.sleep(0.5)  # from now on, events have new ordering keys
     ((before, _),) = rig.server.query(LONGEST_RUN)
     sequence = "pg_get_serial_sequence('spark_outbox_event', 'id')"
     noticed = collisions(rig)

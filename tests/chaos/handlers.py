@@ -1,4 +1,4 @@
-"""Handlers of every kind and of every vice. What they do is in the ledger, or in append-only files."""
+"""Handlers of every kind, good and bad. Their effects are in the ledger, or in append-only files."""
 
 import ctypes
 import os
@@ -27,7 +27,7 @@ def enter(name: str, event: Event) -> int:
 
 
 def do_outside(name: str, event: Event, transaction: int = 0) -> None:
-    """Do what can't be rolled back: one line, in one write, that survives whatever comes."""
+    """Have an effect that can't be rolled back: append one line, in one write."""
     line = f"{event.key} {event.id} {transaction} {time.time():.6f}\n"
     descriptor = os.open(FILES / f"{name}.effects", os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
     try:
@@ -63,8 +63,10 @@ def flaky(event: Event) -> None:
 
 @handler(f"^{DOOMED}$", name="doomed", max_attempts=2, timeout=20)
 def doomed(event: Event) -> None:
-    """Fail for ever, having written in a way that Django does not see; with Retry, which opens no
-    circuit: at the end that would be open for minutes."""
+    """Write in a way that Django does not see, then fail, each time.
+
+    It fails with Retry, which opens no circuit. Otherwise the circuit would be open for minutes.
+    """
     raw = connection.connection
     insert = "insert into chaos_effect (key, handler, event_id) values (%s, 'doomed', %s)"
     match event.id % 4:
@@ -88,7 +90,7 @@ LEFT_BEHIND = [
     "set local chaos.tenant = '7'",
     "select set_config('chaos.tenant', '7', true)",
 ]
-# Session by session: behind a transaction pooler they would be others' settings.
+# Only with a session of its own: behind a transaction pooler these would leak to other clients.
 if os.environ.get("CHAOS_LISTEN", "own") == "own":
     LEFT_BEHIND += [
         "set search_path = nowhere",
@@ -101,7 +103,7 @@ if os.environ.get("CHAOS_LISTEN", "own") == "own":
 
 @stubborn(EXACTLY_ONCE["untidy"], name="untidy")
 def untidy(event: Event) -> None:
-    """Go well, and leave a setting behind. Note what another has left behind."""
+    """Succeed, and leave a setting changed. Note a setting that another call has left changed."""
     with connection.cursor() as cursor:
         cursor.execute(
             "select current_setting('search_path'), current_setting('role'),"
@@ -129,7 +131,7 @@ def move(event: Event, name: str, accounts: tuple[int, int], amount: int) -> Non
     enter(name, event)
 
 
-# Two groups: two batches take the same locks in opposite orders, and one is a deadlock's victim.
+# Two groups: two batches take the same locks in opposite orders, so that they deadlock.
 @stubborn(EXACTLY_ONCE["debit"], name="debit")
 def debit(event: Event) -> None:
     move(event, "debit", (1, 2) if event.group.endswith("_up") else (2, 1), -1)
@@ -145,7 +147,7 @@ LEAK: list[bytearray] = []
 
 @handler(EXACTLY_ONCE["rude"], name="rude", max_attempts=1000, backoff=0.1, timeout=0.3)
 def rude(event: Event) -> None:
-    """Do to its process what no handler should, the first time."""
+    """Harm the worker's process or connection at the first attempt, as no handler should."""
     enter("rude", event)
     if event.attempt > 1:
         return
@@ -174,7 +176,7 @@ async def concurrent(event: Event) -> None:
     do_outside("async", event)
 
 
-if os.environ.get("CHAOS_LISTEN") != "poll":  # where no session lasts, they are refused
+if os.environ.get("CHAOS_LISTEN") != "poll":  # without lasting sessions, detached handlers are refused
 
     @stubborn(AT_LEAST_ONCE["detached"], name="detached", atomic=False)
     def detached(event: Event) -> None:
@@ -182,13 +184,13 @@ if os.environ.get("CHAOS_LISTEN") != "poll":  # where no session lasts, they are
         do_outside("detached", event)
 
 
-if os.environ.get("CHAOS_RELEASE") == "new":  # the old one has never heard of this group
+if os.environ.get("CHAOS_RELEASE") == "new":  # the old release has no handler for this group
 
     @stubborn(EXACTLY_ONCE["new"], name="new")
     def new(event: Event) -> None:
         enter("new", event)
 
-    @stubborn(LATE["late"], name="late")  # nor of this handler, of a group that it knows
+    @stubborn(LATE["late"], name="late")  # nor this handler, for a group that it has
     def late(event: Event) -> None:
         enter("late", event)
         if event.attempt < 3:

@@ -10,7 +10,7 @@ from tests.tools import WorkerProcess
 
 
 def why_not() -> str:
-    """Say what is missing for hosts; empty if nothing is. The kernel may still refuse a Network."""
+    """Return what is missing for hosts; "" if nothing is. The kernel may still refuse a Network."""
     if os.geteuid() != 0:
         return "network namespaces need root"
     if shutil.which("ip") is None:
@@ -23,7 +23,7 @@ def _ip(*arguments: str) -> None:
 
 
 class Host:
-    """A host: what runs there reaches the network by one link, that of `address`."""
+    """A host: its processes reach the network by one link, that of `address`."""
 
     def __init__(self, name: str, address: str) -> None:
         self.name = name
@@ -38,11 +38,11 @@ class Host:
             _ip("-n", self.name, "link", "set", device, "up")
 
     def disconnect(self) -> None:
-        """Remove the link. With its namespace alone it would be gone only some time after that."""
+        """Remove the link. Deleting its namespace alone would remove it only some time later."""
         _ip("link", "delete", self._port)
 
     def cut(self) -> None:
-        """Let nothing through any more, in either direction; nobody is told."""
+        """Drop all packets in both directions, silently."""
         _ip("link", "set", self._port, "down")
 
     def mend(self) -> None:
@@ -54,7 +54,7 @@ class Host:
 
 
 class Network:
-    """Two hosts on a bridge, on which this one has `address`; for a `with`."""
+    """Two hosts on a bridge, for a `with`. This machine has `address` on the bridge."""
 
     def __init__(self) -> None:
         self._name = f"spark{os.getpid()}"

@@ -1,4 +1,4 @@
-"""What writers commit, and the ledger of what handlers did. No constraint: doing it twice must show."""
+"""The writers' rows, and the ledger of handlers' effects. No constraint: repetitions must show."""
 
 from django.db import models
 from django.db.models.expressions import RawSQL
@@ -7,7 +7,7 @@ CLOCK = RawSQL("clock_timestamp()", ())
 
 
 class Order(models.Model):
-    """One for each event, in the same transaction. So an event is there if and only if this is."""
+    """One for each event, in the same transaction. So both exist, or neither."""
 
     objects: "models.Manager[Order]" = models.Manager()
 
@@ -16,7 +16,7 @@ class Order(models.Model):
     delay = models.DurationField(null=True)
     ordering_key = models.TextField(null=True)  # noqa: DJ001, NULL is "no order"
     position = models.BigIntegerField(db_default=0)
-    """In the order in which the writer emitted the events of this ordering key."""
+    """Ascends in the order in which the writer emitted the events of this ordering key."""
     twin = models.TextField(default="", db_default="")
     """The key of an order whose event this one's source emits before its own."""
     created_at = models.DateTimeField(db_default=CLOCK)
@@ -26,7 +26,7 @@ class Order(models.Model):
 
 
 class Effect(models.Model):
-    """What one handler did with one event, in the worker's transaction."""
+    """The effect of one handler on one event, in the worker's transaction."""
 
     objects: "models.Manager[Effect]" = models.Manager()
 
@@ -42,7 +42,7 @@ class Effect(models.Model):
 
 
 class Account(models.Model):
-    """Two handlers fight for two of these, in opposite orders."""
+    """Two handlers lock two of these in opposite orders."""
 
     objects: "models.Manager[Account]" = models.Manager()
 

@@ -1,4 +1,4 @@
-"""The demo project with a direct connection besides, and SPARK_OUTBOX from the environment, as JSON."""
+"""The demo project, with a direct connection and SPARK_OUTBOX (as JSON) from the environment."""
 
 import json
 import os

@@ -35,7 +35,7 @@ ignore_startup_parameters = extra_float_digits, options
 
 
 class PgBouncer:
-    """A pooler before `server`, a conninfo, with `pool_size` connections to it; for a `with`.
+    """A pooler in front of `server` (a conninfo), with `pool_size` connections to it; for a `with`.
 
     Clients need no password. Skip the test where PROGRAM is None.
     """
@@ -79,7 +79,7 @@ class PgBouncer:
 
     @contextlib.contextmanager
     def frozen(self) -> Iterator[None]:
-        """Have it stand still: connections are open, and nobody answers."""
+        """SIGSTOP it until the end of the block: connections stay open, and nothing answers."""
         self._process.send_signal(signal.SIGSTOP)
         try:
             yield
@@ -87,7 +87,7 @@ class PgBouncer:
             self._process.send_signal(signal.SIGCONT)
 
     def _user(self) -> int | str | None:
-        """It refuses to be root; so it is whoever owns the folder of the server's socket."""
+        """Return its user. It refuses root, so this is the owner of the server's socket folder."""
         if os.geteuid() != 0:
             return None
         host = self._server.get("host", "")

@@ -1,6 +1,6 @@
-"""What handlers do, and for which groups: what the books are checked against."""
+"""The promised effects: handlers, and the groups of each. The books are checked against them."""
 
-# What is done exactly once in the database: handler -> the groups it is for.
+# Effects in the database, exactly once: handler -> its groups.
 EXACTLY_ONCE = {
     "ledger": "^chaos_(?!new)",
     "flaky": "^chaos_flaky$",
@@ -12,9 +12,9 @@ EXACTLY_ONCE = {
     "untidy": "^chaos_untidy$",
     "outside": "^chaos_(plain|ordered)$",
 }
-# What is done exactly once in the database by a release that has the handler, once that has tried.
+# Effects in the database, exactly once, if the new release has tried the handler on the event.
 LATE = {"late": "^chaos_flaky$"}
-# What is done outside of the database at least once.
+# Effects outside of the database, at least once.
 AT_LEAST_ONCE = {
     "outside": EXACTLY_ONCE["outside"],
     "quiet": "^chaos_quiet$",

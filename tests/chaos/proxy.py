@@ -1,4 +1,4 @@
-"""A TCP proxy on loopback that fails as it is told: the network between a client and its server."""
+"""A TCP proxy on loopback that fails on command: the network between a client and its server."""
 
 import asyncio
 import contextlib
@@ -12,27 +12,27 @@ from typing import Self
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
 AT_ONCE = struct.pack("ii", 1, 0)
-"""SO_LINGER: closing drops what is under way, and sends a RST."""
+"""SO_LINGER: closing drops unsent bytes, and sends a RST."""
 
 
 class Proxy:
-    """Listens on 127.0.0.1, and connects each client to the server that `server`, a conninfo, names.
+    """Listens on 127.0.0.1, and connects each client to `server`, a conninfo.
 
-    Its methods return once they are in force, and may be called from any thread. Each failure
-    holds until `heal`, but for `reset`, which is over at once, and `stall`, which `resume` ends, too.
+    Its methods may be called from any thread, and return once they are in force. A failure lasts until
+    `heal`, except `reset`, which is over at once, and `stall`, which `resume` ends, too.
     """
 
     def __init__(self, server: str) -> None:
         self._server = {name: str(value) for name, value in conninfo_to_dict(server).items()}
         self.port = 0
         self.accepted = 0
-        """How many connections there have been."""
+        """The number of connections so far."""
         self.held = 0
-        """How many chunks of bytes were held back."""
+        """The number of chunks of bytes that were held back."""
         self.swallowed = 0
-        """How many chunks of bytes were lost."""
+        """The number of chunks of bytes that were lost."""
         self._links: dict[Task[object], list[StreamWriter]] = {}
-        self._lost: set[Task[object]] = set()  # what they send goes nowhere, until they are reset
+        self._lost: set[Task[object]] = set()  # links whose bytes are dropped, until they are reset
         self._flowing = asyncio.Event()
         self._flowing.set()
         self._is_black_hole = False
@@ -70,7 +70,7 @@ class Proxy:
         self._do(self._flowing.set)
 
     def black_hole(self) -> None:
-        """Lose all bytes in silence, those of new connections, too, and whatever ends a connection."""
+        """Drop all bytes silently, also of new connections, and also each end of a connection."""
 
         def lose() -> None:
             self._is_black_hole = True
@@ -79,11 +79,11 @@ class Proxy:
         self._do(lose)
 
     def lose(self) -> None:
-        """Lose all bytes of the connections that there are; new ones are served."""
+        """Drop all bytes of the current connections; serve new ones."""
         self._do(lambda: self._lost.update(self._links))
 
     def slow(self, seconds: float) -> None:
-        """Let each chunk of bytes take so much longer."""
+        """Delay each chunk of bytes by `seconds`."""
         self._do(lambda: setattr(self, "_delay", seconds))
 
     def refuse(self) -> None:
@@ -91,7 +91,7 @@ class Proxy:
         self._do(lambda: setattr(self, "_refuses", True))
 
     def heal(self) -> None:
-        """End all failures; reset the connections whose bytes a black hole has lost."""
+        """End all failures; reset the connections whose bytes were dropped."""
 
         def heal() -> None:
             self._is_black_hole = self._refuses = False
@@ -189,6 +189,6 @@ class Proxy:
 
 def _abort(writer: StreamWriter) -> None:
     """Close one end of a connection with a RST."""
-    with contextlib.suppress(OSError):  # it is closed
+    with contextlib.suppress(OSError):  # it is closed already
         writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, AT_ONCE)
     writer.transport.abort()

@@ -1,4 +1,4 @@
-"""Writers and workers in processes of their own, by several roads to one server."""
+"""Writers and workers in processes of their own, with several routes to one server."""
 
 import contextlib
 import os
@@ -27,7 +27,7 @@ WORKER = (settings.BASE_DIR / "manage.py", "spark_worker", "-v", "2", "--shutdow
 
 
 class Member:
-    """One process that is started again when it ends, as systemd would."""
+    """One process, which is restarted when it ends, as by systemd."""
 
     def __init__(
         self, name: str, command: tuple[object, ...], environment: dict[str, str], log: Path
@@ -54,7 +54,7 @@ class Member:
             )
 
     def look_after(self) -> None:
-        """Start it again if it has ended."""
+        """Restart it if it has ended."""
         with self._lock:
             if not self._resting and self.process.poll() is not None:
                 self.exits[self.process.returncode] += 1
@@ -78,7 +78,7 @@ class Member:
             self.signal(pid, signal.SIGKILL)
 
     def stop(self, patience: float) -> None:
-        """SIGTERM, and no start after that; kill -9 what does not end."""
+        """Send SIGTERM, and don't restart it; kill -9 if it does not end within `patience` seconds."""
         with self._lock:
             self._resting = True
             self.process.terminate()
@@ -90,7 +90,7 @@ class Member:
             self.exits[self.process.returncode] += 1
 
     def restart(self, **environment: str) -> None:
-        """Deploy: SIGTERM, and the next process has a new environment."""
+        """Deploy: stop it, and start it with a changed environment."""
         self.stop(30)
         with self._lock:
             self.environment |= environment
@@ -99,7 +99,7 @@ class Member:
 
 
 class Rig:
-    """All that is running. `random` makes every choice of the faults; `say` tells a person of them."""
+    """Everything that runs. `random` makes all choices of the faults; `say` prints their names."""
 
     def __init__(self, folder: Path, seed: int, say: Callable[[str], None]) -> None:
         self.folder = folder
@@ -140,7 +140,7 @@ class Rig:
         return self.writers + self.workers
 
     def manage(self, *arguments: str) -> bool:
-        """Run manage.py by the direct road; return whether that went well."""
+        """Run manage.py by the direct route; return whether it succeeded."""
         done = tools.manage(*arguments, **self._environment(self.server.url()))
         with (self.folder / "manage.log").open("a") as log:
             log.write(f"{arguments}\n{done.stdout}{done.stderr}\n")
@@ -169,9 +169,9 @@ class Rig:
         }
 
     def _start(self) -> None:
-        """Start everyone. Where there is no pgbouncer, those that would go through it go directly.
+        """Start all members. Without pgbouncer, its clients connect directly.
 
-        Those that go directly have psycopg's pool in their settings.
+        The members that are always direct have psycopg's pool in their settings.
         """
         direct, cut = self.server.url(), self.proxy.url
         pooled, listens, polls = direct, "own", "own"
@@ -219,7 +219,7 @@ class Rig:
     # The run
 
     def run(self, faults: list[Callable[["Rig"], None]], seconds: float) -> None:
-        """Inject each fault once, and go on at random until the time is over."""
+        """Inject each fault once, in random order, and repeat until the time is over."""
         eventually(
             lambda: self.server.query("select count(*) > 100 from chaos_effect")[0][0], patience=90
         )
@@ -237,10 +237,10 @@ class Rig:
             rounds += 1
 
     def settle(self, patience: float) -> None:
-        """End the writers, and wait for the workers; count the events that get stuck.
+        """Stop the writers, and wait for the workers; count the events that get stuck.
 
-        First for those that LISTEN, so that nobody finds by polling what they were not woken for.
-        Then the new release is deployed everywhere, for what the old one did not know.
+        First wait for the workers that LISTEN, without the one that polls: it would hide lost wakes.
+        Then deploy the new release everywhere, for events that the old one has no handler for.
         """
         polls = self.workers[-1]
         for member in (*self.writers, polls):
@@ -253,7 +253,7 @@ class Rig:
             worker.stop(30)
 
     def _wait_until_none_is(self, statuses: str, patience: float) -> int:
-        """Return how many events have one of these statuses, at last."""
+        """Wait until no event has one of these statuses; return how many still have."""
         deadline = time.monotonic() + patience
         sql = f"select count(*) from spark_outbox_event where status in ({statuses})"
         while (left := self.server.query(sql)[0][0]) and time.monotonic() < deadline:
@@ -261,7 +261,7 @@ class Rig:
         return int(left)
 
     def tell(self, keys: list[str]) -> list[tuple[Any, ...]]:
-        """Return all that the database knows of the first few of these keys."""
+        """Return all that the database has on the first nine of these keys."""
         sql = """
             select event.id, event.key, event.event_group, event.status, event.attempts,
                 event.created_at, event.finished_at,
@@ -276,7 +276,7 @@ class Rig:
         ]
 
     def ends(self) -> Counter[str]:
-        """Count how processes ended: workers of their own accord, and the children of workers."""
+        """Count how processes ended: the members, and the children of workers."""
         ends = Counter(
             f"{member.name.partition('-')[0]} ended with {code}"
             for member in self.members

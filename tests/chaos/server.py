@@ -1,4 +1,4 @@
-"""A PostgreSQL of the test's own, to be stopped, killed and starved."""
+"""A PostgreSQL of the test's own, which can be stopped, killed, and left without disk space."""
 
 import contextlib
 import os
@@ -45,14 +45,14 @@ def binaries() -> Path:
 
 
 DISK = 400 * 1024 * 1024
-"""Bytes of the small disk that the outbox is on, where one can be mounted."""
+"""The size in bytes of the small disk for the outbox, if one can be mounted."""
 
 
 class Server:
-    """Its data is in `folder`. PostgreSQL refuses to be root: it is `nobody` then.
+    """A server with its data in `folder`. PostgreSQL refuses root; it runs as `nobody` then.
 
-    It listens on `address`, for all of its /24, and on a Unix socket. With `small_disk`, where the test
-    may mount one, new tables are on a disk of their own, to be filled.
+    It listens on `address`, for its whole /24, and on a Unix socket. With `small_disk`, if the test may
+    mount one, new tables are on a small disk of their own, which `full_disk` fills.
     """
 
     def __init__(self, folder: Path, address: str = "127.0.0.1", *, small_disk: bool = False) -> None:
@@ -83,18 +83,18 @@ class Server:
             self.query("grant create on tablespace small to public")
 
     def own(self, path: Path) -> None:
-        """Give a folder to the server."""
+        """Make the server's user the owner of a path."""
         if self._user is not None:
             os.chown(path, self._user, -1)
 
     def url(self, user: str = "chaos", **options: Any) -> str:
-        """Return a URL over TCP, as a string of libpq's."""
+        """Return a conninfo of the server over TCP."""
         where = {"host": self.address, "port": self.port, "user": user, "dbname": "postgres"}
         return make_conninfo(**{**where, **options})
 
     @contextlib.contextmanager
     def superuser(self) -> Iterator[psycopg.Connection[Any]]:
-        """Connect past all that is done to others: as a superuser, over the Unix socket."""
+        """Connect as a superuser, over the Unix socket: no fault affects this connection."""
         with psycopg.connect(self._own_url, autocommit=True) as connection:
             yield connection
 
@@ -114,18 +114,18 @@ class Server:
         self._run("pg_ctl", "-w", "-t", "120", "-D", self.data, "-m", mode, "stop")
 
     def kill(self) -> None:
-        """kill -9 a backend, as the kernel's out-of-memory killer does: all others restart."""
+        """kill -9 a backend, as the out-of-memory killer does; the server restarts all others."""
         sql = "select min(pid) from pg_stat_activity where usename = 'chaos'"
         pid = eventually(lambda: self.query(sql)[0][0])
         with contextlib.suppress(psycopg.OperationalError), self.superuser() as witness:
             os.kill(pid, signal.SIGKILL)
-            witness.execute("select pg_sleep(60)")  # until it is ended as well
+            witness.execute("select pg_sleep(60)")  # until the restart ends it, too
             raise AssertionError("The server did not restart.")
         eventually(lambda: psycopg.pq.PGconn.ping(self._own_url.encode()) == psycopg.pq.Ping.OK)
 
     @contextlib.contextmanager
     def full_disk(self) -> Iterator[None]:
-        """Take all that is left of the small disk."""
+        """Fill the small disk until the end of the block."""
         assert self.disk is not None
         ballast = self.disk / "ballast"
         try:
@@ -145,8 +145,8 @@ class Server:
         return folder
 
     def errors(self) -> Counter[str]:
-        """Count the errors in the server's log that faults were to cause."""
-        told = (
+        """Count the errors in the server's log that the faults should have caused."""
+        expected = (
             "deadlock detected",
             "No space left on device",
             "canceling statement due to statement timeout",
@@ -155,7 +155,7 @@ class Server:
             "terminating connection due to administrator command",
         )
         log = self.log.read_text(errors="replace")
-        return Counter({error: log.count(error) for error in told})
+        return Counter({error: log.count(error) for error in expected})
 
     def remove(self) -> None:
         with contextlib.suppress(subprocess.CalledProcessError):

@@ -1,4 +1,4 @@
-"""The project that is hurt: its database by one of several roads, as the environment says."""
+"""The project under test. The environment chooses the route to its database."""
 
 import os
 
@@ -6,8 +6,8 @@ from tests.postgres import django_database
 from tests.settings import *  # noqa: F403
 
 INSTALLED_APPS = ["django.contrib.contenttypes", "spark_outbox", "tests.chaos"]
-# How a worker hears of events: by its own connection, by a direct one past a pooler, or not at all.
-# Who LISTENs polls once an hour: a wake that is lost would be an event that is stuck.
+# A worker LISTENs on its own connection, on a direct one past a pooler, or not at all. If it LISTENs, it
+# polls once an hour, so that a lost wake shows as a stuck event.
 _listen, _poll = {"own": ("", 3600), "direct": ("direct", 3600), "poll": (None, 0.5)}[
     os.environ.get("CHAOS_LISTEN", "own")
 ]

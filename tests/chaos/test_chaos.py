@@ -1,4 +1,4 @@
-"""Hurt it from outside for a while, then settle the books."""
+"""Injects faults for a while, then checks the books."""
 
 import shutil
 import signal
@@ -23,7 +23,7 @@ PATIENCE = 180.0
 
 @pytest.fixture(scope="module")
 def folder(request):
-    """Where the logs are, which stay if something is wrong."""
+    """The folder of the logs, which are kept if a test fails."""
     path = Path(tempfile.mkdtemp(prefix="chaos"))
     path.chmod(0o755)
     failed = request.session.testsfailed
@@ -45,7 +45,7 @@ def rig(request, folder):
 
     seed = request.config.getoption("chaos_seed")
     say(f"seed {seed}, again with --chaos-seed {seed}")
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that nobody is left behind
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # no process must be left behind
     try:
         with Rig(folder, seed, say) as rig:
             rig.run(FAULTS, request.config.getoption("chaos_seconds"))
@@ -74,7 +74,7 @@ def test_the_books_balance(rig, books):
 
 
 def test_it_was_hurt_enough(rig, books):
-    """Else the figures would mean nothing."""
+    """Without enough faults and effects, balanced books prove nothing."""
     counts = {**books.counts(), **rig.counts}
     names = ("events", "rolled back", "tried more than once", "outside: repeated", "kills", "terminated")
     others = ("terminated in COMMIT", "collisions of ids", "with an order")
@@ -86,12 +86,12 @@ def test_it_was_hurt_enough(rig, books):
 
 
 def test_no_process_ended_for_a_reason_of_its_own(rig):
-    """Killed, stopped, or undone by a handler: SIGKILL, 0, SIGTERM twice; SIGSEGV, and exit code 3."""
+    """Killed: SIGKILL. Stopped: 0, or SIGTERM twice. Ended by a handler: SIGSEGV, and exit code 3."""
     assert set(rig.ends()) <= {
         "writer ended with 0",
         "writer ended with -9",
-        "writer ended with -15",  # before it had a handler for it
-        "writer ended with -10",  # nor for SIGUSR1
+        "writer ended with -15",  # before it had a signal handler
+        "writer ended with -10",  # the same, by SIGUSR1
         "worker ended with 0",
         "worker ended with -9",
         "worker ended with -15",

@@ -1,8 +1,8 @@
 """python -m tests.chaos.writer NAME SEED: commit orders with events, until SIGTERM.
 
-Whatever happens to the connection, go on with a new one. Keys of transactions that the server said
-were committed go to NAME-PID.acknowledged; those that were rolled back on purpose go to
-NAME-PID.rolled_back. SIGUSR1: begin new ordering keys.
+After any error it goes on with a new connection. NAME-PID.acknowledged gets the keys of transactions
+whose commit the server confirmed, NAME-PID.rolled_back those that were rolled back on purpose. SIGUSR1:
+begin new ordering keys.
 """
 
 import os
@@ -65,7 +65,7 @@ class Writer:
         self.random = random.Random(seed)
         self.name = f"{name}-{os.getpid()}"
         self.numbers, self.positions = count(), count()
-        self.life = 0  # one for each connection: a lost one may still commit, later than what follows
+        self.life = 0  # one per connection: a lost one may still commit, after the next one's commits
         self.earlier: list[Planned] = []
         self.acknowledged = (folder / f"{self.name}.acknowledged").open("a", buffering=1)
         self.rolled_back = (folder / f"{self.name}.rolled_back").open("a", buffering=1)
@@ -79,7 +79,7 @@ class Writer:
                     self.renew()
                 self.commit_some()
                 if "pool" in connection.settings_dict["OPTIONS"]:
-                    connection.close()  # as after a request: it goes back to the pool
+                    connection.close()  # as after a request: back to the pool
                 self.wait()
             except (Error, SparkOutboxError) as error:
                 if isinstance(error, IdCollision):
@@ -89,7 +89,7 @@ class Writer:
                 time.sleep(0.1)
 
     def renew(self) -> None:
-        """Begin new ordering keys: ids may not go up from here."""
+        """Begin new ordering keys: from here ids may not ascend."""
         self.renewing = False
         self.life += 1
         self.earlier = [each for each in self.earlier if "ordering_key" not in each.options]
@@ -108,7 +108,7 @@ class Writer:
                     for planned in plans:
                         kept += self.emit(planned)
                 time.sleep(self.random.choice((0, 0, 0, 0.002, 0.02)))
-                # Where a savepoint's rollback has failed, Django ends the whole in silence.
+                # If the rollback to a savepoint has failed, Django rolls all back without an error.
                 if doomed or transaction.get_rollback():
                     raise RolledBack
         except RolledBack:
@@ -116,10 +116,10 @@ class Writer:
         else:
             self.note(self.acknowledged, kept)
         finally:
-            self.earlier = (self.earlier + plans)[-50:]  # also those of which nobody knows
+            self.earlier = (self.earlier + plans)[-50:]  # also those with an unknown outcome
 
     def emit(self, planned: Planned) -> list[Planned]:
-        """Emit one, at times in a savepoint that may be rolled back; return it if it was kept."""
+        """Emit one event, sometimes in a savepoint that may be rolled back; return it if it was kept."""
         chance = self.random.random()
         if chance > 0.2:
             self.write(planned)
@@ -134,14 +134,14 @@ class Writer:
         return [planned]
 
     def emit_all(self, plans: list[Planned]) -> list[Planned]:
-        """Emit several in one call, in their order."""
+        """Emit several events in one call, in their order."""
         plans = [planned for planned in plans if planned.group != "chaos_sourced"]
         Order.objects.bulk_create(map(self.order, plans), ignore_conflicts=True)
         emit_many({"group": p.group, "key": p.key, **p.options, **p.payload} for p in plans)
         return plans
 
     def write(self, planned: Planned) -> None:
-        """Write the order and its event; nothing happens if they are there already."""
+        """Write the order and its event, unless they exist already."""
         if planned.group == "chaos_sourced":
             if not Order.objects.filter(key=planned.key).exists():
                 self.save_pair(planned)
@@ -192,7 +192,7 @@ class Writer:
         return Planned(f"{self.name}-{next(self.numbers)}", group, options, payload)
 
     def wait(self) -> None:
-        """Leave the workers a chance."""
+        """Pause, and wait while the backlog is long."""
         time.sleep(self.random.uniform(0, 0.03))
         if self.random.random() < 0.05:
             while self.backlog() > BACKLOG and not self.stopping:

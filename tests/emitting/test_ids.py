@@ -378,7 +378,7 @@ def test_check_finds_a_sequence_that_is_behind_the_table(last, is_called, behind
     try:
         found = checks.check_databases(databases=["default"])
         assert [(error.id, error.hint) for error in found] == (
-            [("spark_outbox.E007", f"As the owner of the table: {CURE}")] if behind else []
+            [("spark_outbox.E007", f"Run as the owner of the table: {CURE}")] if behind else []
         )
     finally:
         execute(CURE)

@@ -229,7 +229,7 @@ def test_one_bad_instance_is_reported_and_skipped_and_the_exit_code_is_1(challen
     assert err.count("\n") == 1
     assert f"challenges.Challenge {bad.pk}: " in err
     assert 'UnstorableValue: payload["x"] is a builtins.object' in err
-    assert "1 times a source failed" in str(error)
+    assert "Sources failed 1 times" in str(error)
     assert error.returncode == 1
 
 

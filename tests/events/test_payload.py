@@ -204,7 +204,7 @@ def nested(depth):
         (Challenge(pk=5), r'payload\["a"\] is an unsaved challenges.Challenge', r"save\(\)"),
         ([10**5000], r'payload\["a"\]\[0\] is too large', "text or bytes"),
         (nested(MAX_DEPTH), "levels deep", "identifier"),
-        ("x" * MAX_TEXT, "too many for the payload: the most is 5,242,880", "emit its key"),
+        ("x" * MAX_TEXT, "characters of JSON; the most is 5,242,880", "emit a key"),
     ],
 )
 def test_a_value_that_cannot_be_stored_is_refused_with_its_path_and_the_cure(value, path, cure):

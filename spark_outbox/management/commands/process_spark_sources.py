@@ -1,4 +1,4 @@
-"""Sweep all instances of models through their sources: for events that depend on time, and repairs."""
+"""Pass all instances of models to their sources, for events that depend on time, and for repairs."""
 
 import sys
 from collections.abc import Iterable
@@ -20,10 +20,10 @@ from spark_outbox.registry.handlers import SourceFunction
 
 class Command(OutboxCommand):
     help = (
-        "Sends all instances of models through their sources, which emits what has not been emitted "
-        "yet. Run it from a timer for sources that depend on the date, and after an import that went "
-        "around save(). Of a source that raises it tells the type and the place; the message, which can "
-        "quote data, with --traceback."
+        "Passes all instances of models to their sources, and emits the events that have not been "
+        "emitted yet. Run it from a timer for sources that depend on the date, and after an import that "
+        "bypasses save(). If a source raises, the command prints the type and the place of the error; "
+        "with --traceback also its message, which can quote data."
     )
 
     def add_arguments(self, parser: CommandParser) -> None:
@@ -45,7 +45,7 @@ class Command(OutboxCommand):
         )
         parser.add_argument("--dry-run", action="store_true", help="emit nothing, only count")
         parser.add_argument(
-            "--database", metavar="ALIAS", help="default: where the router reads each model"
+            "--database", metavar="ALIAS", help="default: where the router writes each model"
         )
 
     def handle(self, **options: Any) -> None:
@@ -60,7 +60,7 @@ class Command(OutboxCommand):
             except IdCollision as error:
                 raise CommandError(str(error)) from error
         if errors:
-            raise CommandError(f"{errors} times a source failed; see above. The rest is emitted.")
+            raise CommandError(f"Sources failed {errors} times; see above. The rest is emitted.")
 
     def _chosen(self, labels: list[str], source: str | None) -> dict[type[Model], list[SourceFunction]]:
         swept = swept_models()
@@ -98,7 +98,7 @@ class Command(OutboxCommand):
         label = model._meta.label
 
         def report(instance: Model, source: SourceFunction, error: Exception) -> None:
-            refused = isinstance(error, UnstorableValue)  # which names a value's path, not the value
+            refused = isinstance(error, UnstorableValue)  # its message has a path, and no value
             what = f"{type(error).__name__}: {error}" if refused else describe(error)
             self.stderr.write(f"{label} {instance.pk!r}: {path_of(source)} raised {what}")
             if options["traceback"]:

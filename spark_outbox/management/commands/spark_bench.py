@@ -1,4 +1,4 @@
-"""The benchmark's command line and its table. What it measures is in spark_outbox/management/bench."""
+"""The benchmark's command line and its table. The measurements are in spark_outbox/bench/."""
 
 import json
 import signal
@@ -23,9 +23,9 @@ HEADER = ("name", "value", "unit", "baseline", "ratio", "goal", "met")
 class Command(OutboxCommand):
     help = (
         "Measures how fast the outbox is on this machine and this PostgreSQL, against a baseline of the "
-        "same run: bare psycopg, or the ORM, doing the least that must be done. It works in databases "
-        "of its own, which it drops at the end; your events are not touched. All of it takes about half "
-        "an hour, --quick about three minutes. Nothing else should be running meanwhile."
+        "same run: bare psycopg or the ORM, doing only the necessary work. It works in databases of its "
+        "own, and drops them at the end; your events are not touched. A full run takes about half an "
+        "hour, --quick about three minutes. Run nothing else meanwhile."
     )
 
     def add_arguments(self, parser: CommandParser) -> None:
@@ -34,7 +34,7 @@ class Command(OutboxCommand):
             action="append",
             choices=list(MEASURES),
             metavar="NAME",
-            help=f"measure only this; may be given again: {', '.join(MEASURES)}",
+            help=f"measure only this; may be repeated: {', '.join(MEASURES)}",
         )
         parser.add_argument(
             "--quick",
@@ -81,7 +81,7 @@ class Command(OutboxCommand):
         if options["json"]:
             self.stdout.write(json.dumps([figure.as_dict() for figure in found], indent=2))
         elif options["quick"]:
-            self.stdout.write("With --quick the figures are rough: compare none of them.")
+            self.stdout.write("With --quick the figures are rough: don't compare them.")
 
     def _print(self, figures: list[Figure], *, first: bool) -> None:
         if first:

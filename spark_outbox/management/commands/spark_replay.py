@@ -1,4 +1,4 @@
-"""Give past events to a handler; see spark_outbox/replay.py."""
+"""Replay past events to a handler; see spark_outbox/operating/replay.py."""
 
 import argparse
 from datetime import datetime, time
@@ -16,28 +16,28 @@ from spark_outbox.registry.handlers import registry
 
 class Command(OutboxCommand):
     help = (
-        "Gives events that are done to a handler: a new one, for what happened before it was there, or "
-        "one that was wrong. The workers do it; other handlers are not called again. With --rehearse it "
-        "runs here and now, in a transaction that is rolled back, and says what would happen; but what "
-        "the handler does outside of the database, such as sending mails, does happen."
+        "Gives events that are done to a handler once more: to a new handler, for older events, or to a "
+        "handler that had a bug. The workers call it; other handlers are not called again. With "
+        "--rehearse the handler runs in this process, in a transaction that is rolled back, and the "
+        "command prints the result. Effects outside of the database, such as mails, are real even then."
     )
 
     def add_arguments(self, parser: CommandParser) -> None:
         parser.add_argument("--handler", required=True, metavar="NAME", help="the handler's name")
         parser.add_argument(
-            "--group", default="", metavar="REGEX", help="only groups in which this regex is found"
+            "--group", default="", metavar="REGEX", help="only events whose group matches"
         )
         parser.add_argument(
             "--since",
             type=_moment,
             metavar="TIME",
-            help="only events emitted since then: 2026-01-31, or 2026-01-31T12:00+01:00",
+            help="only events emitted since: 2026-01-31, or 2026-01-31T12:00+01:00",
         )
         parser.add_argument(
             "--key", nargs="+", default=[], metavar="KEY", help="only events with these keys"
         )
         parser.add_argument(
-            "--rehearse", action="store_true", help="only see what would happen; see above"
+            "--rehearse", action="store_true", help="call the handler now, and roll back; see above"
         )
         parser.add_argument(
             "--limit",

@@ -1,4 +1,4 @@
-"""The daemon's command line, signals and messages. What it does is in spark_outbox/worker/."""
+"""The daemon's command line, signals and messages. Its work is in spark_outbox/worker/."""
 
 import argparse
 import contextlib
@@ -31,9 +31,9 @@ from spark_outbox.worker.loop import Worker
 
 class Command(OutboxCommand):
     help = (
-        "Hands events to their handlers, as they are emitted, until it is stopped. SIGTERM, SIGHUP or "
-        "Ctrl-C: finish the handler in hand, commit, exit; a second time: stop at once, losing nothing. "
-        "Start as many as you like, on as many machines."
+        "Calls the handlers of events as they are emitted, until it is stopped. SIGTERM, SIGHUP or "
+        "Ctrl-C: finish the current calls, commit, exit. A second signal: stop at once; nothing is "
+        "lost. Start as many workers as you like, on as many machines."
     )
 
     def add_arguments(self, parser: CommandParser) -> None:
@@ -58,8 +58,8 @@ class Command(OutboxCommand):
             type=_seconds,
             default=settings.COMMIT_INTERVAL,
             metavar="SECONDS",
-            help="commit what is handled after this long (default: %(default)s); what a crash can "
-            "repeat of mails and the like is at most this much work",
+            help="commit handled events after this long (default: %(default)s); a crash can repeat "
+            "mails and other outside effects of at most this much work",
         )
         parser.add_argument(
             "--poll-interval",
@@ -73,14 +73,14 @@ class Command(OutboxCommand):
             type=_whole_number,
             default=1,
             metavar="N",
-            help="work in so many processes (default: %(default)s)",
+            help="run N worker processes (default: %(default)s)",
         )
         parser.add_argument(
             "--async-concurrency",
             type=_whole_number,
             default=settings.ASYNC_CONCURRENCY,
             metavar="N",
-            help="have up to N calls of async handlers under way in each process (default: %(default)s)",
+            help="run up to N async calls at the same time in each process (default: %(default)s)",
         )
         parser.add_argument(
             "--shutdown-timeout",
@@ -94,20 +94,20 @@ class Command(OutboxCommand):
             type=_seconds,
             default=300.0,
             metavar="SECONDS",
-            help="start a process anew that has waited this long for an answer of the database; "
-            "not for what handlers ask (default: %(default)s)",
+            help="restart a process whose own query has had no reply from the database for this "
+            "long; queries of handlers don't count (default: %(default)s)",
         )
         parser.add_argument(
             "--max-events",
             type=_whole_number,
             metavar="N",
-            help="start a process anew after about N events",
+            help="restart a process after about N events",
         )
         parser.add_argument(
             "--max-rss",
             type=_whole_number,
             metavar="MIB",
-            help="start a process anew that has used more memory than this",
+            help="restart a process that has used more memory than this",
         )
         parser.add_argument(
             "--database",
@@ -139,7 +139,7 @@ class Command(OutboxCommand):
             connection.close()
             getattr(connection, "close_pool", bool)()
         gc.collect()
-        gc.freeze()  # what is loaded stays: no collection need look at it, or copy its pages
+        gc.freeze()  # loaded code stays: no collection must scan it, and copy its pages
         supervisor = Supervisor(
             lambda slot, ready: self._child(slot, ready, options),
             processes=options["processes"],
@@ -154,20 +154,20 @@ class Command(OutboxCommand):
         stops = [each for each in STOPS if not (nohup and each == signal.SIGHUP)]
 
         def stop(number: int, _: object) -> None:
-            for each in stops:  # a terminal that goes away may say so twice
+            for each in stops:  # a closing terminal may send SIGHUP twice
                 signal.signal(each, signal.SIG_IGN if each == signal.SIGHUP else stop_at_once)
             systemd.notify("STOPPING=1")
             supervisor.stop()
             if number == signal.SIGINT:
-                self._tell_what_is_waited_for(supervisor.in_hand())
+                self._print_current_calls(supervisor.in_hand())
 
         def stop_at_once(number: int, _: object) -> None:
-            supervisor.kill()  # what was not committed is handled again: nothing is lost
+            supervisor.kill()  # uncommitted events are handled again: nothing is lost
             ended_by.append(number)
-            for each in stops:  # one more does not even wait until that is booked
+            for each in stops:  # a third signal does not wait for bookings
                 signal.signal(each, signal.SIG_DFL)
 
-        signal.signal(signal.SIGCHLD, lambda *_: None)  # it wakes the supervisor, who looks
+        signal.signal(signal.SIGCHLD, lambda *_: None)  # it only wakes the supervisor
         for each in stops:
             signal.signal(each, stop)
         code = supervisor.run()
@@ -185,7 +185,7 @@ class Command(OutboxCommand):
 
         try:
             worker = self._worker(options, guard=Guard(slot), on_ready=on_ready)
-            for each in (signal.SIGINT, signal.SIGHUP):  # they reach all; the supervisor tells us
+            for each in (signal.SIGINT, signal.SIGHUP):  # they reach all processes; SIGTERM follows
                 signal.signal(each, signal.SIG_IGN)
             signal.signal(signal.SIGTERM, lambda *_: worker.stop())
             signal.set_wakeup_fd(worker.open(), warn_on_full_buffer=False)
@@ -195,18 +195,18 @@ class Command(OutboxCommand):
         except (SettingsError, NotMigrated, RegistrationError) as error:
             self.stderr.write(self.style.ERROR(str(error)))
             return os.EX_CONFIG
-        except Error as error:  # with --drain or --once: others are outlived
+        except Error as error:  # with --drain or --once; otherwise it reconnects
             message = f"Database {options['database']!r} can't be used: {describe(error)}"
             self.stderr.write(self.style.ERROR(message))
             return 1
-        except Exception as error:  # noqa: BLE001, shown, and then the supervisor starts another
+        except Exception as error:  # noqa: BLE001, printed; the supervisor restarts the process
             lines = traceback.format_tb(error.__traceback__)  # of code, without values
             self.stderr.write("".join([*lines, f"The worker process dies of {describe(error)}."]))
             return 1
         return 0
 
     def _work_in_thread(self, **options: Any) -> None:
-        """Be the worker under the autoreloader, which has the main thread."""
+        """Run the worker under the autoreloader, which occupies the main thread."""
 
         def on_ready(version: str) -> None:
             self._introduce(version, options)
@@ -235,8 +235,10 @@ class Command(OutboxCommand):
         number: int,
         options: dict[str, Any],
     ) -> None:
-        """Count a crash, if the database is there; without an error, put back what was stopped. In a
-        process of its own: see the supervisor."""
+        """Book a crash, or log that the database refuses. Without an error, only put the events back.
+
+        Runs in a process of its own: see the supervisor.
+        """
         using = options["database"]
         bounds.set_bounds(using)
         bounds.leave_pools(using)
@@ -246,20 +248,20 @@ class Command(OutboxCommand):
             event_id, _ = in_hand[0]
             self.stderr.write(f"A crash on event {event_id} could not be counted: {describe(refusal)}")
 
-    def _tell_what_is_waited_for(self, in_hand: list[tuple[int, int]]) -> None:
-        """Tell whoever has pressed Ctrl-C why the worker has not ended yet."""
+    def _print_current_calls(self, in_hand: list[tuple[int, int]]) -> None:
+        """Print, after a Ctrl-C, why the worker has not ended yet."""
         events: dict[str, list[int]] = {}
         for event_id, number in in_hand:
             events.setdefault(registry.handlers[number].name, []).append(event_id)
-        told = ", ".join(
+        calls = ", ".join(
             f"{name} on event {ids[0]}" + (f" and {len(ids) - 1} more" if ids[1:] else "")
             for name, ids in events.items()
         )
-        if told:
-            # It may have come while this very stream was written to.
+        if calls:
+            # The signal may have interrupted a write to this stream.
             with contextlib.suppress(OSError, RuntimeError):
                 self.stderr.write(
-                    f"Waiting for {told}; press Ctrl-C again to stop at once (nothing is lost)."
+                    f"Waiting for {calls}; press Ctrl-C again to stop at once (nothing is lost)."
                 )
 
     def _introduce(self, version: str, options: dict[str, Any]) -> None:

@@ -3,8 +3,8 @@
 -- Some run with the rights of their owner, so that a role that emits needs few rights of its own. Such a
 -- role gets EXECUTE by deploy/roles.sql; others don't. The end of this file pins the search_path of all.
 
--- A search_path may find the table in one schema and these functions in another, where they would write to
--- a table of their own. So the caller says which table it means, and a function of another outbox refuses.
+-- A search_path may find the table of one outbox and the functions of another, which would write to
+-- their own table. So the caller passes the table that it means; another outbox's function refuses it.
 create function spark_outbox_check_home(outbox regclass) returns void
 language plpgsql as $body$
 begin
@@ -13,8 +13,8 @@ begin
             message = concat(
                 'The search_path finds the table ', outbox, ', but the functions of another outbox.'
             ),
-            hint = 'Run migrate for the outbox that is meant, so that the schema of its table has the '
-                'functions, too; or correct the search_path.';
+            hint = 'Run migrate for the outbox of this table, so that its schema has the functions, '
+                'too; or correct the search_path.';
     end if;
 end
 $body$;
@@ -38,7 +38,7 @@ begin
             message = 'The event with the key ' || quote_literal(missing)
                 || ' was not written: another event has its id.',
             hint = 'The sequence of the ids is behind the table, as after a restore of the data alone. '
-                'Put it right, then emit again: select setval(''spark_outbox_event_id_seq'', '
+                'Correct it, then emit again: select setval(''spark_outbox_event_id_seq'', '
                 'greatest(nextval(''spark_outbox_event_id_seq''), max(id))) from spark_outbox_event;',
             table = 'spark_outbox_event', constraint = 'spark_outbox_event_pkey';
     end if;
@@ -72,7 +72,7 @@ comment on function spark_emit(text, text, jsonb) is
     'Write an event; returns its id, or NULL if there is an event of this key already.';
 
 
--- Ids are allotted in the order given. Rows are written in the order of their keys, so that two
+-- Ids are assigned in the order given. Rows are written in the order of their keys, so that two
 -- transactions with the same keys can't deadlock.
 create function spark_outbox_emit_many(
     outbox regclass, keys text[], groups text[], payloads jsonb[], header_objects jsonb[],
@@ -146,11 +146,11 @@ end
 $body$;
 
 comment on function spark_outbox_ids_are_behind() is
-    'Whether the sequence is yet to give out an id that an event has.';
+    'Whether the sequence will return an id that an event has already.';
 
 
--- Pin the search_path: no caller's search_path can put another table or function in the way. pg_catalog
--- comes first, since others may be allowed to create in the outbox's schema.
+-- Pin the search_path, so that a caller's search_path can't substitute another table or function.
+-- pg_catalog comes first, because other roles may create objects in the outbox's schema.
 do $do$
 declare
     home constant regnamespace := (

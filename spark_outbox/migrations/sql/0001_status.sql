@@ -14,7 +14,7 @@ select
     count(*) filter (where status = 'failed') as failed,
     count(*) filter (where status = 'unhandled') as unhandled,
     count(*) filter (where status = 'discarded') as discarded,
-    -- SQL may have written -infinity. Until PostgreSQL 17, an age since then is an error.
+    -- SQL may have written -infinity. Before PostgreSQL 17, subtracting it is an error.
     statement_timestamp() - min(coalesce(available_at, created_at)) filter (
         where status = 'pending' and (available_at is null or available_at <= statement_timestamp())
             and isfinite(coalesce(available_at, created_at))

@@ -1,6 +1,6 @@
 -- The parts of the tables that Django's operations can't express.
 
--- A busy outbox turns its rows over all the time: vacuum often. By default, autovacuum would wait until
+-- A busy outbox updates its rows all the time: vacuum it often. By default, autovacuum would wait until
 -- a fifth of the table is dead.
 alter table spark_outbox_event set (
     autovacuum_vacuum_scale_factor = 0.01,

@@ -1,12 +1,12 @@
 -- The trigger that wakes sleeping workers.
 --
--- A transaction that notifies holds a lock of the whole database while it commits. So the trigger
--- notifies only if a worker sleeps. Two advisory locks tell; the trigger waits for neither:
+-- A transaction that notifies holds a lock on the whole database while it commits. So the trigger
+-- notifies only if a worker sleeps. Two advisory locks show this; the trigger waits for neither:
 --
 --     K (7531001, the table's OID)  shared, by each transaction that has emitted, until it ends
 --     S (7531002, the table's OID)  shared, by each worker that sleeps
 --
--- spark_outbox/wake.py describes the worker's half. The trigger's argument is its mode, `gated` or
+-- spark_outbox/worker/wake.py has the worker's half. The trigger's argument is its mode, `gated` or
 -- `always`; for SPARK_OUTBOX["WAKE"] = "never" there is no trigger.
 
 create function spark_outbox_wake() returns trigger
@@ -22,10 +22,10 @@ begin
     then
         return null;
     end if;
-    -- An INSERT that met only duplicates wakes nobody. A transition table would tell exactly, but would
-    -- make each emit a tenth dearer; the session's statistics are read only if a worker sleeps. They
-    -- count this transaction's rows, and may count rows of the last second: then one NOTIFY is too many.
-    -- Without statistics, notify.
+    -- An INSERT of duplicates alone wakes nobody. A transition table would show this exactly, but would
+    -- make each emit a tenth dearer. The session's statistics are read only if a worker sleeps. They
+    -- count this transaction's rows, and maybe rows of the last second: then there is one NOTIFY too
+    -- many. Without statistics, notify.
     if pg_stat_get_xact_tuples_inserted(tg_relid) > 0
         or not current_setting('track_counts')::boolean
     then
