@@ -1,5 +1,6 @@
 """The base of the commands: an error is one sentence; EX_CONFIG means that a restart can't help."""
 
+import argparse
 import os
 from typing import Any
 
@@ -46,3 +47,19 @@ class OutboxCommand(BaseCommand):
                 f"--database: {', '.join(suitable) or 'but DATABASES has none'}.",
                 returncode=os.EX_CONFIG,
             )
+
+
+def whole_number(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number above 0")
+    return int(text)
+
+
+def seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < 10**8:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of seconds above 0")
+    return value

@@ -65,7 +65,9 @@ class Work:
             return self._to("pending")._replace(due_now=due_now, look_again=look_again(waits))
         if "failed" in statuses.values():
             return self._to("failed")
-        return self._to("done" if "done" in statuses.values() else "discarded")
+        if "done" in statuses.values():
+            return Fate(self.event.id, "done")  # without the error of one that was discarded
+        return self._to("discarded")
 
     def abandoned(self) -> list[str]:
         """Return the handlers of pending deliveries that no worker seems to have any more."""

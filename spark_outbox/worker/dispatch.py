@@ -208,6 +208,7 @@ class Dispatch:
     ) -> None:
         """Keep the result of the call that has cost the batch its transaction."""
         stored = self._batch.stored.get(call.event.id, {})
+        call.event.attempt = next_attempt(call.handler, stored)
         call.error, call.turn = lost.error, turn_of(call.handler, stored)
         if (result := self._conclude(call, together=together)) is not None:
             results = {call.handler.name: result}

@@ -133,7 +133,8 @@ def write_unsettled(event_id: int, error: BaseException, *, using: str) -> bool:
 
 def _fail(event_id: int, error: BaseException, *, using: str) -> None:
     """Mark a locked event as failed, and write nothing else."""
-    if not settling.settle([Fate(event_id, "failed", as_text(error))], using=using):
+    applied = settling.settle([Fate(event_id, "failed", as_text(error))], using=using)
+    if not applied and settling.count_pending([event_id], using=using):
         raise NotSettled(NOT_APPLIED)
 
 

@@ -9,8 +9,9 @@ import pytest
 from django.db import OperationalError, connection
 from django.db.models.expressions import RawSQL
 
-from spark_outbox import emit, emit_many, handler, store
+from spark_outbox import emit, emit_many, handler
 from spark_outbox.models import Delivery, WorkerSession
+from spark_outbox.store import sessions
 from spark_outbox.worker import running
 from spark_outbox.worker.loop import Worker
 from tests.tools import (
@@ -238,7 +239,7 @@ def test_a_handler_that_ends_its_process_with_0_has_crashed(tmp_path):
 def test_a_call_under_way_goes_on_if_the_connection_is_lost_just_after_its_batch(
     own_registry, monkeypatch
 ):
-    release, calls, lost, dismiss = threading.Event(), [], [], store.dismiss
+    release, calls, lost, dismiss = threading.Event(), [], [], sessions.dismiss
 
     def lose(sessions, *, using):
         if not lost:
@@ -253,7 +254,7 @@ def test_a_call_under_way_goes_on_if_the_connection_is_lost_just_after_its_batch
             await asyncio.sleep(0.005)
 
     own_registry.add_handler(note, group="^plain$")
-    monkeypatch.setattr(store, "dismiss", lose)
+    monkeypatch.setattr(sessions, "dismiss", lose)
     monkeypatch.setattr(running, "TAKE_OVER_INTERVAL", 0)
     WorkerSession.objects.create(session=1, name="dead")
     with worker_thread(batch_size=1):

@@ -234,6 +234,18 @@ def test_a_handler_that_commits_by_itself_is_told_and_does_not_loop(own_registry
     assert statuses() == {"bad": "pending"}
 
 
+def test_an_event_that_one_handler_discards_and_another_handles_is_done_without_an_error(own_registry):
+    @handler("", name="discards")
+    def discard(event):
+        raise Discard("no")
+
+    handler("", name="handles")(note)
+    emit("g", "key")
+    Worker().drain()
+    assert (status(), OutboxEvent.objects.get().last_error) == ("done", "")
+    assert deliveries() == {"discards": ("discarded", 1), "handles": ("done", 1)}
+
+
 # What is written down
 
 

@@ -1,0 +1,177 @@
+"""The daemon that `spark_worker` starts: its processes, its signals, and its messages to people."""
+
+import contextlib
+import gc
+import os
+import signal
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+from django.core.management.base import OutputWrapper
+from django.core.management.color import Style
+from django.db import Error, connections
+
+import spark_outbox
+from spark_outbox.errors import NotMigrated, RegistrationError, SettingsError, describe
+from spark_outbox.processes import systemd
+from spark_outbox.processes.fork import SIGNALS, STOPS
+from spark_outbox.processes.guard import Guard
+from spark_outbox.processes.slot import Slot
+from spark_outbox.processes.supervisor import Supervisor
+from spark_outbox.registry.handlers import registry
+from spark_outbox.worker import booking, bounds, forks
+from spark_outbox.worker.loop import Worker
+
+
+class Service:
+    """The worker processes of one command. `options` are those of its command line."""
+
+    def __init__(
+        self, options: dict[str, Any], stdout: OutputWrapper, stderr: OutputWrapper, style: Style
+    ) -> None:
+        self._options = options
+        self._stdout = stdout
+        self._stderr = stderr
+        self._style = style
+
+    def supervise(self, *, finite: bool) -> int:
+        """Run the workers in processes of their own, and look after them."""
+        for connection in connections.all(initialized_only=True):  # they can't be shared
+            connection.close()
+            getattr(connection, "close_pool", bool)()
+        gc.collect()
+        gc.freeze()  # loaded code stays: no collection must scan it, and copy its pages
+        supervisor = Supervisor(
+            self._child,
+            processes=self._options["processes"],
+            shutdown_timeout=self._options["shutdown_timeout"],
+            answer_timeout=self._options["answer_timeout"],
+            finite=finite,
+            on_ready=lambda: systemd.notify("READY=1"),
+            on_crash=self._book_crash,
+        )
+        ended_by: list[int] = []
+        nohup = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+        stops = [each for each in STOPS if not (nohup and each == signal.SIGHUP)]
+
+        def stop(number: int, _: object) -> None:
+            for each in stops:  # a closing terminal may send SIGHUP twice
+                signal.signal(each, signal.SIG_IGN if each == signal.SIGHUP else stop_at_once)
+            systemd.notify("STOPPING=1")
+            supervisor.stop()
+            if number == signal.SIGINT:
+                self._print_current_calls(supervisor.in_hand())
+
+        def stop_at_once(number: int, _: object) -> None:
+            supervisor.kill()  # uncommitted events are handled again: nothing is lost
+            ended_by.append(number)
+            for each in stops:  # a third signal does not wait for bookings
+                signal.signal(each, signal.SIG_DFL)
+
+        signal.signal(signal.SIGCHLD, lambda *_: None)  # it only wakes the supervisor
+        for each in stops:
+            signal.signal(each, stop)
+        code = supervisor.run()
+        if ended_by:
+            os.kill(os.getpid(), ended_by[0])
+        return code
+
+    def _child(self, slot: Slot, ready: Callable[[], None]) -> int:
+        """Be one of the worker processes; return its exit code."""
+
+        def on_ready(version: str) -> None:
+            if slot.number == 0:
+                self._introduce(version)
+            ready()
+
+        try:
+            worker = self._worker(guard=Guard(slot), on_ready=on_ready)
+            for each in (signal.SIGINT, signal.SIGHUP):  # they reach all processes; SIGTERM follows
+                signal.signal(each, signal.SIG_IGN)
+            signal.signal(signal.SIGTERM, lambda *_: worker.stop())
+            signal.set_wakeup_fd(worker.open(), warn_on_full_buffer=False)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+            forks.watch()
+            worker.run(drain=self._options["drain"], once=self._options["once"])
+        except (SettingsError, NotMigrated, RegistrationError) as error:
+            self._stderr.write(self._style.ERROR(str(error)))
+            return os.EX_CONFIG
+        except Error as error:  # with --drain or --once; otherwise it reconnects
+            message = f"Database {self._options['database']!r} can't be used: {describe(error)}"
+            self._stderr.write(self._style.ERROR(message))
+            return 1
+        except Exception as error:  # noqa: BLE001, printed; the supervisor restarts the process
+            lines = traceback.format_tb(error.__traceback__)  # of code, without values
+            self._stderr.write("".join([*lines, f"The worker process dies of {describe(error)}."]))
+            return 1
+        return 0
+
+    def run_in_thread(self) -> None:
+        """Run the worker under the autoreloader, which occupies the main thread."""
+
+        def on_ready(version: str) -> None:
+            self._introduce(version)
+            systemd.notify("READY=1")
+
+        worker = self._worker(on_ready=on_ready)
+        worker.run(drain=self._options["drain"], once=self._options["once"])
+
+    def _worker(self, **more: Any) -> Worker:
+        return Worker(
+            using=self._options["database"],
+            groups=self._options["groups"],
+            batch_size=self._options["batch_size"],
+            commit_interval=self._options["commit_interval"],
+            poll_interval=self._options["poll_interval"],
+            async_concurrency=self._options["async_concurrency"],
+            max_events=self._options["max_events"],
+            max_rss=self._options["max_rss"],
+            **more,
+        )
+
+    def _book_crash(
+        self,
+        in_hand: list[tuple[int, int]],
+        error: BaseException | None,
+        number: int,
+    ) -> None:
+        """Book a crash, or log that the database refuses. Without an error, only put the events back.
+
+        Runs in a process of its own: see the supervisor.
+        """
+        using = self._options["database"]
+        bounds.set_bounds(using)
+        bounds.leave_pools(using)
+        try:
+            booking.book(in_hand, error, registry, session=number, using=using)
+        except Error as refusal:
+            event_id, _ = in_hand[0]
+            self._stderr.write(f"A crash on event {event_id} could not be counted: {describe(refusal)}")
+
+    def _print_current_calls(self, in_hand: list[tuple[int, int]]) -> None:
+        """Print, after a Ctrl-C, why the worker has not ended yet."""
+        events: dict[str, list[int]] = {}
+        for event_id, number in in_hand:
+            events.setdefault(registry.handlers[number].name, []).append(event_id)
+        calls = ", ".join(
+            f"{name} on event {ids[0]}" + (f" and {len(ids) - 1} more" if ids[1:] else "")
+            for name, ids in events.items()
+        )
+        if calls:
+            # The signal may have interrupted a write to this stream.
+            with contextlib.suppress(OSError, RuntimeError):
+                self._stderr.write(
+                    f"Waiting for {calls}; press Ctrl-C again to stop at once (nothing is lost)."
+                )
+
+    def _introduce(self, version: str) -> None:
+        name = connections[self._options["database"]].settings_dict["NAME"]
+        handlers = ", ".join(f"{h.name} for {h.pattern.pattern}" for h in registry.handlers)
+        count = self._options["processes"]
+        self._stdout.write(
+            f"spark_outbox {spark_outbox.__version__} on database {name} (PostgreSQL {version}), "
+            f"{count} process{'es' if count > 1 else ''}. Handlers: "
+            + (handlers or self._style.WARNING("none, so every event will be unhandled"))
+        )
+        self._stdout.flush()
