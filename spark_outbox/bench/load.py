@@ -27,7 +27,10 @@ select gen_random_uuid(), 'bench', '{"number": 1}', %(ordering_key)s, %(status)s
 from generate_series(1, %(count)s)
 """
 
-EMPTY = "truncate spark_outbox_event, spark_outbox_delivery, spark_bench_row restart identity"
+EMPTY = """
+truncate spark_outbox_event, spark_outbox_delivery, spark_outbox_session, spark_bench_row
+restart identity
+"""
 
 
 PROC = Path("/proc")
