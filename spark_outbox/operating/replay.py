@@ -13,7 +13,7 @@ from django.db import connections, transaction
 
 from spark_outbox.events.event import Event
 from spark_outbox.events.references import References
-from spark_outbox.registry.handlers import Handler, Registry
+from spark_outbox.registry.handlers import Handler, Kind, Registry
 from spark_outbox.store import reading, replaying
 from spark_outbox.worker.isolation import Isolation, TransactionLost
 
@@ -114,7 +114,7 @@ def rehearse(selection: Selection, *, using: str, limit: int) -> Rehearsal:
     """
     done = Rehearsal()
     with transaction.atomic(using=using):
-        if not selection.handler.atomic:
+        if selection.handler.kind is Kind.DETACHED:
             # The handler may open durable transactions: let them nest in this one, as in a test.
             outermost: Any = connections[using].atomic_blocks[-1]
             outermost._from_testcase = True

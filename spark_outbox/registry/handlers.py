@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from enum import Enum
 from typing import Any, TypeVar
 
 from asgiref.sync import async_to_sync
@@ -24,31 +25,40 @@ R = TypeVar("R", bound=Iterable[Event | Mapping[str, Any]] | None)
 _MATCHED_GROUPS = 1024  # groups come from the database: the cache must not grow with them
 
 
+class Kind(Enum):
+    """How a worker calls a handler."""
+
+    PLAIN = "with one event, in the batch's transaction, before the next event's turn"
+    LIST = "with several events, in the batch's transaction"
+    ASYNC = "on the event loop, beside other calls; it may outlive the batch"
+    DETACHED = "after the commit, in no transaction of the worker's"
+
+    @property
+    def outlives(self) -> bool:
+        """Its calls may outlive the batch's transaction: then other workers can take over its
+        deliveries."""
+        return self in {Kind.ASYNC, Kind.DETACHED}
+
+
 @dataclass(frozen=True, slots=True)
 class Handler:
-    """A function, the pattern of its groups, and the name under which its deliveries are stored."""
+    """A function for the events whose group matches a pattern, under the name of its deliveries."""
 
     name: str
     pattern: re.Pattern[str]
     function: HandlerFunction
     policy: Policy
     number: int = 0
-    """Its position in the registry, from 0."""
+    """Its place among the registered, from 0."""
     batch: int | None = None
-    """The most events in one list; None if it takes single events."""
-    atomic: bool = True
+    """The most events that it takes at once, in a list; None for one, as itself."""
+    kind: Kind = Kind.PLAIN
     is_async: bool = False
-    is_plain: bool = field(init=False)
-    """It takes one event, and runs to its end in the batch's transaction."""
-    outlives: bool = field(init=False)
-    """Its calls may outlive the batch's transaction; then other workers can take over its deliveries."""
+    """Its function is a coroutine function. A detached handler's may be one, too."""
     call: HandlerFunction = field(init=False)
     """Runs the function in this thread to its end, also if it is async."""
 
     def __post_init__(self) -> None:
-        is_plain = self.atomic and not self.is_async and self.batch is None
-        object.__setattr__(self, "is_plain", is_plain)
-        object.__setattr__(self, "outlives", self.is_async or not self.atomic)
         call: Any = self.function
         object.__setattr__(self, "call", async_to_sync(call) if self.is_async else call)
 
@@ -60,7 +70,7 @@ class Matching(tuple[Handler, ...]):
 
     def __new__(cls, handlers: Iterable[Handler]) -> "Matching":
         made = super().__new__(cls, handlers)
-        made.are_plain = all(handler.is_plain for handler in made)
+        made.are_plain = all(handler.kind is Kind.PLAIN for handler in made)
         return made
 
 
@@ -133,7 +143,12 @@ class Registry:
             )
         number = len(self.handlers)
         policy = policy or Policy()
-        handler = Handler(name, pattern, function, policy, number, batch, atomic, is_async)
+        kind = Kind.PLAIN if batch is None else Kind.LIST
+        if is_async:
+            kind = Kind.ASYNC
+        if not atomic:
+            kind = Kind.DETACHED
+        handler = Handler(name, pattern, function, policy, number, batch, kind, is_async)
         self.handlers.append(handler)
         self._matches.clear()
         return handler

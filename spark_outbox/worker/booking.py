@@ -10,7 +10,7 @@ from django.db import transaction
 
 from spark_outbox.events.event import Event
 from spark_outbox.events.references import References
-from spark_outbox.registry.handlers import Handler, Registry
+from spark_outbox.registry.handlers import Handler, Kind, Registry
 from spark_outbox.store import claiming, detached, reading, sessions, settling, waking
 from spark_outbox.store.detached import Running
 from spark_outbox.worker import settle
@@ -107,7 +107,7 @@ class _Booking:
         holder, is_running = detached.held_by(event_id, handler.name, using=using)
         running = Running(event_id, handler.name, holder)
         done = True
-        if is_running and (holder == session or not session or handler.atomic):
+        if is_running and (holder == session or not session or handler.kind is not Kind.DETACHED):
             done = sessions.is_session_gone(holder, using=using) and bool(
                 detached.take_back([running], to_settle=to_settle, using=using)
             )
@@ -115,6 +115,6 @@ class _Booking:
             done = detached.undo_take_over(running, to_settle=to_settle, using=using)
             if done and not to_settle:
                 waking.wake_others(using=using)  # they need not have known of it
-        elif session and not handler.atomic:
+        elif session and handler.kind is Kind.DETACHED:
             return "over"
         return "owed" if done else "held"

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from spark_outbox.errors import BatchFailed
 from spark_outbox.events.event import Event
-from spark_outbox.registry.handlers import Handler, Matching
+from spark_outbox.registry.handlers import Handler, Kind, Matching
 from spark_outbox.store.settling import Stored
 from spark_outbox.worker.batch import Batch, Call, Work, next_attempt, turn_of
 from spark_outbox.worker.context import Context
@@ -17,6 +17,8 @@ from spark_outbox.worker.invoke import BatchLost, Invoker
 from spark_outbox.worker.judge import note_success, result_of
 from spark_outbox.worker.outcome import RUNNING, Result, is_contention, put_off, worn_out
 from spark_outbox.worker.savepoints import Savepoints
+
+PLAIN = Kind.PLAIN  # a global is looked up sooner than an attribute
 
 LONGEST_WAIT = 1.0
 """Seconds for which a batch with nothing else to settle waits for the first of its async handlers."""
@@ -124,7 +126,7 @@ class Dispatch:
                 result = self._conclude(Call(handler, event, turn_of(handler, stored), unreadable))
             elif self._breakers.any and (wait := self._pause(handler, event, stored)):
                 result = put_off(wait)
-            elif handler.is_plain or self._is_called_alone(handler, event):
+            elif handler.kind is PLAIN or self._is_called_alone(handler, event):
                 result = self._deliver(handler, event, handlers)
             else:
                 deferred.append(handler)
@@ -139,9 +141,8 @@ class Dispatch:
             self._defer(deferred, work)
         else:
             self._batch.close(work)
-        if event.ordering_key is not None and (
-            deferred or work.holds_up(self._context.settings.FAILED_HEAD)
-        ):
+        failed_head = self._context.settings.FAILED_HEAD
+        if event.ordering_key is not None and (deferred or work.holds_up(failed_head)):
             batch.blocked.add(event.ordering_key)
 
     def _check(self, event: Event, handler: Handler, handlers: Matching) -> BaseException | None:
@@ -166,9 +167,9 @@ class Dispatch:
         A list handler gets an event that has failed by itself: if it always fails, it takes no others
         with it.
         """
-        if handler.is_async:
-            return self._loop is None and handler.atomic
-        return handler.batch is not None and event.attempt > 1
+        if handler.kind is Kind.ASYNC:
+            return self._loop is None
+        return handler.kind is Kind.LIST and event.attempt > 1
 
     def _deliver(self, handler: Handler, event: Event, handlers: Matching) -> Result | None:
         """Call one handler with one event; return None if it simply succeeded."""
@@ -222,13 +223,14 @@ class Dispatch:
         for handler in handlers:
             call = Call(handler, work.event.copy(), turn_of(handler, work.stored))
             call.event.attempt = next_attempt(handler, work.stored)
-            if handler.outlives and handler.policy.is_exhausted(call.event.attempt - 1):
+            if handler.kind.outlives and handler.policy.is_exhausted(call.event.attempt - 1):
                 work.results[handler.name] = worn_out(handler, call.event)
-            elif not handler.atomic and self._batch.calls:  # one at a time: another batch calls it
-                work.owed = [other for other in work.owed if other is not handler]
-            elif not handler.atomic:
-                self._outlive(Deferred(work, call))
-            elif handler.is_async:
+            elif handler.kind is Kind.DETACHED:
+                if self._batch.calls:  # one at a time: another batch calls it
+                    work.owed = [other for other in work.owed if other is not handler]
+                else:
+                    self._outlive(Deferred(work, call))
+            elif handler.kind is Kind.ASYNC:
                 self._concurrent.append(Deferred(work, call))
             else:
                 waiting = self._lists.setdefault(handler.name, [])

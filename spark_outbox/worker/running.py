@@ -7,6 +7,7 @@ whatever this one finds out after that applies to nothing any more.
 import math
 from collections.abc import Callable
 
+from spark_outbox.registry.handlers import Kind
 from spark_outbox.worker import bounds, settle, takeover
 from spark_outbox.worker.apart import apart
 from spark_outbox.worker.batch import Call
@@ -65,12 +66,12 @@ class Running:
         """
         for call in calls:
             call.session = self._presence.session
-        self._calls += [call for call in calls if call.handler.atomic]
+        self._calls += [call for call in calls if call.handler.kind is Kind.ASYNC]
 
     def begin(self, calls: list[Call], *, inline: bool) -> None:
         """Make those of them that are not under way."""
         for call in calls:
-            if not call.handler.atomic:
+            if call.handler.kind is Kind.DETACHED:
                 self._make(call, inline=inline)
         self.settle()
 

@@ -7,6 +7,7 @@ from typing import Any
 from django.db import DataError, Error, OperationalError, connections
 
 from spark_outbox.errors import NotMigrated, SettingsError, describe
+from spark_outbox.registry.handlers import Kind
 from spark_outbox.store import checking, filtering, limiting
 from spark_outbox.store.connection import fix_schema
 from spark_outbox.worker import bounds
@@ -164,9 +165,11 @@ class Session:
         """Return the seconds that may pass between two statements of a transaction; None if nobody
         knows, since a handler has no timeout or nothing would interrupt it."""
         context = self._context
-        handlers = [handler for handler in context.registry.handlers if handler.atomic]
+        handlers = [
+            handler for handler in context.registry.handlers if handler.kind is not Kind.DETACHED
+        ]
         if context.direct is not None:  # async calls outlive their batch, rather than be waited for
-            handlers = [handler for handler in handlers if not handler.is_async]
+            handlers = [handler for handler in handlers if handler.kind is not Kind.ASYNC]
         if handlers and not context.guard.interrupts:
             return None
         total = SILENCE
@@ -174,14 +177,14 @@ class Session:
             limit = handler.policy.limit()
             if limit is None:
                 return None
-            total += limit * PATIENCE if handler.is_async else limit
+            total += limit * PATIENCE if handler.kind is Kind.ASYNC else limit
         return total
 
 
 def check_handlers(context: Context) -> None:
     """Raise SettingsError if the handlers need a connection that the worker does not have."""
     bounds.check(context.using, context.direct)
-    detached = [handler.name for handler in context.registry.handlers if not handler.atomic]
+    detached = [handler.name for handler in context.registry.handlers if handler.kind is Kind.DETACHED]
     if detached and context.direct is None:
         raise SettingsError(
             f"{', '.join(detached)}: handlers with atomic=False need a session that lasts. Name "
