@@ -79,11 +79,11 @@ CHALLENGE = "challenges.challenge"
 
 # What can't be read, and what its last_error says.
 UNREADABLE = {
-    "null": ({"payload": "null"}, "The payload must be an object in JSON, and not null."),
-    "number": ({"payload": "1e400"}, "must be an object in JSON, and not a number."),
-    "text": ({"payload": f'"{SECRET}"'}, "must be an object in JSON, and not text."),
-    "array": ({"payload": f'["{SECRET}"]'}, "must be an object in JSON, and not an array."),
-    "true": ({"payload": "true"}, "must be an object in JSON, and not true or false."),
+    "null": ({"payload": "null"}, "The payload must be an object in JSON, not null."),
+    "number": ({"payload": "1e400"}, "must be an object in JSON, not a number."),
+    "text": ({"payload": f'"{SECRET}"'}, "must be an object in JSON, not text."),
+    "array": ({"payload": f'["{SECRET}"]'}, "must be an object in JSON, not an array."),
+    "true": ({"payload": "true"}, "must be an object in JSON, not true or false."),
     "headers": ({"headers": f'["{SECRET}"]'}, "The headers must be an object in JSON"),
     "headers with a bad tag": ({"headers": '{"a": {"$": ["no"]}}'}, "A tag can't be read"),
     "nested": ({"payload": nested(3000)}, "recursion depth|nested too deeply"),
@@ -259,7 +259,7 @@ def test_a_row_that_was_put_right_is_handled(own_registry):
     Worker().drain()
     with connect() as other:
         ((*_, reason),) = other.execute(why).fetchall()
-        assert reason.endswith(": The payload must be an object in JSON, and not null.\n")
+        assert reason.endswith(": The payload must be an object in JSON, not null.\n")
         other.execute("update spark_outbox_event set payload = '{}'")
         other.execute(again)
     Worker().drain()
