@@ -78,6 +78,8 @@ class Session:
             using, direct=context.direct, idle_in_transaction=self._longest_silence()
         )
         if not checking.has_outbox(using=using):
+            if self._was_ready:
+                raise OperationalError("The outbox is gone. It may be coming back from a backup.")
             raise NotMigrated(
                 f"Database {using!r} has no outbox. Run: manage.py migrate spark_outbox"
                 + ("" if using == "default" else f" --database {using}")
