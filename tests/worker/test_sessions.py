@@ -618,3 +618,20 @@ def test_a_worker_that_reaches_the_database_and_can_claim_nothing_tries_less_and
     with worker_thread():
         eventually(lambda: len(pauses()) >= 4)
     assert pauses()[3] > 2 * pauses()[0]
+
+
+def test_an_outbox_that_is_being_restored_is_waited_for(own_registry):
+    own_registry.add_handler(note, group="")
+    with worker_thread() as worker, connect() as server:
+        server.execute("alter view spark_outbox_status rename to away")
+        try:
+            server.execute(
+                "select pg_terminate_backend(pid, 10000) from pg_stat_activity "
+                "where application_name = 'spark_worker'"
+            )
+            eventually(lambda: worker._session._failures >= 2)
+        finally:
+            server.execute("alter view away rename to spark_outbox_status")
+        emit("g", "key")
+        wait_until_done(1)
+    assert handled() == ["key"]
