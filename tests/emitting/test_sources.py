@@ -209,7 +209,7 @@ def test_one_source_can_be_chosen_by_its_dotted_path_or_the_end_of_it(challenges
     run("--source", "another_one")
     assert set(OutboxEvent.objects.values_list("group", flat=True)) == {"another"}
     _, _, error = run("--source", "nope")
-    assert "There is no source 'nope'. Sources: tests.test_sources" in str(error)
+    assert f"There is no source 'nope'. Sources: {__name__}" in str(error)
 
 
 def test_one_bad_instance_is_reported_and_skipped_and_the_exit_code_is_1(challenges, own_registry):
