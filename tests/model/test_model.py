@@ -131,8 +131,11 @@ def test_a_worker_takes_the_steps_of_the_model_in_their_order(own_registry):
         steps.extend(name for _, name in sorted(found))
         return execute(sql, params, many, context)
 
+    watched = []
+
     def watch(*, connection, **_):
         connection.execute_wrappers.append(note)
+        watched.append(connection)
 
     connection_created.connect(watch)
     try:
@@ -144,4 +147,6 @@ def test_a_worker_takes_the_steps_of_the_model_in_their_order(own_registry):
             eventually(lambda: len(steps) >= 2 * len(loop))
     finally:
         connection_created.disconnect(watch)
+        for each in watched:
+            each.execute_wrappers.remove(note)
     assert steps == [listen, *loop[1:], *loop]

@@ -391,10 +391,12 @@ def test_an_event_that_one_handler_discards_and_another_handles_is_done(own_regi
 
 
 @pytest.mark.parametrize(
-    "after", [timedelta(hours=2), 7200, timezone.now() + timedelta(hours=2)], ids=["delta", "s", "time"]
+    "after",
+    [lambda: timedelta(hours=2), lambda: 7200, lambda: timezone.now() + timedelta(hours=2)],
+    ids=["delta", "s", "time"],
 )
 def test_a_handler_may_say_itself_when_to_be_called_again(own_registry, after):
-    own_registry.add_handler(raising(Retry("later", after=after)), group="", name="h")
+    own_registry.add_handler(raising(Retry("later", after=after())), group="", name="h")
     emit("g", "key")
     Worker().drain()
     event = OutboxEvent.objects.get()
