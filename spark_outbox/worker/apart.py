@@ -18,12 +18,11 @@ from spark_outbox import conf
 from spark_outbox.errors import BrokenTransaction, describe
 from spark_outbox.store import limiting
 from spark_outbox.worker import wire
-from spark_outbox.worker.session_settings import SessionSettings
+from spark_outbox.worker.session_settings import SOUND, SessionSettings
 
 logger = logging.getLogger(__name__)
 
 _AT_REST = {TransactionStatus.IDLE, TransactionStatus.UNKNOWN}
-_SOUND = {TransactionStatus.IDLE, TransactionStatus.INTRANS}
 
 
 def call_back(using: str, callback: Callable[[], object]) -> None:
@@ -83,7 +82,7 @@ def _whole_session(connection: BaseDatabaseWrapper, limit: float | None, blocks:
         with wire.watched(raw, before, lambda: None):
             yield
     finally:
-        if connection.connection is raw and raw.pgconn.transaction_status in _SOUND:
+        if connection.connection is raw and raw.pgconn.transaction_status in SOUND:
             if has_changed:
                 settings.put_back(in_transaction=blocks > 0)
             elif is_limited:

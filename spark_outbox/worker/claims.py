@@ -102,10 +102,7 @@ class Claims:
         self.looks: dict[str, Look] = (
             {READY: ReadyEvents(context), DUE: DueEvents(context), ORDERED: self._ordered}
             if context.groups is None
-            else {
-                READY: GroupEvents(context),
-                ORDERED: self._ordered,
-            }  # the first claims due ones, too
+            else {READY: GroupEvents(context), ORDERED: self._ordered}  # the first claims due ones
         )
 
     # Where it stands

@@ -41,9 +41,8 @@ class Crashes:
         self._presence = presence
         self._session = 0  # that of our row; 0 if there is none
         self._fallen: list[int] = []  # sessions of workers that did not stop by themselves
-        self._times: dict[
-            tuple[int | None, str], int
-        ] = {}  # how often in a row they have died of a call
+        # How often in a row they have died of a call:
+        self._times: dict[tuple[int | None, str], int] = {}
         self._has_noted = False
 
     # The worker's row

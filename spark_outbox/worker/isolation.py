@@ -30,7 +30,6 @@ REFUSED = (
     "The handler must not commit or roll back: it shares its transaction with other events. Use "
     "`with transaction.atomic():` for what is to be undone alone, or register it with atomic=False."
 )
-UNPARSED = "PostgreSQL could not run the handler's first statement, nor its savepoint."
 
 
 class TransactionLost(Exception):

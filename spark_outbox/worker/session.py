@@ -36,6 +36,9 @@ class Session:
         self._was_ready = False
         self._failures = 0  # of the database, in a row
         self._version = ""  # the server's
+        self.first_statement = ""
+        """The query that each batch begins with: the limits of a pooler's session go with each
+        transaction."""
 
     @property
     def is_intact(self) -> bool:
@@ -47,14 +50,6 @@ class Session:
         """The connection is lost on which this worker has been working."""
         raw: Any = None if self._prepared is None else self._prepared[0]
         return raw is not None and raw.closed
-
-    @property
-    def first_statement(self) -> str:
-        """The query that each batch begins with: the limits of a pooler's session go with each
-        transaction."""
-        if self._prepared is None or self._context.is_direct:
-            return ""
-        return limiting.silence_limit(self._longest_silence())
 
     def configure(self) -> None:
         """Before the first connection. Raises SettingsError if a worker can't work on such
@@ -74,9 +69,9 @@ class Session:
         connections[using].ensure_connection()
         if self.is_intact:
             return False
-        self._version = bounds.set_up(
-            using, direct=context.direct, idle_in_transaction=self._longest_silence()
-        )
+        silence = self._longest_silence()
+        self._version = bounds.set_up(using, direct=context.direct, idle_in_transaction=silence)
+        self.first_statement = "" if context.is_direct else limiting.silence_limit(silence)
         if not checking.has_outbox(using=using):
             if self._was_ready:
                 raise OperationalError("The outbox is gone. It may be coming back from a backup.")

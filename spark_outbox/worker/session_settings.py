@@ -20,7 +20,8 @@ _OWN_NAME = re.compile(r"[a-z_][\w$]*(?:\.[a-z_][\w$]*)+", re.IGNORECASE)
 
 _HIDDEN = ("role", "session_authorization")
 
-_SOUND = {TransactionStatus.IDLE, TransactionStatus.INTRANS}
+SOUND = {TransactionStatus.IDLE, TransactionStatus.INTRANS}
+"""The connection takes statements: no error, COPY or lost connection is in the way."""
 
 
 class SessionSettings:
@@ -57,7 +58,7 @@ class SessionSettings:
         if not kind & (wire.SETS | wire.PIPELINE):
             return False
         pgconn = connections[self._using].connection.pgconn
-        may_ask = pgconn.transaction_status in _SOUND and not pgconn.pipeline_status
+        may_ask = pgconn.transaction_status in SOUND and not pgconn.pipeline_status
         mentioned = _OWN_NAME.findall(sql if params is None else f"{sql} {params!r}")
         names = [name for name in (*_HIDDEN, *mentioned) if name not in self._named]
         if may_ask and (names or not self._is_known):

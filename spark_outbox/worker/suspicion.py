@@ -7,6 +7,7 @@ from collections.abc import Callable
 from spark_outbox.errors import ConnectionLost, describe
 from spark_outbox.worker import booking, settle
 from spark_outbox.worker.batch import Batch
+from spark_outbox.worker.booking import Called
 from spark_outbox.worker.claims import Claims
 from spark_outbox.worker.context import Context
 from spark_outbox.worker.refusals import TIMES, Refused, Suspects
@@ -15,9 +16,6 @@ logger = logging.getLogger(__name__)
 
 REFUSED_PAUSES = (0.1, 0.3)
 """Seconds before an event is handled again whose settling was refused for what may pass."""
-
-Called = tuple[int, int]
-"""An event's id and its handler's number."""
 
 
 class Suspicion:
