@@ -64,6 +64,12 @@ def flags(tmp_path: Path) -> Flags:
 
 
 @pytest.fixture
+def unhurried(settings: Any) -> None:
+    """Batches end with their last event, however slow the machine is."""
+    settings.SPARK_OUTBOX = {**getattr(settings, "SPARK_OUTBOX", {}), "COMMIT_INTERVAL": 600}
+
+
+@pytest.fixture
 def wake_mode(settings: Any) -> Iterator[Callable[[str], None]]:
     """A function that sets WAKE and the trigger's mode. The trigger is reset after the test."""
 

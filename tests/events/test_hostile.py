@@ -461,6 +461,7 @@ class Note:
         return []
 
 
+@pytest.mark.usefixtures("unhurried")
 def test_a_payload_that_takes_too_long_to_decode_is_given_up_in_the_name_of_its_event(
     own_registry, monkeypatch
 ):

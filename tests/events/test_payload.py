@@ -259,6 +259,7 @@ def test_a_lazy_user_such_as_request_user_is_a_reference_too():
     assert emitted()[0]["user"] == user
 
 
+@pytest.mark.usefixtures("unhurried")
 def test_a_batch_fetches_its_instances_with_one_query_a_model(own_registry, django_assert_num_queries):
     user = User.objects.create(username="anna")
     for number in range(20):

@@ -50,6 +50,7 @@ def test_what_a_failed_handler_did_to_a_value_in_place_is_not_saved_by_another(o
     assert basket.notes == {"of": ["all"]}
 
 
+@pytest.mark.usefixtures("unhurried")
 def test_what_can_be_changed_in_place_is_copied_and_not_fetched_again(own_registry):
     emit_some(3, basket=Basket.objects.create(notes={"a": [1]}))
     seen = []
@@ -249,6 +250,7 @@ def test_a_kept_event_is_fetched_for_alone_each_time(own_registry):
 # Keys
 
 
+@pytest.mark.usefixtures("unhurried")
 def test_a_row_with_a_composite_key_is_a_reference(own_registry, django_assert_num_queries):
     basket = Basket.objects.create()
     lines = [Line.objects.create(basket=basket, number=n) for n in range(3)]

@@ -90,7 +90,7 @@ def test_drain_handles_what_is_ready_and_exits_0():
 
 def test_once_handles_one_batch_and_exits_0():
     emit_many({"group": "probe", "key": f"{n}"} for n in range(10))
-    with WorkerProcess("--once", "--batch-size", "3") as worker:
+    with WorkerProcess("--once", "--batch-size", "3", "--commit-interval", "600") as worker:
         assert worker.wait() == 0
     assert Handled.objects.count() == 3
 

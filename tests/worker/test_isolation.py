@@ -863,7 +863,7 @@ def test_a_query_of_a_handler_ends_with_the_projects_statement_timeout(own_regis
 def test_behind_a_pooler_the_limit_is_lifted_for_each_transaction_alone(
     own_registry, project_limit, settings, monkeypatch
 ):
-    settings.SPARK_OUTBOX = {"LISTEN_DATABASE": "other"}
+    settings.SPARK_OUTBOX = {"LISTEN_DATABASE": "other", "COMMIT_INTERVAL": 600}
     seen, own = [], []
     finish = settling.finish
 

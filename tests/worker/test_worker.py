@@ -254,6 +254,7 @@ def test_a_worker_that_has_left_something_to_others_lets_them_look_first(own_reg
         assert looks() == 2
 
 
+@pytest.mark.usefixtures("unhurried")
 def test_on_commit_callbacks_of_a_failing_handler_are_dropped_and_others_run_once(own_registry):
     ran = []
 
@@ -361,6 +362,7 @@ def test_an_error_caught_outside_atomic_is_none(own_registry):
     assert Handled.objects.count() == 1
 
 
+@pytest.mark.usefixtures("unhurried")
 def test_a_constraint_that_fails_at_the_commit_fails_the_event_that_broke_it_alone(own_registry):
     """Django's foreign keys are deferred: at the commit, nobody can tell whose row it was."""
     challenge = make_challenge()
@@ -409,6 +411,7 @@ def test_a_handler_may_write_rows_that_refer_to_its_event(own_registry):
 # Savepoints only when needed
 
 
+@pytest.mark.usefixtures("unhurried")
 def test_a_savepoint_goes_with_the_first_statement_and_is_released_with_the_next(own_registry):
     own_registry.add_handler(
         lambda event: note(event) if event.key in "135" else None, group="", name="h"
@@ -897,7 +900,7 @@ def test_under_debug_the_query_log_does_not_grow(own_registry, settings):
             emit("g", f"{number}")
             eventually(lambda number=number: len(lengths) == number + 1)
             wait_until_asleep()
-    assert max(lengths) < 30
+    assert max(lengths[1:]) < 30  # the first has the queries of its start
 
 
 def test_memory_does_not_grow_with_the_events(own_registry):
