@@ -44,7 +44,7 @@ where event_id = %s and handler = %s and status in ('running', 'pending', 'faile
 """
 
 # Whatever has come of it, unless another attempt has begun.
-LOCK_TAKEN_OVER = """
+LOCK_COUNTED = """
 select event.id from spark_outbox_event as event join spark_outbox_delivery as delivery
     on delivery.event_id = event.id
 where event.id = %s and event.status in ('pending', 'failed')
@@ -52,12 +52,17 @@ where event.id = %s and event.status in ('pending', 'failed')
 for no key update skip locked
 """
 
+SIGN = """
+update spark_outbox_delivery set session = %s
+where event_id = %s and handler = %s and status in ('pending', 'failed')
+"""
+
 UNCOUNT = """
 update spark_outbox_delivery set status = 'pending', session = null, attempts = greatest(attempts, 1) - 1
 where event_id = %s and handler = %s
 """
 
-REOPEN_TAKEN_OVER = """
+REOPEN_COUNTED = """
 update spark_outbox_event
 set status = 'pending', finished_at = null, attempts = greatest(attempts, 1) - %s
 where id = %s
@@ -93,20 +98,25 @@ def running_sessions(*, using: str) -> list[int | None]:
 def held_by(event_id: int, handler: str, *, using: str) -> tuple[int, bool]:
     """Return the session of a delivery's last attempt, and whether that is still running.
 
-    It is 0 if nobody knows it: the attempt has ended in the ordinary way, or in a worker's transaction.
+    It is 0 if the attempt has ended in the ordinary way, or has not been counted yet.
     """
     found = fetch(HELD_BY, [event_id, handler], using=using)
     return found[0] if found else (0, False)
 
 
-def undo_take_over(running: Running, *, to_settle: bool, using: str) -> bool:
-    """Take back that a delivery's last attempt was counted as it was taken over, and make its event
-    pending if it has failed of that; return whether that could be done now. See `take_back`.
+def sign(running: Running, *, using: str) -> None:
+    """Note whose attempt a delivery's last one was, that has just been counted."""
+    execute(SIGN, [running.session, running.event_id, running.handler], using=using)
+
+
+def undo_count(running: Running, *, to_settle: bool, using: str) -> bool:
+    """Take back that a delivery's last attempt was counted, and make its event pending if it has failed
+    of that; return whether that could be done now. See `take_back`.
     """
-    if not fetch(LOCK_TAKEN_OVER, list(running), using=using):
+    if not fetch(LOCK_COUNTED, list(running), using=using):
         return False
     execute(UNCOUNT, list(running[:2]), using=using)
-    execute(REOPEN_TAKEN_OVER, [int(to_settle), running.event_id], using=using)
+    execute(REOPEN_COUNTED, [int(to_settle), running.event_id], using=using)
     return True
 
 

@@ -28,16 +28,18 @@ def book(
     registry: Registry,
     *,
     session: int = 0,
+    is_guess: bool = False,
     using: str,
 ) -> list[int]:
     """Count attempts that ended with `error`, and with the connection on which they were made.
 
-    `called` has what the worker was calling, `session` is that of the worker, 0 if it had none. Waits
+    `called` has what the worker was calling, `session` is that of the worker, 0 if it had none. Each
+    attempt of a session is counted once; if `error` is a guess, it does not replace another. Waits
     for up to CRASH_PATIENCE until the server sees that the connection is gone. Without an error nobody
     is to blame, as the process was stopped: detached handlers are put back, and nothing is counted.
     Returns the events that can't be marked as failed either.
     """
-    booking = _Booking(error, registry, session, len(called) > 1, using)
+    booking = _Booking(error, registry, session, is_guess, len(called) > 1, using)
     left = list(called)
     deadline = time.monotonic() + settle.CRASH_PATIENCE
     while left and time.monotonic() < deadline:
@@ -56,11 +58,14 @@ class _Booking:
     error: BaseException | None
     registry: Registry
     session: int
+    is_guess: bool
     together: bool
     """An event that was called with others need not be the one that is at fault: it is tried again by
     itself."""
     using: str
     stuck: list[int] = field(default_factory=list)
+    counted: set[Running] = field(default_factory=set)
+    """Attempts of this session that others have counted."""
 
     def book(self, event_id: int, number: int) -> bool:
         """Count one attempt; return whether that is settled, or to be tried again.
@@ -94,14 +99,17 @@ class _Booking:
             results = {handler.name: failure(handler, event, error, 0.0)}
             handlers = self.registry.handlers_for(event.group)
             settle.write([Work(event, handlers, stored, (), results)], using=using)
+            if self.session:
+                detached.sign(Running(event_id, handler.name, self.session), using=using)
+                sessions.forget_call([self.session], using=using)
         return True
 
     def _put_back(self, event_id: int, handler: Handler) -> Literal["owed", "held", "over"]:
         """Make the delivery that a worker of this `session` was at pending, if it is `running`.
 
-        Whoever takes over a running delivery counts it, too, but does not know what it died of: so that
-        is undone, in order to count it with its cause. But it is "over", once another attempt has
-        begun. It is "held" until the server has seen that the worker is gone.
+        A worker that finds what a dead one has left counts it, too, but can only guess what it died of:
+        so that is undone, in order to count it with its cause. But it is "over", once another attempt
+        has begun. It is "held" until the server has seen that the worker is gone.
         """
         using, session, to_settle = self.using, self.session, self.error is not None
         holder, is_running = detached.held_by(event_id, handler.name, using=using)
@@ -112,9 +120,14 @@ class _Booking:
                 detached.take_back([running], to_settle=to_settle, using=using)
             )
         elif holder and holder == session:
-            done = detached.undo_take_over(running, to_settle=to_settle, using=using)
+            if self.is_guess:
+                return "over"
+            self.counted.add(running)
+            done = detached.undo_count(running, to_settle=to_settle, using=using)
             if done and not to_settle:
                 waking.wake_others(using=using)  # they need not have known of it
-        elif session and handler.kind is Kind.DETACHED:
+        elif session and (
+            handler.kind is Kind.DETACHED or running._replace(session=session) in self.counted
+        ):
             return "over"
         return "owed" if done else "held"

@@ -83,8 +83,8 @@ class Crashes:
                     "The worker process and its supervisor died while it ran this handler."
                 )
                 called = [(fallen.event_id, handler.number)]
-                using = self._context.using
-                booking.book(called, error, registry, session=fallen.session, using=using)
+                session, using = fallen.session, self._context.using
+                booking.book(called, error, registry, session=session, is_guess=True, using=using)
 
     # Its calls
 

@@ -4,15 +4,17 @@ import asyncio
 import os
 import signal
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from django.db import OperationalError, connection
 from django.db.models.expressions import RawSQL
 
 from spark_outbox import emit, emit_many, handler
+from spark_outbox.errors import WorkerDied
 from spark_outbox.models import Delivery, WorkerSession
-from spark_outbox.store import sessions
-from spark_outbox.worker import running
+from spark_outbox.store import detached, sessions
+from spark_outbox.worker import booking, running
 from spark_outbox.worker.loop import Worker
 from tests.tools import (
     PATIENCE,
@@ -156,6 +158,58 @@ def test_a_restart_of_the_server_is_no_workers_end(own_registry, since, attempts
     )
     Worker().run(drain=True)
     assert list(Delivery.objects.values_list("handler", "attempts")) == attempts
+
+
+@pytest.mark.parametrize("first", ["supervisor", "newcomer"])
+def test_a_death_is_counted_once_and_with_its_cause_by_whomever_it_is_found_first(own_registry, first):
+    """The supervisor knows of what its child died, a worker that starts at that moment does not."""
+
+    def supervise():
+        error = WorkerDied("A worker process died of signal SIGSEGV.")
+        booking.book([(event.id, 0)], error, own_registry, session=1, using="default")
+
+    handler("", name="h", max_attempts=2, backoff=3600)(note)
+    event = emit("g", "key")
+    WorkerSession.objects.create(session=1, name="dead", event_id=event.id, handler="h", times=2)
+    if first == "supervisor":
+        supervise()
+    Worker().run(drain=True)
+    if first == "newcomer":
+        assert deliveries() == {"h": ("pending", 1)}
+        supervise()
+    assert deliveries() == {"h": ("pending", 1)}
+    assert "died of signal SIGSEGV" in Delivery.objects.get().error
+
+
+def test_a_death_is_counted_once_also_if_the_next_attempt_fails_meanwhile(own_registry, monkeypatch):
+    handler("", name="h", max_attempts=5, backoff=3600)(note)
+    event = emit("g", "key")
+    tried = threading.Event()
+    undo_count = detached.undo_count
+
+    def undo(*arguments, **options):
+        try:
+            return undo_count(*arguments, **options)
+        finally:
+            tried.set()
+
+    def book(error, **options):
+        booking.book([(event.id, 0)], error, own_registry, session=1, using="default", **options)
+        connection.close()
+
+    monkeypatch.setattr(detached, "undo_count", undo)
+    book(WorkerDied("A guess."), is_guess=True)
+    with connect(autocommit=False) as next_attempt, ThreadPoolExecutor() as pool:
+        next_attempt.execute("select from spark_outbox_event for no key update")
+        booked = pool.submit(book, WorkerDied("The cause."))
+        assert tried.wait(PATIENCE)
+        next_attempt.execute(
+            "update spark_outbox_delivery set session = null, attempts = 2, error = 'the second'"
+        )
+        next_attempt.commit()
+        booked.result(PATIENCE)
+    assert deliveries() == {"h": ("pending", 2)}
+    assert Delivery.objects.get().error == "the second"
 
 
 def test_a_worker_that_was_cut_off_has_its_row_again(own_registry):
