@@ -100,7 +100,7 @@ where id = any(%s) and status = 'pending'
 
 def bare_drain(scratch: Scratch, count: int) -> float:
     """Run the statements of a worker with psycopg alone; return events a second."""
-    claim = claiming.CLAIM_READY.format(groups="")
+    claim = claiming.CLAIM_READY
     limit = conf.current().BATCH_SIZE
     floor = handled = 0
     with scratch.connect() as connection:

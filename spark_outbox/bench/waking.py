@@ -120,7 +120,7 @@ def latency(bench: Bench) -> list[Figure]:
 
 
 def listen_and_claim(bench: Bench, arrivals: Moments, say_ready: int) -> None:
-    claim = claiming.CLAIM_READY.format(groups="")
+    claim = claiming.CLAIM_READY
     floor = 0
     with bench.scratch.connect() as connection:
         connection.execute("listen spark_outbox")

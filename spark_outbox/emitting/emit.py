@@ -109,7 +109,8 @@ async def aemit(
     """Emit from async code: run `emit` in a thread, as Django's async ORM methods do.
 
     Each await is a transaction of its own. If the task is cancelled between two of them, a row can be
-    saved without its event. The README says how to write both in one transaction.
+    saved without its event. To write both in one transaction, run a function that does so under
+    `transaction.atomic()` in `sync_to_async`.
     """
     with _cure_for_async_code():
         return await sync_to_async(emit)(group, key, using=using, on_duplicate=on_duplicate, **options)

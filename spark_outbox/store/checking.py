@@ -1,4 +1,4 @@
-"""What system checks and workers ask before they begin."""
+"""Questions of system checks, and of workers before they begin."""
 
 from spark_outbox.store.connection import fetch_value
 

@@ -54,7 +54,7 @@ select
 LIFT_LIMIT = ", set_config('statement_timeout', '0', true)"
 
 SET_BY_TRANSACTION = ("client_connection_check_interval", "idle_in_transaction_session_timeout")
-"""What `silence_limit` sets, where the session is a pooler's."""
+"""The settings of `silence_limit`, where the session is a pooler's."""
 
 
 def name_session(name: str = "spark_worker", *, using: Using) -> None:

@@ -1,6 +1,6 @@
 """Claim in order: of each ordering key the *head*, its lowest unfinished event, and what follows it.
 
-Whoever has locked the head may handle the key; nobody else's head can be of the same key.
+A worker that has locked the head may handle the key; nobody else's head can be of the same key.
 """
 
 import itertools
@@ -48,7 +48,7 @@ order by wanted.turn, run.id
 
 
 class Ordered(NamedTuple):
-    """What a look at some ordering keys came to. Those that have nothing to do are in none of these."""
+    """The result of a look at some ordering keys. A key with nothing to do is in none of these."""
 
     rows: list[StoredRow]
     """Locked: of each key a head and the events that follow it without a gap, in order."""

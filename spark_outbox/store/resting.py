@@ -1,4 +1,4 @@
-"""What a worker that found nothing to claim can expect, and when."""
+"""The outlook of a worker that found nothing to claim: when to look again, and why."""
 
 import math
 from typing import NamedTuple
@@ -9,7 +9,7 @@ from spark_outbox.store.scanning import ORDERED, PIECE, UNORDERED
 
 
 class Outlook(NamedTuple):
-    """What a worker that found nothing to claim can expect."""
+    """The reasons to look again, for a worker that found nothing to claim."""
 
     ready: bool
     """There are ready or due events, of any group: another transaction may hold their rows."""

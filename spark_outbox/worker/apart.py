@@ -4,7 +4,6 @@ Nothing that the handler leaves behind outlasts it: neither an open transaction 
 """
 
 import logging
-import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from contextvars import copy_context
@@ -68,7 +67,7 @@ def _whole_session(connection: BaseDatabaseWrapper, limit: float | None, blocks:
     """Limit the time of queries from the first one on; put back the settings that are changed."""
     raw, using = connection.connection, connection.alias
     settings = SessionSettings(using)
-    milliseconds = settings.limit(None if limit is None else math.ceil(limit * 1000))
+    milliseconds = settings.limit(limit)
     is_limited = has_changed = False
 
     def before(generator: Any) -> None:

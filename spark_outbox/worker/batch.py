@@ -164,8 +164,8 @@ class Batch:
         return self
 
     def owed(self, event: Event, handlers: Sequence[Handler]) -> Sequence[Handler]:
-        """Return the handlers to call: all that are pending and due. Those that wait for another
-        attempt as well, if somebody has made the event ready by hand."""
+        """Return the handlers to call: all that are pending and due. If somebody has made the event
+        ready by hand, those that wait for another attempt, too."""
         stored = self.stored.get(event.id)
         if stored is None:
             return handlers

@@ -229,7 +229,7 @@ class Claims:
     def rest(self) -> None:
         """Before sleeping: look at everything, until `goes_on` says that this is done.
 
-        What would take too long is begun in `round_in` seconds.
+        A look that would take too long begins in `round_in` seconds.
         """
         for look in self.looks.values():
             look.rest()

@@ -2,7 +2,7 @@
 
 A supervisor counts the attempt that killed its child. If a container's OOM killer takes both, nobody is
 left to count, and the event would kill each worker that comes after. So each worker has a row while it
-lives, with its session, see presence.py. One that stops by itself deletes its row.
+lives, with its session, see presence.py. A worker that stops by itself deletes its row.
 
 A row whose session nobody holds tells of an unclean end; but not of a death, if the server was
 restarted since, as that ends all sessions. The worker that finds such a row handles as many events one

@@ -190,7 +190,7 @@ class Isolation:
             )
         return ""
 
-    # What is sent
+    # Statements
 
     def _execute(
         self, execute: Callable[..., Any], sql: Any, params: Any, many: bool, context: Any

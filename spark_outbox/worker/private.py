@@ -1,8 +1,8 @@
 """A worker's private connection: nothing but the worker can reach, close or use it.
 
 Handlers get their connections from Django's `connections`, where `close_old_connections()` finds them.
-What must outlast any handler, such as the lock of a session, is therefore on this one. It belongs to no
-pool, and the server ends it only if the worker is gone: see the bounds in bounds.py.
+Anything that must outlast handlers, such as the lock of a session, is therefore on this one. It
+belongs to no pool, and the server ends it only if the worker is gone: see the bounds in bounds.py.
 """
 
 from collections.abc import Callable

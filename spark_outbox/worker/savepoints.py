@@ -7,8 +7,6 @@ number, so the rollback finds out, and the batch is lost. It happens to a handle
 savepoints are sent ahead.
 """
 
-import math
-
 from django.db import DatabaseError
 
 from spark_outbox.store import isolating, limiting
@@ -57,8 +55,7 @@ class Savepoints:
         """
         self._number += 1
         statements = [isolating.RELEASE.format(number=self._established)] if self._established else []
-        milliseconds = None if limit is None else math.ceil(limit * 1000)
-        timeout = self._settings.limit(milliseconds, handler=not is_worker)
+        timeout = self._settings.limit(limit, handler=not is_worker)
         is_limited = timeout != self._settings.own_limit
         if is_limited or self._is_limited:
             statements.append(limiting.LIMIT_STATEMENTS.format(milliseconds=timeout))

@@ -5,6 +5,7 @@ differ. A handler that sends no such statement costs nothing. A setting stays if
 database has made it unseen.
 """
 
+import math
 import re
 from typing import Any
 
@@ -40,10 +41,11 @@ class SessionSettings:
             self._limits = limits(self._using)
         return self._limits
 
-    def limit(self, milliseconds: int | None, *, handler: bool = True) -> int:
-        """Return what `statement_timeout` is to be, if a handler is allowed so many milliseconds."""
-        if milliseconds is None and self._limits is None:
+    def limit(self, seconds: float | None, *, handler: bool = True) -> int:
+        """Return the `statement_timeout`, in milliseconds, for a call that may take so many seconds."""
+        if seconds is None and self._limits is None:
             return self.own_limit
+        milliseconds = None if seconds is None else math.ceil(seconds * 1000)
         project = self.limits.handlers if handler else 0
         return min((limit for limit in (milliseconds, project) if limit), default=0)
 
