@@ -95,6 +95,28 @@ def worker_thread(**options: Any) -> Iterator[Worker]:
         assert not errors, errors
 
 
+def work(**options: Any) -> None:
+    """Be a worker, in this thread, until nothing is ready."""
+    Worker(**options).run(drain=True)
+
+
+def elsewhere(function: Callable[[], T]) -> T:
+    """Run a function in another thread, on connections of its own; return what it returns."""
+    found: list[T] = []
+
+    def run() -> None:
+        try:
+            found.append(function())
+        finally:
+            connections.close_all()
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join(PATIENCE)
+    assert not thread.is_alive()
+    return found[0]
+
+
 def sleeping_workers() -> int:
     """Return how many workers hold S: they sleep, or are about to."""
     with connection.cursor() as cursor:

@@ -9,8 +9,9 @@ from django.core.management import CommandError, call_command
 from django.db import connection, transaction
 from django.utils import timezone
 
-from spark_outbox import emit
+from spark_outbox import emit, handler
 from spark_outbox.models import Delivery, OutboxEvent
+from spark_outbox.operating.replay import Selection, rehearse
 from spark_outbox.worker.loop import Worker
 from tests.challenges.models import Handled
 from tests.tools import (
@@ -157,3 +158,20 @@ def test_a_rehearsal_lets_a_handler_be_durable_if_it_may(past, own_registry, ato
         transaction.atomic(durable=True),
     ):
         pass
+
+
+def test_a_rehearsal_ends_with_the_handler_that_costs_it_its_connection(own_registry):
+    for key in "123":
+        emit("g", key)
+    own_registry.add_handler(note, group="", name="old")
+    Worker().drain()
+
+    @handler("", name="new")
+    def close(event):
+        if event.key == "2":
+            connection.close()
+
+    selection = Selection(handler=own_registry.handlers[-1])
+    done = rehearse(selection, using="default", limit=10)
+    assert done.events == 2
+    assert [key for key, _ in done.failures] == ["2"]

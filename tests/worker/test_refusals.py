@@ -1,36 +1,21 @@
-"""A refusal is not an outage: PostgreSQL answers, and says no. And outages that events bring about."""
+"""A refusal is not an outage: PostgreSQL answers, and says no."""
 
 import asyncio
 import contextlib
 import threading
 
 import pytest
-from django.db import DataError, ProgrammingError, connection, transaction
-from psycopg.conninfo import make_conninfo
+from django.db import DataError, ProgrammingError, connection
 
 from spark_outbox import emit, emit_many, handler
-from spark_outbox.errors import DuplicateKey
 from spark_outbox.models import Delivery, OutboxEvent
 from spark_outbox.store import claiming
 from spark_outbox.store.connection import fetch_value
 from spark_outbox.worker import running as detached_calls
 from spark_outbox.worker import takeover
-from spark_outbox.worker.isolation import Isolation
 from spark_outbox.worker.loop import Worker
-from tests.tools import (
-    PATIENCE,
-    connect,
-    conninfo,
-    deliveries,
-    eventually,
-    handled,
-    manage,
-    note,
-    status,
-    statuses,
-    wait_until_asleep,
-    worker_thread,
-)
+from tests.tools import connect, deliveries, eventually, handled, note, status, statuses, worker_thread
+from tests.worker.sessions import terminate
 
 pytestmark = pytest.mark.django_db(transaction=True)
 
@@ -226,6 +211,29 @@ def test_a_refused_commit_closes_no_connection_and_costs_no_running_call(own_reg
     assert "Took over" not in caplog.text
 
 
+def test_a_call_under_way_is_cancelled_and_made_again_if_its_own_batch_is_refused(own_registry):
+    release, calls, cancelled = threading.Event(), [], []
+
+    @handler("^async$", name="async")
+    async def run(event):
+        calls.append(event.attempt)
+        try:
+            while not release.is_set():
+                await asyncio.sleep(0.005)
+        except asyncio.CancelledError:
+            cancelled.append(event.key)
+            raise
+
+    own_registry.add_handler(note, group="^plain$")
+    emit_many([{"group": "async", "key": "slow"}, {"group": "plain", "key": "bad"}])
+    with trigger(raising("P0001"), BAD_IS_DONE), worker_thread():
+        eventually(lambda: statuses() == {"slow": "running", "bad": "failed"})
+        release.set()
+        eventually(lambda: status("slow") == "done")
+    assert (calls, cancelled) == ([1, 1], ["slow"])
+    assert deliveries()["async"] == ("done", 1)
+
+
 def test_a_table_that_is_not_there_for_a_moment_is_no_events_fault(own_registry, caplog):
     """As while the outbox is migrated, or restored."""
 
@@ -276,22 +284,8 @@ def test_what_postgresql_refuses_to_a_worker_that_is_to_end_ends_it(
                 other.execute(f"alter table away rename to {table}")
 
 
-@pytest.mark.parametrize("how", ["drain", "once"])
-def test_an_outage_does_not_end_a_worker_that_is_to_end_later(own_registry, how):
-    own_registry.add_handler(note, group="")
-    emit("g", "key")
-    sessions = []
-
-    def ready(_):
-        sessions.append(connection.connection.info.backend_pid)
-        if len(sessions) == 1:
-            terminate_from_outside(None)
-
-    Worker(on_ready=ready).run(**{how: True})
-    assert (status(), len(sessions)) == ("done", 2)
-
-
 # One row that nobody can change, in whatever state it is met
+
 
 ALWAYS = "new.key = 'bad'"
 
@@ -387,296 +381,3 @@ def test_in_process_what_is_passed_over_is_not_called_again_at_each_commit(setti
             emit("g", f"{n}")
         assert called.count("bad") == attempts
     assert handled() == ["0", "1", "2"]
-
-
-# Which outbox
-
-
-@pytest.fixture
-def tenant():
-    """Another outbox, of the same make, in a schema of its own."""
-    with connect() as other:
-        other.execute("create schema tenant")
-        for table in ("spark_outbox_event", "spark_outbox_delivery"):
-            other.execute(f"create table tenant.{table} (like public.{table} including all)")
-        yield other
-        other.execute("drop schema tenant cascade")
-
-
-@pytest.mark.parametrize("local", ["local", ""])
-def test_a_worker_keeps_to_its_outbox_whatever_the_search_path(own_registry, tenant, local):
-    """Another schema's rows were settled: the effects were committed each time, the event never done."""
-
-    def handle(event):
-        note(event)
-        with connection.cursor() as cursor:
-            cursor.execute(f"set {local} search_path = tenant, public")
-
-    own_registry.add_handler(handle, group="^g$", name="h")
-    own_registry.add_handler(note, group="^other$", name="note")
-    emit("g", "key")
-    with worker_thread():
-        eventually(lambda: status() == "done")
-        emit("other", "later")
-        eventually(lambda: status("later") == "done")
-    assert handled() == ["key", "later"]
-
-
-def test_a_handler_emits_where_its_search_path_says(own_registry, tenant):
-    def handle(event):
-        with connection.cursor() as cursor:
-            cursor.execute("set local search_path = tenant, public")
-        emit("other", "follow-up")
-
-    own_registry.add_handler(handle, group="^g$", name="h")
-    emit("g", "key")
-    Worker().drain()
-    assert statuses() == {"key": "done"}
-    found = tenant.execute("select key from tenant.spark_outbox_event").fetchall()
-    assert found == [("follow-up",)]
-
-
-@contextlib.contextmanager
-def search_path(schemas):
-    """Have a transaction of the caller's look for tables and functions in these schemas."""
-    with transaction.atomic(), connection.cursor() as cursor:
-        cursor.execute(f"set local search_path = {schemas}")
-        yield
-
-
-def emit_one(key):
-    emit("g", key)
-
-
-def emit_if_new(key):
-    emit("g", key, on_duplicate="check")
-
-
-def emit_in_bulk(key):
-    emit_many([{"group": "g", "key": key}])
-
-
-@pytest.fixture
-def whole_tenant():
-    """Another outbox, with all that the migrations make, in a schema of its own."""
-    with connect() as other:
-        other.execute("create schema tenant")
-        try:
-            done = manage("migrate", url=make_conninfo(conninfo(), options="-csearch_path=tenant"))
-            assert done.returncode == 0, done.stderr
-            yield other
-        finally:
-            other.execute("drop schema tenant cascade")
-
-
-def test_events_and_duplicates_are_those_of_the_outbox_that_the_search_path_finds(whole_tenant):
-    for schemas, key in (("tenant", "1"), ("public", "1"), ("tenant", "2"), ("public", "3")):
-        with search_path(schemas):
-            emit_in_bulk(key)
-            emit_in_bulk(key)
-            assert emit("g", key, on_duplicate="check") is None
-            with pytest.raises(DuplicateKey):
-                emit("g", key, price=1, on_duplicate="check")
-    assert list(statuses()) == ["1", "3"]
-    found = whole_tenant.execute("select key from tenant.spark_outbox_event order by id").fetchall()
-    assert found == [("1",), ("2",)]
-
-
-def test_nothing_is_emitted_into_another_outbox(tenant):
-    """The tables of one schema, and the functions of another: these took what emit_many() emitted."""
-    emit("g", "here")
-    for key in ("here", "new"):
-        with pytest.raises(ProgrammingError, match="another outbox"), search_path("tenant, public"):
-            emit_in_bulk(key)
-    assert list(statuses()) == ["here"]
-    assert tenant.execute("select key from tenant.spark_outbox_event").fetchall() == []
-
-
-@pytest.mark.parametrize("emit_again", [emit_one, emit_if_new])
-def test_nor_is_another_outbox_asked_for_a_key(tenant, emit_again):
-    emit("g", "both")
-    with search_path("tenant, public"):
-        emit("g", "both")
-        emit("g", "tenant's")
-    for key in ("both", "tenant's"):
-        with pytest.raises(ProgrammingError, match="another outbox"), search_path("tenant, public"):
-            emit_again(key)
-
-
-@pytest.mark.parametrize("emit_again", [emit_one, emit_if_new, emit_in_bulk])
-def test_a_function_whose_table_is_gone_is_that_of_another_outbox(whole_tenant, emit_again):
-    whole_tenant.execute("drop table tenant.spark_outbox_event cascade")
-    emit("g", "key")
-    with pytest.raises(ProgrammingError, match="another outbox"), search_path("tenant, public"):
-        emit_again("key")
-    assert list(statuses()) == ["key"]
-
-
-def test_an_attempt_is_counted_also_if_the_closed_connection_lingers(own_registry, monkeypatch):
-    """The server may take a moment to see that it is gone, and the event's row is locked until then."""
-    seen, claim_one = threading.Event(), claiming.claim_one
-
-    def claim(*arguments, **options):
-        claimed = claim_one(*arguments, **options)
-        seen.set()
-        return claimed
-
-    def fail(event):
-        connection.close()
-        lingering.execute("select from spark_outbox_event for update")
-        raise OSError
-
-    monkeypatch.setattr(claiming, "claim_one", claim)
-    handler("", name="h", max_attempts=1)(fail)
-    with connect(autocommit=False) as lingering, worker_thread():
-        emit("g", "key")
-        assert seen.wait(PATIENCE)
-        assert status() == "pending"
-        lingering.rollback()
-        eventually(lambda: status() == "failed")
-    assert deliveries() == {"h": ("failed", 1)}
-
-
-# An outage that one event brings about
-
-
-def terminate(event):
-    with connection.cursor() as cursor:
-        cursor.execute("select pg_terminate_backend(pg_backend_pid())")
-
-
-def terminate_from_outside(event):
-    """Be ended between two statements, and notice nothing: the worker does, as it settles."""
-    with connect() as other:
-        other.execute("select pg_terminate_backend(%s, 10000)", [connection.connection.info.backend_pid])
-
-
-@pytest.mark.parametrize(("lose", "times"), [(terminate, 3), (terminate_from_outside, 4)])
-def test_an_event_that_costs_the_connection_each_time_is_charged_for_it(own_registry, lose, times):
-    calls = []
-
-    def handle(event):
-        calls.append((event.key, event.attempt))
-        if event.key == "bad":
-            lose(event)
-
-    handler("", name="h", max_attempts=2, backoff=0.01)(handle)
-    emit_many({"group": "g", "key": key} for key in ("a", "bad", "c"))
-    with worker_thread():
-        eventually(lambda: statuses() == {"a": "done", "bad": "failed", "c": "done"})
-        emit("g", "later")
-        eventually(lambda: status("later") == "done")
-    # Three times to be sure, and then at once. The first time it was in a batch with others, and if it
-    # noticed nothing, another was suspected.
-    assert [call for call in calls if call[0] == "bad"] == [("bad", 1)] * times + [("bad", 2)]
-    assert [call[0] for call in calls].count("a") <= 2
-    assert [call[0] for call in calls].count("c") <= times - 2
-    assert deliveries()["h"] == ("failed", 2)
-    assert "ConnectionLost" in Delivery.objects.get().error
-
-
-def test_only_the_handler_that_was_running_is_charged(own_registry):
-    handler("", name="first", max_attempts=1)(note)
-    handler("", name="second", max_attempts=1)(terminate)
-    handler("", name="third", max_attempts=1)(note)
-    emit("g", "bad")
-    with worker_thread():
-        eventually(lambda: deliveries().get("second") == ("failed", 1))
-        eventually(lambda: status("bad") == "failed")
-    assert len(handled()) == 2  # the first's and the third's, once each
-
-
-@contextlib.contextmanager
-def lost_in_commit():
-    """Have a deferred trigger end the session that commits the settling of an event."""
-    with connect() as other:
-        other.execute(
-            "create function no() returns trigger language plpgsql as "
-            "$$ begin perform pg_terminate_backend(pg_backend_pid()); return null; end $$; "
-            "create constraint trigger no after update on spark_outbox_event "
-            "deferrable initially deferred for each row when "
-            "(old.attempts = 0 and new.status in ('done', 'running') and new.key = 'bad') "
-            "execute function no()"
-        )
-        try:
-            yield
-        finally:
-            other.execute("drop function no cascade")
-
-
-def test_a_connection_that_is_lost_in_commit_is_charged_to_the_handlers_that_were_called(own_registry):
-    """Nobody knows which of them it was; but those that were not called it was not."""
-    called = []
-    handler("", name="first", max_attempts=1)(lambda event: called.append("first"))
-    handler("", name="second", max_attempts=1)(lambda event: called.append("second"))
-    handler("", name="detached", max_attempts=1, atomic=False)(lambda event: called.append("detached"))
-    emit("g", "bad")
-    with lost_in_commit(), worker_thread():
-        eventually(lambda: status("bad") == "failed")
-    assert deliveries() == {"first": ("failed", 1), "second": ("failed", 1), "detached": ("done", 1)}
-    assert called == ["first", "second"] * 3 + ["detached"]
-
-
-def test_an_event_that_loses_the_connection_in_commit_before_any_call_stops_no_worker(own_registry):
-    handler("", name="detached", max_attempts=1, atomic=False)(note)
-    emit("g", "bad")
-    emit("g", "good")
-    with lost_in_commit(), worker_thread():
-        eventually(lambda: statuses() == {"bad": "failed", "good": "done"})
-    assert "ConnectionLost" in Delivery.objects.get(event__key="bad").error
-
-
-def test_a_connection_that_is_lost_before_any_call_is_charged_to_nobody(own_registry, monkeypatch):
-    begin, lost = Isolation.__enter__, []
-
-    def lose(isolation, *arguments, **options):
-        if len(lost) < 4:
-            lost.append(connection.connection.info.backend_pid)
-            terminate(None)
-        return begin(isolation, *arguments, **options)
-
-    monkeypatch.setattr(Isolation, "__enter__", lose)
-    handler("", name="h", max_attempts=1)(note)
-    emit("g", "key")
-    with worker_thread():
-        eventually(lambda: status() == "done")
-    assert len(lost) == 4
-    assert not Delivery.objects.exists()
-
-
-def test_a_server_that_goes_away_again_and_again_charges_no_event_that_was_not_there(own_registry):
-    own_registry.add_handler(note, group="")
-    with worker_thread():
-        for number in range(4):
-            emit("g", f"{number}")
-            eventually(lambda number=number: status(f"{number}") == "done")
-            wait_until_asleep()
-            with connect() as other:
-                other.execute(
-                    "select pg_terminate_backend(pid) from pg_stat_activity "
-                    "where application_name = 'spark_worker'"
-                )
-    assert not Delivery.objects.exists()
-
-
-def test_a_call_under_way_is_cancelled_and_made_again_if_its_own_batch_is_refused(own_registry):
-    release, calls, cancelled = threading.Event(), [], []
-
-    @handler("^async$", name="async")
-    async def run(event):
-        calls.append(event.attempt)
-        try:
-            while not release.is_set():
-                await asyncio.sleep(0.005)
-        except asyncio.CancelledError:
-            cancelled.append(event.key)
-            raise
-
-    own_registry.add_handler(note, group="^plain$")
-    emit_many([{"group": "async", "key": "slow"}, {"group": "plain", "key": "bad"}])
-    with trigger(raising("P0001"), BAD_IS_DONE), worker_thread():
-        eventually(lambda: statuses() == {"slow": "running", "bad": "failed"})
-        release.set()
-        eventually(lambda: status("slow") == "done")
-    assert (calls, cancelled) == ([1, 1], ["slow"])
-    assert deliveries()["async"] == ("done", 1)
