@@ -12,7 +12,7 @@ from spark_outbox import emit, emit_many
 from spark_outbox.errors import HandlerTimeout
 from spark_outbox.models import Delivery, OutboxEvent
 from spark_outbox.registry.policy import Policy
-from spark_outbox.worker import savepoints
+from spark_outbox.worker import session_settings
 from spark_outbox.worker.loop import Worker
 from spark_outbox.worker.savepoints import MAX_SUBTRANSACTIONS
 from tests.challenges.models import Handled
@@ -86,7 +86,7 @@ def test_an_alarm_that_rings_as_a_savepoint_is_taken_takes_nothing_back_of_other
             raise HandlerTimeout
         return math.ceil(number)
 
-    monkeypatch.setattr(savepoints, "math", SimpleNamespace(ceil=ceil))
+    monkeypatch.setattr(session_settings, "math", SimpleNamespace(ceil=ceil))
     policy = Policy(timeout=60, backoff=0.01)
     own_registry.add_handler(note, group="", name="first", policy=policy)
     own_registry.add_handler(note, group="^late", name="second", policy=policy)
