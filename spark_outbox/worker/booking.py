@@ -83,13 +83,13 @@ class _Booking:
     def _book(self, event_id: int, handler: Handler) -> bool:
         """Until the server has seen that the connection is gone, the event's row is locked, and the
         session is: return False."""
-        using, error = self.using, self.error
+        using, error, called = self.using, self.error, (event_id, handler.name)
         with transaction.atomic(using=using):
             state = self._put_back(event_id, handler)
             if state != "owed" or error is None:
                 return state != "held"
             if not claiming.claim_one(event_id, using=using):
-                return not claiming.is_unfinished(event_id, using=using)
+                return not (claiming.is_unfinished(event_id, using=using) or self._is_guessed(called))
             (row,) = reading.events_by_id([event_id], using=using)
             event = Event.from_row(row, References())
             stored = settling.deliveries([event_id], using=using).get(event_id, {})
@@ -103,6 +103,11 @@ class _Booking:
                 detached.sign(Running(event_id, handler.name, self.session), using=using)
                 sessions.forget_call([self.session], using=using)
         return True
+
+    def _is_guessed(self, called: tuple[int, str]) -> bool:
+        """Return whether somebody has just counted this attempt, with a guess for its error."""
+        holder, _ = detached.held_by(*called, using=self.using)
+        return not self.is_guess and holder == self.session != 0
 
     def _put_back(self, event_id: int, handler: Handler) -> Literal["owed", "held", "over"]:
         """Make the delivery that a worker of this `session` was at pending, if it is `running`.

@@ -5,6 +5,7 @@ import os
 import signal
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import pytest
 from django.db import OperationalError, connection
@@ -13,7 +14,7 @@ from django.db.models.expressions import RawSQL
 from spark_outbox import emit, emit_many, handler
 from spark_outbox.errors import WorkerDied
 from spark_outbox.models import Delivery, WorkerSession
-from spark_outbox.store import detached, sessions
+from spark_outbox.store import claiming, detached, sessions
 from spark_outbox.worker import booking, running
 from spark_outbox.worker.loop import Worker
 from tests.tools import (
@@ -21,6 +22,7 @@ from tests.tools import (
     WorkerProcess,
     connect,
     deliveries,
+    elsewhere,
     eventually,
     note,
     start_a_handler,
@@ -210,6 +212,23 @@ def test_a_death_is_counted_once_also_if_the_next_attempt_fails_meanwhile(own_re
         booked.result(PATIENCE)
     assert deliveries() == {"h": ("pending", 2)}
     assert Delivery.objects.get().error == "the second"
+
+
+def test_the_cause_replaces_a_guess_that_comes_in_between(own_registry, monkeypatch):
+    handler("", name="h", max_attempts=1)(note)
+    event = emit("g", "key")
+    book = partial(booking.book, [(event.id, 0)], registry=own_registry, session=1, using="default")
+    claim_one = claiming.claim_one
+
+    def claim(*arguments, **options):
+        monkeypatch.setattr(claiming, "claim_one", claim_one)
+        elsewhere(lambda: book(WorkerDied("A guess."), is_guess=True))
+        return claim_one(*arguments, **options)
+
+    monkeypatch.setattr(claiming, "claim_one", claim)
+    book(WorkerDied("The cause."))
+    assert deliveries() == {"h": ("failed", 1)}
+    assert "The cause." in Delivery.objects.get().error
 
 
 def test_a_worker_that_was_cut_off_has_its_row_again(own_registry):
