@@ -19,6 +19,7 @@ from spark_outbox.processes.fork import SIGNALS, STOPS
 from spark_outbox.processes.guard import Guard
 from spark_outbox.processes.slot import Slot
 from spark_outbox.processes.supervisor import Supervisor
+from spark_outbox.processes.watch import Watch
 from spark_outbox.registry.handlers import registry
 from spark_outbox.worker import booking, bounds, forks
 from spark_outbox.worker.loop import Worker
@@ -77,7 +78,7 @@ class Service:
             os.kill(os.getpid(), ended_by[0])
         return code
 
-    def _child(self, slot: Slot, ready: Callable[[], None]) -> int:
+    def _child(self, slot: Slot, watch: Watch, ready: Callable[[], None]) -> int:
         """Be one of the worker processes; return its exit code."""
 
         def on_ready(version: str) -> None:
@@ -86,7 +87,7 @@ class Service:
             ready()
 
         try:
-            worker = self._worker(guard=Guard(slot), on_ready=on_ready)
+            worker = self._worker(guard=Guard(slot), watch=watch, on_ready=on_ready)
             for each in (signal.SIGINT, signal.SIGHUP):  # they reach all processes; SIGTERM follows
                 signal.signal(each, signal.SIG_IGN)
             signal.signal(signal.SIGTERM, lambda *_: worker.stop())

@@ -23,6 +23,8 @@ class Child:
     """A worker process, from its fork to its end."""
 
     slot: Slot
+    wake: tuple[int, int] = field(default_factory=os.pipe)
+    """A pipe by which the supervisor tells it that the watch is its own."""
     pid: int = 0
     started: float = field(default_factory=time.monotonic)
     killed: bool = False
@@ -37,6 +39,21 @@ class Child:
         self.killed = True
         self.overdue = min(self.overdue, overdue)
         self.send(signal.SIGKILL)
+
+    def give_watch(self) -> None:
+        """Let it look out for events."""
+        self.slot.give_watch(True)
+        os.write(self.wake[1], b"!")
+
+    def take_watch(self) -> None:
+        """Let it look out no more, also if it has just begun to."""
+        self.slot.give_watch(False)
+        if self.slot.is_idle():
+            os.write(self.wake[1], b"!")
+
+    def close(self) -> None:
+        for end in self.wake:
+            os.close(end)
 
     def was_killed(self, code: int) -> bool:
         """Return whether the supervisor has caused this exit code."""
@@ -78,6 +95,8 @@ class Place:
     def leave(self) -> None:
         """Note that its child has ended."""
         self._was_ready = self.has_been_ready()
+        if self.child is not None:
+            self.child.close()
         self.child = None
 
     def restart_later(self, started: float) -> None:

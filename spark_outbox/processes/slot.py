@@ -1,4 +1,4 @@
-"""The memory that a worker process shares with its supervisor. The worker writes, the supervisor reads.
+"""The memory that a worker process shares with its supervisor. Each note has one who writes it.
 
 A note is a word or two, written in place. So the supervisor can read it at any moment, also after the
 process has died.
@@ -10,8 +10,8 @@ import time
 NEVER = float("inf")
 
 _SIZE = 16 * mmap.PAGESIZE
-_ROOM = (_SIZE // 8 - 5) // 2  # pairs of words, beside their count and the four at the end
-_ASKED, _DUE, _READY, _SESSION = -1, -2, -3, -4
+_ROOM = (_SIZE // 8 - 7) // 2  # pairs of words, beside their count and the six at the end
+_ASKED, _DUE, _READY, _SESSION, _IDLE, _WATCH = -1, -2, -3, -4, -5, -6
 
 
 class Slot:
@@ -21,7 +21,8 @@ class Slot:
         self.number = number
         memory = mmap.mmap(-1, _SIZE)
         # The number of current calls, then their events and handlers. At _READY, whether the child has
-        # been ready. At _SESSION, the number of its session.
+        # been ready. At _SESSION, the number of its session. At _IDLE, whether it has nothing to do; at
+        # _WATCH, whether it has the watch, which the supervisor writes.
         self._words = memoryview(memory).cast("q")
         # The same memory. At _ASKED, when the child began to wait for the database. At _DUE, its
         # deadline.
@@ -63,6 +64,12 @@ class Slot:
         """Note the session that is stored in this worker's running deliveries."""
         self._words[_SESSION] = session
 
+    def be_idle(self, idle: bool) -> None:
+        self._words[_IDLE] = idle
+
+    def has_watch(self) -> bool:
+        return bool(self._words[_WATCH])
+
     # The supervisor reads
 
     def in_hand(self) -> list[tuple[int, int]]:
@@ -79,6 +86,12 @@ class Slot:
 
     def has_been_ready(self) -> bool:
         return bool(self._words[_READY])
+
+    def is_idle(self) -> bool:
+        return bool(self._words[_IDLE])
+
+    def give_watch(self, given: bool) -> None:
+        self._words[_WATCH] = given
 
     def session(self) -> int:
         """Return the child's session; 0 if it had none."""

@@ -30,6 +30,7 @@ from spark_outbox.errors import HandlerTimeout, WorkerDied
 from spark_outbox.processes.fork import READY, SIGNALS, STOPS, Pipes, be_process, signals_blocked
 from spark_outbox.processes.place import Booking, Child, InHand, Place, exit_code, send
 from spark_outbox.processes.slot import NEVER, Slot
+from spark_outbox.processes.watch import HANGS, PASS_ON, WORK, OwnWatch, SharedWatch, Watch
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +40,10 @@ GRACE = 5.0
 BOOKING_PATIENCE = 30.0
 """The most seconds that the booking of a crash may take."""
 
+HEAD_START = 0.5
+"""The most seconds for which nobody watches after its holder has died: another would call again what it
+died of, before that is booked."""
+
 LATE = "The handler ran longer than its timeout, in code that no alarm stops: its process was killed."
 DIED = "The worker process died of {cause} while it ran this handler."
 
@@ -46,8 +51,9 @@ DIED = "The worker process died of {cause} while it ran this handler."
 class Supervisor:
     """Keeps `processes` children running `work`, whose return value is their exit code.
 
-    `work` gets its slot and a function to call when it is ready. It starts with SIGNALS blocked, and
-    must unblock them when it has handlers of its own. On SIGTERM it must finish.
+    `work` gets its slot, its part in the watch, see watch.py, and a function to call when it is ready.
+    It starts with SIGNALS blocked, and must unblock them when it has handlers of its own. On SIGTERM it
+    must finish.
 
     A child that exits with 0 is done: it is restarted at once, or not at all if `finite`. With EX_CONFIG
     a restart can't help: all children are stopped, and `run` returns that code. Any other end is a
@@ -60,7 +66,7 @@ class Supervisor:
 
     def __init__(
         self,
-        work: Callable[[Slot, Callable[[], None]], int],
+        work: Callable[[Slot, Watch, Callable[[], None]], int],
         *,
         processes: int,
         shutdown_timeout: float,
@@ -80,6 +86,8 @@ class Supervisor:
         self._stopping = False
         self._deadline = NEVER
         self._exit_code = 0
+        self._watch: Child | None = None  # the child that has it
+        self._pass_on_at = NEVER
 
     # For signal handlers
 
@@ -119,16 +127,19 @@ class Supervisor:
                 return self._exit_code
             self._wait(now)
             self._reap()
+            self._pass_on()
             self._kill_late()
 
     def _wait(self, now: float) -> None:
         # A call that starts later has a later deadline: it can't be late before now + GRACE.
-        looks = [now + GRACE, now + self._answer_timeout / 4, self._deadline]
+        looks = [now + GRACE, now + self._answer_timeout / 4, self._deadline, self._pass_on_at]
         looks += [child.slot.due() + GRACE for child in self._children() if not child.killed]
         looks += [place.start_at for place in self._vacant()]
         received = self._pipes.wait(min(looks) - now)
         if READY in received and all(place.has_been_ready() for place in self._places):
             self._on_ready()
+        if WORK in received and self._watch is not None:
+            self._pass_on_at = time.monotonic() + PASS_ON
 
     def _children(self) -> Iterator[Child]:
         return (place.child for place in self._places if place.child is not None)
@@ -145,30 +156,55 @@ class Supervisor:
             if not self._stopping:  # a signal may have come a moment ago
                 child.pid = os.fork()
                 if not child.pid:
-                    be_process(partial(self._be_child, child.slot))
+                    be_process(partial(self._be_child, child.slot, child.wake[0]))
                 place.child = child
 
-    def _be_child(self, slot: Slot) -> int:
+    def _be_child(self, slot: Slot, wake: int) -> int:
         try:
             self._pipes.leave_parent()
             self._pipes.follow_parent()
-            return self._work(slot, partial(self._tell_ready, slot))
+            is_alone = len(self._places) == 1
+            watch = OwnWatch() if is_alone else SharedWatch(slot, wake, self._pipes.tell)
+            return self._work(slot, watch, partial(self._tell_ready, slot))
         finally:
             slot.rest()
             slot.end_by(time.monotonic() + self._shutdown_timeout)
 
     def _tell_ready(self, slot: Slot) -> None:
         slot.be_ready()
-        self._pipes.tell_ready()
+        self._pipes.tell(READY)
+
+    def _pass_on(self) -> None:
+        """Give the watch to a child that is idle, unless its holder is, or has just begun to work."""
+        now, holder = time.monotonic(), self._watch
+        watches = (
+            holder is not None and holder.slot.is_idle() and now - holder.slot.waits_since() < HANGS
+        )
+        if not watches and now < self._pass_on_at < NEVER:
+            return
+        self._pass_on_at = NEVER
+        if watches:
+            return
+        others = (child for child in self._children() if child is not holder)
+        idle = next((child for child in others if child.slot.is_idle()), None)
+        if idle is not None:
+            self._watch = idle
+            idle.give_watch()
+            if not idle.slot.is_idle():  # it has begun to work this moment, and need not have said so
+                self._pass_on_at = now + PASS_ON
+            if holder is not None:
+                holder.take_watch()
 
     def _reap(self) -> None:
         for place in self._places:
             if (child := place.child) is not None:
                 if (code := exit_code(child.pid)) is not None:
                     place.leave()
+                    if child is self._watch:
+                        self._watch, self._pass_on_at = None, NEVER
                     self._ended(place, child, code)
             elif (booking := place.booking) and (code := exit_code(booking.pid)) is not None:
-                place.booking = None
+                place.booking, self._pass_on_at = None, time.monotonic()
                 _booked(booking, code)
 
     def _ended(self, place: Place, child: Child, code: int) -> None:
@@ -218,6 +254,8 @@ class Supervisor:
 
     def _book(self, place: Place, child: Child, error: BaseException | None) -> None:
         """Start a process that books a crash."""
+        if self._watch is None:
+            self._pass_on_at = time.monotonic() + HEAD_START
         with signals_blocked():
             try:
                 pid = os.fork()

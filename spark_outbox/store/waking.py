@@ -9,17 +9,19 @@ LISTEN = "listen spark_outbox"
 UNLISTEN = "unlisten spark_outbox"
 
 OUTBOX_OID = "select to_regclass('spark_outbox_event')::oid::integer"
+OID = "'spark_outbox_event'::regclass::oid::integer"
 
 # Of the table as it is now: it may have been dropped and restored since the last time.
-TAKE_S = """
-select pg_try_advisory_lock_shared(7531002, this), this
-from (select 'spark_outbox_event'::regclass::oid::integer) as outbox (this)
+TAKE_S = f"""
+select pg_try_advisory_lock_shared(7531002, this), this from (select {OID}) as outbox (this)
 """
 LET_GO_OF_S = "select pg_advisory_unlock_shared(7531002, {oid})"
+
 # Whether no transaction that has emitted is still open.
-PROBE_K = """
-select case when pg_try_advisory_lock(7531001, %(oid)s)
-    then pg_advisory_unlock(7531001, %(oid)s) else false end
+PROBE_K = f"""
+select case when pg_try_advisory_lock(7531001, this)
+    then pg_advisory_unlock(7531001, this) else false end
+from (select {OID}) as outbox (this)
 """
 
 
@@ -37,20 +39,14 @@ def outbox_oid(*, using: str) -> int | None:
     return oid
 
 
-def take_s(*, using: str) -> tuple[bool, int]:
-    """Hold S, unless somebody has it for himself; return whether we do, and of which table."""
-    ((held, oid),) = fetch(TAKE_S, using=using)
-    return held, oid
-
-
 # To others, as the trigger does to those who sleep; see worker/wake.py.
-WAKE_OTHERS = """
+WAKE_OTHERS = f"""
 select case when (
     case when pg_try_advisory_xact_lock_shared(7531001, oid) then
         case when pg_try_advisory_lock(7531002, oid) then pg_advisory_unlock(7531002, oid) end
     end
 ) is not true then pg_notify('spark_outbox', '') end
-from (select 'spark_outbox_event'::regclass::oid::integer as oid) as outbox
+from (select {OID} as oid) as outbox
 """
 
 

@@ -91,8 +91,10 @@ class Claims:
         self._passed_over = context.experience.passed_over
         self.defers = False
         """The last due events were left to workers of a newer release, which have their handlers."""
+        self._hurries = False
         self._waits_for_room = False
         self._left_some = False  # the last batch may have, and nothing of it could be handled
+        self._was_whole = False  # the last batch had all that its look was for, and is handled
         self.start_over()
 
     def start_over(self) -> None:
@@ -116,6 +118,11 @@ class Claims:
     def goes_on(self) -> bool:
         """The last look was not at everything: there may be something to do."""
         return self._left_some or any(look.goes_on for look in self.looks.values())
+
+    @property
+    def expects_more(self) -> bool:
+        """The next claim is likely to find events."""
+        return self.goes_on or not self._was_whole
 
     @property
     def held(self) -> bool:
@@ -142,6 +149,7 @@ class Claims:
         while sweep and not found.rows and self.goes_on:
             found = self._look()
         self._left_some = found.is_full
+        self._was_whole = not found.rows or not (found.is_full or self.careful)
         events = Event.from_rows(found.rows[: 1 if self.careful else None], references)
         retried = [event.id for event in events if event.attempt > 1]
         stored = settling.deliveries(retried, using=self._context.using) if retried else {}
@@ -154,9 +162,9 @@ class Claims:
         """Lock events, up to the size of a batch of each kind that has its turn."""
         ask = Ask(self.size.limit, self._context.clock(), first, self._passed_over)
         found: dict[str, Found] = {}
-        is_busy = False
-        for look in self.looks.values():
-            if not is_busy or look.has_turn(ask.now):
+        is_busy, self._hurries = self._hurries, False
+        for kind, look in self.looks.items():
+            if kind == READY or not is_busy or look.has_turn(ask.now):
                 found |= look.claim(ask)
                 is_busy = is_busy or found[READY].ready > 0
         return self._turns.merge(found)
@@ -164,6 +172,7 @@ class Claims:
     def learn(self, batch: Batch) -> None:
         """After the commit: fit the size, and note for each kind of events what became of them."""
         self.size.learn(batch)
+        self._was_whole = self._was_whole and batch.reached == len(batch.events)
         self._left_some = self._left_some and not batch.count
         if batch.elsewhere:
             self.defers = batch.leaves_to_others
@@ -221,7 +230,11 @@ class Claims:
             self.looks[DUE].look_at(self._context.clock() + min(due_in, SWEEP_INTERVAL))
 
     def hurry(self) -> None:
-        """After a notification: what has just come first, and what has been waiting after it."""
+        """After a notification: what has just come first, and what has been waiting after it.
+
+        The next look is for ready events alone: if another worker was quicker, that is all.
+        """
+        self._hurries = True
         soon = self._context.clock() + self._context.settings.COMMIT_INTERVAL
         for look in self.looks.values():
             look.wait_until(soon)
@@ -233,6 +246,12 @@ class Claims:
         """
         for look in self.looks.values():
             look.rest()
+
+    def poll(self) -> None:
+        """Before looking again in a moment: a lower id may have been committed than those that were
+        handled."""
+        for look in self.looks.values():
+            look.poll()
 
     # Ordering keys, and who goes on with them
 

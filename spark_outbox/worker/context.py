@@ -11,6 +11,7 @@ from spark_outbox import conf
 from spark_outbox.conf import Settings
 from spark_outbox.events.event import Event
 from spark_outbox.processes.guard import CallGuard, Unguarded
+from spark_outbox.processes.watch import OwnWatch, Watch
 from spark_outbox.registry.handlers import Handler, Registry, registry
 from spark_outbox.worker.breaker import Breakers
 
@@ -59,6 +60,8 @@ class Context:
     clock: Callable[[], float]
     guard: CallGuard
     """Interrupts handlers, and notes the current calls."""
+    watch: Watch
+    """Says whether it is this worker that looks out for events when it has none."""
     experience: Experience
     on_ready: Callable[[str], None] | None
     """Called with the server's version whenever a new session is prepared and LISTENs."""
@@ -83,6 +86,7 @@ class Options(TypedDict, total=False):
     registry: Registry
     clock: Callable[[], float]
     guard: CallGuard | None
+    watch: Watch
     on_ready: Callable[[str], None] | None
     on_error: OnError | None
     experience: Experience | None
@@ -106,6 +110,7 @@ def make_context(**options: Unpack[Options]) -> Context:
         registry=options.get("registry", registry),
         clock=clock,
         guard=options.get("guard") or Unguarded(),
+        watch=options.get("watch") or OwnWatch(),
         experience=options.get("experience") or Experience(clock),
         on_ready=options.get("on_ready"),
         on_error=options.get("on_error"),

@@ -42,6 +42,8 @@ class Cycle:
         self._crashes = crashes
         self._suspicion = suspicion
         self._wake = wake
+        self.handled = 0
+        """How many events it has settled so far."""
 
     def run(self, *, sweep: bool, inline: bool) -> int:
         """Claim, dispatch and settle; return how many events that settled.
@@ -96,6 +98,7 @@ class Cycle:
             references.close()
         self._running.go_on(batch.calls)
         self._learn(batch)
+        self.handled += batch.count
         self._running.begin(batch.calls, inline=inline)
         return batch.count
 

@@ -88,6 +88,10 @@ class Look:
     def rest(self) -> None:
         """Before sleeping: look at everything, as far as that is cheap."""
 
+    def poll(self) -> None:
+        """Before looking again in a moment: look at everything, if that takes no more than a tenth of
+        the time."""
+
     def make_room(self) -> None:
         """Look again at events that had to wait for room."""
 

@@ -17,6 +17,7 @@ from spark_outbox.worker.running import Running
 from spark_outbox.worker.session import Session, check_handlers
 from spark_outbox.worker.sleep import Sleep
 from spark_outbox.worker.suspicion import Suspicion
+from spark_outbox.worker.tempo import POLL, Tempo
 from spark_outbox.worker.unhandled import Unhandled
 from spark_outbox.worker.wake import Wake
 
@@ -46,7 +47,8 @@ class Worker:
         self._unhandled = Unhandled(context)
         self._running = running = Running(context, presence, wake, loop, on_settled=claims.revisit)
         self._cycle = Cycle(context, session, claims, loop, running, crashes, suspicion, wake)
-        self._sleep = Sleep(context, wake, claims, running, self._unhandled)
+        self._tempo = Tempo(context.clock)
+        self._sleep = Sleep(context, wake, claims, self._cycle, running, self._unhandled)
 
     # The loop
 
@@ -67,9 +69,11 @@ class Worker:
                 try:
                     self._get_ready()
                     finished = self._work(drain=drain, once=once) or self._context.stop.is_set
+                    self._context.watch.work()  # others watch while it stops
                     if finished:
                         self._leave()
                 except Error as error:
+                    self._context.watch.work()  # or while it waits for the database
                     if (drain or once) and self._session.gives_up(error):
                         raise
                     self._claims.start_over()
@@ -84,17 +88,16 @@ class Worker:
 
     def _work(self, *, drain: bool, once: bool) -> bool:
         """Claim, dispatch and settle until it is time to stop; return True if the work is done."""
+        handled, is_idle = 0, False
         while not self._context.stop.is_set and self._session.is_intact:
             self._running.settle()
-            handled = self._cycle.run(sweep=once, inline=False)
+            handled = self._sleep.run(handled) if is_idle else self._cycle.run(sweep=once, inline=False)
             self._running.take_over()
             if once:
                 return True
-            if not handled and not drain:
-                handled = 0 if self._claims.goes_on else self._rest()
-            elif not handled and self._running:
+            if drain and not handled and self._running:
                 self._running.finish()
-            elif not handled:
+            elif drain and not handled:
                 handled = self._cycle.run(sweep=True, inline=False)
                 if not handled:
                     return True
@@ -103,6 +106,13 @@ class Worker:
             if self._quota.is_used_up(handled):
                 return True
             self._session.tidy()
+            self._tempo.note(handled)
+            is_idle = not (drain or is_idle or self._claims.expects_more)
+            if is_idle and self._tempo.is_fast:
+                self._context.watch.rest()  # nobody else has to look
+                self._claims.poll()
+                self._wake.pause(POLL)
+                is_idle = False
         return False
 
     def drain(self) -> int:
@@ -140,25 +150,7 @@ class Worker:
         """
         return self._cycle.run(sweep=sweep, inline=True)
 
-    # Between batches
-
-    def _rest(self) -> int:
-        """Sleep until there may be something to do; see wake.py for the protocol. Return how many events
-        were handled instead, as there was something to do."""
-        pause = self._wake.fall_asleep()
-        reason = "round"
-        while reason == "round" and not self._context.stop.is_set:
-            self._claims.rest()
-            goes_on = True
-            while goes_on and not self._context.stop.is_set:
-                if handled := self._cycle.run(sweep=False, inline=False):
-                    return handled
-                goes_on = self._claims.goes_on
-            reason = self._sleep.wait(pause)
-        self._wake.let_go_with_next()
-        if reason == "notification":
-            self._claims.hurry()
-        return 0
+    # The ends
 
     def _get_ready(self) -> None:
         """Prepare the session, unless the one before still lasts."""

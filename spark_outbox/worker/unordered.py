@@ -27,6 +27,7 @@ class ReadyEvents(Look):
         self.floor = LOWEST_ID
         """The lowest id that can still be ready, as far as this worker knows."""
         self._sweep_at = -math.inf
+        self._sweeps_often_at = -math.inf  # when another would take a tenth of the time
         self._waiting: int | None = None  # the lowest id that waits for room, below the floor
 
     def claim(self, ask: Ask) -> dict[str, Found]:
@@ -36,7 +37,8 @@ class ReadyEvents(Look):
         rows = claiming.claim_ready(floor, limit, first=ask.first, using=self._context.using)
         if is_sweep:
             now = self._context.clock()
-            self._sweep_at = now + max(SWEEP_INTERVAL, 10 * (now - ask.now))
+            self._sweeps_often_at = now + 10 * (now - ask.now)
+            self._sweep_at = max(now + SWEEP_INTERVAL, self._sweeps_often_at)
         is_full = len(rows) == limit
         rows = without(ask.without, rows)
         return {READY: Found(rows, ready=len(rows), is_full=is_full)}
@@ -56,6 +58,10 @@ class ReadyEvents(Look):
     def rest(self) -> None:
         if self._waiting is None:
             self._sweep_at = -math.inf
+
+    def poll(self) -> None:
+        if self._waiting is None:
+            self._sweep_at = self._sweeps_often_at
 
     def make_room(self) -> None:
         if self._waiting is not None:

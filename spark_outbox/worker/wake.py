@@ -9,13 +9,13 @@ decide it:
     worker, nothing left to claim:
         take S
         K is free: no emit is in flight. Emitters see S from now on, and notify:
-            claim once more; still nothing: wait for a notification
+            look once more; still nothing: wait for a notification
         K is held: someone emitted before S was taken, and will commit in silence:
             let S go and claim again after a short pause, which grows from 1 to 50 ms;
             once it has grown, keep S: only that straggler's own commit is late by a pause
 
-This module takes the locks and waits; the worker does the claiming in between. A notification only
-shortens latency: the worker would find each event without it, when its wait ends.
+This module takes the locks, looks and waits; the worker does the claiming. A notification only shortens
+latency: the worker would find each event without it, when its wait ends.
 """
 
 import contextlib
@@ -25,8 +25,9 @@ from collections.abc import Callable
 
 from django.db import connections
 
-from spark_outbox.store import waking
+from spark_outbox.store import resting, waking
 from spark_outbox.store.connection import fetch_value
+from spark_outbox.store.resting import Outlook
 from spark_outbox.worker.context import Context
 
 MIN_PAUSE = 0.001
@@ -38,10 +39,12 @@ class Wake:
     until a file descriptor can be read, and returns which can."""
 
     def __init__(self, context: Context, *, poll: Callable[[list[int], float], set[int]]) -> None:
+        self._context = context
         self._using = None if context.settings.WAKE == "never" else context.direct
         self._poll = poll
         self._oid = 0  # of the table whose S we have taken
         self._listens = False
+        self._is_prepared = False
         self._holds_s = False
         self._is_leaving = False
         self._notified = False
@@ -63,7 +66,7 @@ class Wake:
 
     def listen(self) -> None:
         """Start to hear notifications, on a connection that is not in a transaction."""
-        self._holds_s = self._is_leaving = self._listens = False
+        self._holds_s = self._is_leaving = self._listens = self._is_prepared = False
         if self._using is None:
             return
         connection = connections[self._using]
@@ -84,27 +87,40 @@ class Wake:
             self.let_go()
             waking.unlisten(using=self._using)
 
-    def fall_asleep(self) -> float:
-        """Take S and probe K; return the seconds for which sleeping is safe, which may be infinity.
+    def fall_asleep(self) -> tuple[float, Outlook]:
+        """Take S, probe K and look; return the seconds for which sleeping is safe, maybe infinity, and
+        what was seen.
 
-        The caller claims once more before it sleeps. S stays held where that makes the sleep safe.
+        If there are events, the caller claims before it sleeps. S stays held where that makes the sleep
+        safe.
         """
         self._notified = False
+        groups = self._context.groups
         if self._using is None:
-            return math.inf
+            return math.inf, resting.outlook(groups=groups, using=self._context.using)
         if not self._listens:
             waking.listen(using=self._using)
             self._listens = True
+        if not self._is_prepared:
+            resting.prepare(groups=groups, using=self._using)
+            self._is_prepared = True
         # Never waits for S: an emitter that was interrupted between the trigger's two calls holds
         # it for the rest of its session.
-        self._holds_s, self._oid = waking.take_s(using=self._using)
-        if self._holds_s and fetch_value(waking.PROBE_K, {"oid": self._oid}, using=self._using):
+        asleep = resting.fall_asleep(groups=groups, using=self._using)
+        self._holds_s, self._oid = asleep.holds_s, asleep.outlook.oid
+        if asleep.is_safe:
             self._pause = MIN_PAUSE
-            return math.inf
+            return math.inf, asleep.outlook
         self._pause = min(self._pause * 2, MAX_PAUSE)
         if self._pause < MAX_PAUSE:
             self.let_go()
-        return self._pause
+        return self._pause, asleep.outlook
+
+    def look(self) -> Outlook:
+        """Look once more, after falling asleep."""
+        if self._using is not None:
+            return resting.look(using=self._using)
+        return resting.outlook(groups=self._context.groups, using=self._context.using)
 
     def guards(self, oid: int) -> bool:
         """Return whether S, if held, is that of the outbox: of the table with this OID.
@@ -115,6 +131,7 @@ class Wake:
 
     def wake_up(self) -> None:
         """There is work: let S go, and start with the shortest pause when it is done."""
+        self._context.watch.work()
         self._pause = MIN_PAUSE
         self.let_go()
 
@@ -171,8 +188,12 @@ class Wake:
     def _select(self, connection: int | None, seconds: float) -> bool:
         """Wait for the connection or an interrupt; return whether the connection has something."""
         pipe = None if self._pipe is None else self._pipe[0]
-        descriptors = [each for each in (connection, pipe) if each is not None]
+        watch = self._context.watch.descriptor
+        descriptors = [each for each in (connection, pipe, watch) if each is not None]
         ready = self._poll(descriptors, min(seconds, 86_400.0))
+        if watch in ready:
+            self._context.watch.answer()
+            self._notified = True
         if pipe in ready and pipe is not None:
             with contextlib.suppress(BlockingIOError):
                 os.read(pipe, 4096)

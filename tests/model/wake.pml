@@ -4,9 +4,9 @@ Checked: no committed event waits while all living workers sleep for ever.
 
     spin -a wake.pml && gcc -O2 -DSAFETY -DNOREDUCE -o pan pan.c && ./pan -m4000000
 
-finds no errors. With FAILURES, sessions break, workers die or stop, and emits are cancelled. Each of
-the other names in an #ifdef gets something wrong, and spin finds how that loses an event (with
-NO_OUTLOOK only if there are FAILURES):
+finds no errors. With FAILURES, sessions break, workers die or stop, and emits are cancelled. With
+SUPERVISED=n the first n workers have one supervisor, and share the watch: see processes/watch.py. Each of
+the other names in an #ifdef gets something wrong, and spin finds how that loses an event:
 
     spin -a -DNO_PROBE wake.pml && gcc -O2 -DSAFETY -DNOREDUCE -DBFS -o pan pan.c && ./pan
     spin -DNO_PROBE -t -p wake.pml
@@ -15,14 +15,16 @@ tests/model/test_model.py does this for all of them, and holds the order of the 
 "sql: NAME" is where a statement of store/ runs, "trigger: NAME" a call in spark_outbox_wake(),
 of migrations/sql/0001_wake.sql. The rest follows
 
-    Worker._work, Worker._rest, Cycle.run, Session.recover, Claims.next,
-    Wake.listen, Wake.fall_asleep, Wake.wake_up, Wake.parting, Wake.wait
+    Worker._work, Sleep.run, Cycle.run, Session.recover, Claims.next, Supervisor._pass_on,
+    Wake.listen, Wake.stop_listening, Wake.fall_asleep, Wake.wake_up, Wake.parting, Wake.wait
 
 What one session does and another can notice is a step of its own, and all orders of the steps are
 tried. The fallback poll is left out: it finds any event in the end. So is what a clock wakes for, due
 and ordered events; and duplicates. An Emitter is any session that emits, a worker's too. Once it has
-S, a worker looks twice: the second claim takes what is free; OUTLOOK also sees what others have
-locked, and would do alone, if late. So NO_SECOND_CLAIM is without both.
+S, a worker looks: LOOK also sees what others have locked. If there are events, it claims, and
+looks once more before it sleeps. A worker may also fall asleep without another claim after a batch; or
+claim again and again, as it does while events come fast. One that is woken may leave the event to
+another worker, and just look: that has let S go by then, so this one has not.
 
 The steps of a commit are in the order of CommitTransaction() in PostgreSQL's xact.c: PreCommit_Notify
 and RecordTransactionCommit; ProcArrayEndTransaction, from when on others see the rows;
@@ -34,6 +36,9 @@ LISTEN. Interrupts are held off meanwhile, so that no session ends in between. *
 #endif
 #ifndef EMITTERS
 #define EMITTERS 2
+#endif
+#ifndef SUPERVISED
+#define SUPERVISED 0
 #endif
 #define NOBODY WORKERS
 #define ME (1 << _pid)
@@ -47,6 +52,9 @@ bool k_exclusive, s_exclusive;  /* and whether one holds them exclusively */
 byte listening;                 /* one bit for each worker: its session LISTENs; */
 byte unread;                    /* there is a notification for it in the server's list; */
 byte signalled;                 /* its backend has been told to look there */
+
+byte spare;                     /* one bit for each worker: its supervisor knows that it is idle; */
+byte watching;                  /* and has given it the watch */
 
 byte living = WORKERS;
 byte broken = NOBODY;           /* the worker that is about to lose its session */
@@ -91,15 +99,20 @@ inline probe_k() {
 
 inline look() {
     atomic {
-        claim();
         if
-        :: claimed -> is_safe = false; goto next
-        :: else
-        fi
-    };
-#ifndef NO_OUTLOOK
-    is_safe = is_safe && pending == 0
+#ifndef LOOK_PAST_LOCKED
+        :: pending == 0
+#else
+        :: pending == locked
 #endif
+        :: else -> is_safe = false;
+           claim();
+           if
+           :: claimed -> goto next
+           :: else                                  /* others hold them: it looks again soon */
+           fi
+        fi
+    }
 }
 
 inline forget_notifications() {
@@ -117,20 +130,35 @@ start:
 #endif
 next:
     do
-    :: atomic { holds_s -> let_go_of_s() }          /* sql: LET_GO_OF_S */
+    :: atomic { holds_s -> spare = spare & ~ME; let_go_of_s() }  /* sql: LET_GO_OF_S */
     :: atomic { !holds_s && claimed -> claimed = false; locked--; pending-- }
     :: atomic { !holds_s && claimed -> claimed = false; locked-- }  /* the batch failed, or was cut */
     :: atomic { !holds_s && !claimed ->
            if
            :: claim()                               /* sql: CLAIM_READY */
-           :: skip                                  /* all that there is, is below the floor */
+           :: skip                                  /* it does not claim, or all is below the floor */
            fi;
            if
-           :: claimed -> goto next
+           :: claimed -> spare = spare & ~ME; goto next
            :: else
            fi
        };
-       atomic {                                     /* Worker._rest */ 
+#if SUPERVISED > 0
+       if
+       :: _pid < SUPERVISED ->                      /* Sleep._is_our_turn */
+          atomic { spare = spare | ME };
+          if
+          :: watching & ME
+          :: atomic { !(watching & ME) -> listening = listening & ~ME; forget_notifications() };
+             atomic { watching & ME };              /* it rests */
+#ifndef WATCH_WITHOUT_LISTEN
+             listening = listening | ME
+#endif
+          fi
+       :: else
+       fi;
+#endif
+       atomic {                                     /* Sleep.run */
            if
            :: forget_notifications()                /* they came while it was awake */
            :: skip                                  /* or its backend is late to read them */
@@ -139,35 +167,56 @@ next:
        };
 #if defined(PROBE_BEFORE_S)
        probe_k(); take_s(); look();
-#elif defined(CLAIM_BEFORE_PROBE)
+#elif defined(LOOK_BEFORE_PROBE)
        take_s(); look(); probe_k();
 #elif defined(NO_PROBE)
        take_s(); look();
-#elif defined(NO_SECOND_CLAIM)
+#elif defined(NO_SECOND_LOOK)
        take_s(); probe_k();
 #else
        take_s();                                    /* sql: TAKE_S */
        probe_k();                                   /* sql: PROBE_K */
-       look();                                      /* sql: CLAIM_READY, sql: OUTLOOK */
+       look();                                      /* sql: LOOK */
 #endif
 #ifdef LISTEN_LAST
        listening = listening | ME;
 #endif
+asleep:
        if
        :: !is_safe                                  /* a pause: it looks again soon */
-       :: atomic { is_safe && (signalled & unread & ME) -> forget_notifications(); is_safe = false }
+       :: atomic { is_safe && (signalled & unread & ME) ->
+#ifndef FORGET_AFTER_LOOK
+              forget_notifications()
+#endif
+          };
+          if
+          :: is_safe = false
+          :: atomic { is_safe = pending == 0 };     /* another may be quicker, as the last time */
+#ifdef FORGET_AFTER_LOOK
+             forget_notifications();
+#endif
+             if
+             :: is_safe -> goto asleep
+             :: else
+             fi
+          fi
        fi
     od
     } unless { atomic { broken == _pid ->
         broken = NOBODY;
         listening = listening & ~ME;
         forget_notifications();
+        spare = spare & ~ME;
         run Ghost(holds_s, holds_k, claimed);
         holds_s = false; holds_k = false; claimed = false; is_safe = false
     } };
     if
     :: goto start                                   /* Session.recover: it connects again */
-    :: atomic { living > 1 -> living-- }            /* it has died, or was told to stop */
+    :: atomic { living > 1 -> living--;             /* it has died, or was told to stop */
+#ifndef NO_PASS_ON
+           watching = watching & ~ME
+#endif
+       }
     fi
 }
 
@@ -176,6 +225,27 @@ proctype Ghost(bool holds_s, holds_k, claimed) {
     atomic { locked = locked - claimed; claimed = false };
     atomic { s_shared = s_shared - holds_s; k_exclusive = k_exclusive && !holds_k }
 }
+
+/* The supervisor */
+
+#if SUPERVISED > 0
+inline give_watch() {
+    if
+    :: spare & 1 -> watching = 1
+    :: spare & 2 -> watching = 2
+    fi
+}
+
+active proctype Supervisor() {
+end:
+    do
+    :: atomic { spare && !watching -> give_watch() }
+#ifndef NO_PASS_ON
+    :: atomic { watching && spare && !(spare & watching) -> give_watch() }  /* it works for too long */
+#endif
+    od
+}
+#endif
 
 /* The emitter */
 
@@ -262,7 +332,7 @@ ready:                                              /* trigger: pg_notify, if no
 #ifdef FAILURES
 active proctype Fate() {
     do
-    :: atomic { broken == NOBODY && _nr_pr == WORKERS + EMITTERS + 2 ->
+    :: atomic { broken == NOBODY && _nr_pr == WORKERS + EMITTERS + 2 + (SUPERVISED > 0) ->
            if
            :: broken = 0
            :: broken = 1
@@ -274,6 +344,6 @@ active proctype Fate() {
 #endif
 
 /* When nobody can do anything any more, no event may lie there. */
-active proctype Watch() {
+active proctype Monitor() {
     timeout -> assert(pending == locked)
 }

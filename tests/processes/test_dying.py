@@ -166,7 +166,7 @@ def test_a_handler_past_its_timeout_is_interrupted_in_the_worker_process(flags):
 
 def test_code_that_heeds_no_timeout_is_killed_and_has_had_an_attempt():
     kinds = ["async", "detached", "list", "plain"]
-    with WorkerProcess("--processes", "4", EXTRA_APPS=TROUBLE) as worker:
+    with WorkerProcess("--processes", "4", "--batch-size", "1", EXTRA_APPS=TROUBLE) as worker:
         worker.wait_until_ready()
         for kind in kinds:
             emit(f"stuck_{kind}", kind)

@@ -127,7 +127,7 @@ def test_two_worker_processes_handle_each_of_2000_events_once():
 def test_several_processes_work_side_by_side():
     with WorkerProcess("--processes", "3") as worker:
         worker.wait_until_ready()
-        wait_until_asleep(3)
+        wait_until_asleep()  # one watches, the others rest
         assert "3 processes" in worker.output
         emit_many(({"group": "probe", "key": f"{n}"} for n in range(1500)), chunk_size=50)
         wait_until_done(1500)
@@ -146,7 +146,7 @@ def test_with_a_pool_processes_share_no_connection_and_have_one_each():
         eventually(lambda: set(statuses().values()) == {"failed"})
         emit_many({"group": "probe", "key": f"{n}"} for n in range(300))
         wait_until_done(300)
-        wait_until_asleep(3)
+        wait_until_asleep()
         with connection.cursor() as cursor:
             cursor.execute(
                 "select count(*) from pg_stat_activity where application_name = 'spark_worker' and "

@@ -51,7 +51,7 @@ def await_file(name):
     while not (folder / name).exists():
         time.sleep(0.001)
 
-def work(slot, ready):
+def work(slot, watch, ready):
     if slot.number == 0 and not (folder / "reconnected").exists():
         ready()
         ready()

@@ -1,0 +1,195 @@
+"""Measures the cost of events that come one by one, to a small service and to a crowd of processes."""
+
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from functools import partial
+from typing import Any
+
+from django.db import connections
+
+from spark_outbox import emit
+from spark_outbox.bench.figures import Bench, Figure, Goal, measure, percentile
+from spark_outbox.bench.load import PROC, Child, handlers, refill, sleeping, wait_until
+from spark_outbox.bench.scratch import Scratch
+from spark_outbox.bench.waking import Moments, listen_and_claim, moments
+from spark_outbox.processes.fork import SIGNALS
+from spark_outbox.processes.guard import Guard
+from spark_outbox.processes.slot import Slot
+from spark_outbox.processes.supervisor import Supervisor
+from spark_outbox.processes.watch import Watch
+from spark_outbox.registry.handlers import Registry
+from spark_outbox.store import waking
+from spark_outbox.worker.loop import Worker
+
+INTERVAL = 0.05
+"""Seconds between two events."""
+
+CROWD = 8
+
+Service = Callable[[Bench, Moments], AbstractContextManager[list[int]]]
+"""Runs processes that handle events, and note each one's arrival; gives the pids of their parents."""
+
+
+@measure
+def rest(bench: Bench) -> list[Figure]:
+    """Processor time and latency of 20 events a second: of one worker process, against a bare loop
+    that LISTENs; and of eight processes on one host and on four, against one."""
+    if not PROC.exists():
+        return []
+    *bare, one, one50, one99, crowd, crowd50, crowd99, hosts, _, _ = bench.medians(
+        partial(one_by_one, bench, bare_loop),
+        partial(one_by_one, bench, partial(supervisors, counts=[1])),
+        partial(one_by_one, bench, partial(supervisors, counts=[CROWD])),
+        partial(one_by_one, bench, partial(supervisors, counts=[2] * 4)),
+    )
+    return [
+        Figure("rest_cost", one, "ms/event", bare[0], Goal("<=", 1.6)),
+        Figure("rest_cost_crowd", crowd, "ms/event", one, Goal("<=", 1.25)),
+        Figure("rest_cost_hosts", hosts, "ms/event", one, Goal("<=", 2)),
+        Figure("latency_crowd_p50", crowd50, "ms", one50, Goal("<=", 1.2)),
+        Figure("latency_crowd_p99", crowd99, "ms", one99, Goal("<=", 1.5)),
+    ]
+
+
+def one_by_one(bench: Bench, service: Service) -> tuple[float, float, float]:
+    """Emit 20 events a second; return the processor time of the server and the service, and the p50 and
+    p99 of the latency, all in milliseconds an event."""
+    alias, count = bench.scratch.alias, int(bench.seconds(15) / INTERVAL)
+    refill(bench.scratch, 0)
+    latencies = []
+    with moments() as arrivals, service(bench, arrivals) as parents:
+        server = postmaster(bench.scratch)
+        time.sleep(0.5)
+        used = -sum(map(family_seconds, [server, *parents]))
+        start = time.monotonic()
+        for number in range(count):
+            time.sleep(max(0.0, start + number * INTERVAL - time.monotonic()))
+            connections[alias].set_autocommit(False)
+            emit("bench", using=alias)
+            committed = time.monotonic()
+            connections[alias].commit()
+            connections[alias].set_autocommit(True)
+            latencies.append((arrivals.next() - committed) * 1000)
+        time.sleep(INTERVAL)
+        used += sum(map(family_seconds, [server, *parents]))
+    return used * 1000 / count, percentile(latencies, 0.5), percentile(latencies, 0.99)
+
+
+# Services
+
+
+@contextmanager
+def bare_loop(bench: Bench, arrivals: Moments) -> Iterator[list[int]]:
+    waking.set_wake_mode("always", using=bench.scratch.alias)
+    ready, say_ready = os.pipe()
+    child = Child(lambda: listen_and_claim(bench, arrivals, say_ready))
+    os.read(ready, 1)
+    try:
+        yield [child.pid]
+    finally:
+        child.kill()
+        os.close(ready)
+        os.close(say_ready)
+        waking.set_wake_mode("gated", using=bench.scratch.alias)
+
+
+@contextmanager
+def supervisors(bench: Bench, arrivals: Moments, *, counts: list[int]) -> Iterator[list[int]]:
+    """One supervisor for each of `counts`, with as many worker processes, all of them asleep."""
+    registry = handlers(arrivals.note)
+    with ExitStack() as stack:
+        children = [
+            stack.enter_context(supervised(bench.scratch, registry, processes=count)) for count in counts
+        ]
+        wait_until(partial(sleeping, bench.scratch))
+        time.sleep(1)
+        yield [child.pid for child in children]
+
+
+@contextmanager
+def supervised(
+    scratch: Scratch, registry: Registry, *, processes: int, **options: Any
+) -> Iterator[Child]:
+    """Run workers under a supervisor, as `spark_worker` does, until the end of the block. It begins once
+    all are ready."""
+    ready, say_ready = os.pipe()
+
+    def work(slot: Slot, watch: Watch, tell_ready: Callable[[], None]) -> int:
+        worker = Worker(
+            using=scratch.alias,
+            registry=registry,
+            guard=Guard(slot),
+            watch=watch,
+            on_ready=lambda _: tell_ready(),
+            **options,
+        )
+        signal.signal(signal.SIGTERM, lambda *_: worker.stop())
+        signal.set_wakeup_fd(worker.open(), warn_on_full_buffer=False)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+        worker.run()
+        return 0
+
+    def say_so() -> None:
+        os.write(say_ready, b"r")
+
+    def supervise() -> None:
+        supervisor = Supervisor(
+            work,
+            processes=processes,
+            shutdown_timeout=10,
+            answer_timeout=300,
+            finite=False,
+            on_ready=say_so,
+            on_crash=lambda *_: None,
+        )
+        signal.signal(signal.SIGCHLD, lambda *_: None)
+        signal.signal(signal.SIGTERM, lambda *_: supervisor.stop())
+        supervisor.run()
+
+    child = Child(supervise)
+    try:
+        os.read(ready, 1)
+        yield child
+    finally:
+        os.kill(child.pid, signal.SIGTERM)
+        os.waitpid(child.pid, 0)
+        os.close(ready)
+        os.close(say_ready)
+
+
+# Processor time
+
+
+def postmaster(scratch: Scratch) -> int:
+    """Return the pid of the server's first process. Raises FileNotFoundError if it is elsewhere."""
+    return parent(int(scratch.execute("select pg_backend_pid()")))
+
+
+def family_seconds(pid: int) -> float:
+    """Return the processor time of a process and all that descend from it, in seconds."""
+    children: dict[int, list[int]] = {}
+    for each in PROC.glob("[0-9]*"):
+        try:
+            children.setdefault(parent(int(each.name)), []).append(int(each.name))
+        except (FileNotFoundError, ProcessLookupError):
+            continue  # it has just ended: its parent has its time
+    family, total = [pid], 0
+    for each_pid in family:
+        family += children.get(each_pid, [])
+        try:
+            total += sum(map(int, stat(each_pid)[11:15]))
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+    return total / os.sysconf("SC_CLK_TCK")
+
+
+def parent(pid: int) -> int:
+    return int(stat(pid)[1])
+
+
+def stat(pid: int) -> list[str]:
+    """Return the fields of a process after its name: its state, its parent, …"""
+    return PROC.joinpath(str(pid), "stat").read_text().rpartition(")")[2].split()
