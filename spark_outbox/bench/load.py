@@ -37,6 +37,11 @@ PROC = Path("/proc")
 """The folder in which Linux describes its processes."""
 
 
+def process_fields(pid: int) -> list[str]:
+    """Return the fields of a process after its name: its state, its parent, …"""
+    return PROC.joinpath(str(pid), "stat").read_text().rpartition(")")[2].split()
+
+
 def noop(event: Any) -> None:
     """A handler that does nothing."""
 

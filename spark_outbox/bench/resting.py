@@ -8,20 +8,24 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
-from django.db import connections
-
-from spark_outbox import emit
 from spark_outbox.bench.figures import Bench, Figure, Goal, measure, percentile
-from spark_outbox.bench.load import PROC, Child, handlers, refill, sleeping, wait_until
+from spark_outbox.bench.load import (
+    PROC,
+    Child,
+    handlers,
+    process_fields,
+    refill,
+    sleeping,
+    wait_until,
+)
 from spark_outbox.bench.scratch import Scratch
-from spark_outbox.bench.waking import Moments, listen_and_claim, moments
+from spark_outbox.bench.waking import Moments, bare_loop, emit_and_wait, moments
 from spark_outbox.processes.fork import SIGNALS
 from spark_outbox.processes.guard import Guard
 from spark_outbox.processes.slot import Slot
 from spark_outbox.processes.supervisor import Supervisor
 from spark_outbox.processes.watch import Watch
 from spark_outbox.registry.handlers import Registry
-from spark_outbox.store import waking
 from spark_outbox.worker.loop import Worker
 
 INTERVAL = 0.05
@@ -29,8 +33,8 @@ INTERVAL = 0.05
 
 CROWD = 8
 
-Service = Callable[[Bench, Moments], AbstractContextManager[list[int]]]
-"""Runs processes that handle events, and note each one's arrival; gives the pids of their parents."""
+Service = Callable[[Bench, Moments], AbstractContextManager[list[Child]]]
+"""Runs processes that handle events, and note each one's arrival; gives the parents of others."""
 
 
 @measure
@@ -39,14 +43,14 @@ def rest(bench: Bench) -> list[Figure]:
     that LISTENs; and of eight processes on one host and on four, against one."""
     if not PROC.exists():
         return []
-    *bare, one, one50, one99, crowd, crowd50, crowd99, hosts, _, _ = bench.medians(
-        partial(one_by_one, bench, bare_loop),
+    bare_cost, _, _, one, one50, one99, crowd, crowd50, crowd99, hosts, _, _ = bench.medians(
+        partial(one_by_one, bench, bare),
         partial(one_by_one, bench, partial(supervisors, counts=[1])),
         partial(one_by_one, bench, partial(supervisors, counts=[CROWD])),
         partial(one_by_one, bench, partial(supervisors, counts=[2] * 4)),
     )
     return [
-        Figure("rest_cost", one, "ms/event", bare[0], Goal("<=", 1.6)),
+        Figure("rest_cost", one, "ms/event", bare_cost, Goal("<=", 1.6)),
         Figure("rest_cost_crowd", crowd, "ms/event", one, Goal("<=", 1.25)),
         Figure("rest_cost_hosts", hosts, "ms/event", one, Goal("<=", 2)),
         Figure("latency_crowd_p50", crowd50, "ms", one50, Goal("<=", 1.2)),
@@ -57,24 +61,19 @@ def rest(bench: Bench) -> list[Figure]:
 def one_by_one(bench: Bench, service: Service) -> tuple[float, float, float]:
     """Emit 20 events a second; return the processor time of the server and the service, and the p50 and
     p99 of the latency, all in milliseconds an event."""
-    alias, count = bench.scratch.alias, int(bench.seconds(15) / INTERVAL)
+    count = int(bench.seconds(15) / INTERVAL)
     refill(bench.scratch, 0)
     latencies = []
-    with moments() as arrivals, service(bench, arrivals) as parents:
-        server = postmaster(bench.scratch)
+    with moments() as arrivals, service(bench, arrivals) as children:
+        families = [postmaster(bench.scratch), *(child.pid for child in children)]
         time.sleep(0.5)
-        used = -sum(map(family_seconds, [server, *parents]))
+        used = -sum(map(family_seconds, families))
         start = time.monotonic()
         for number in range(count):
             time.sleep(max(0.0, start + number * INTERVAL - time.monotonic()))
-            connections[alias].set_autocommit(False)
-            emit("bench", using=alias)
-            committed = time.monotonic()
-            connections[alias].commit()
-            connections[alias].set_autocommit(True)
-            latencies.append((arrivals.next() - committed) * 1000)
+            latencies.append(emit_and_wait(bench.scratch, arrivals))
         time.sleep(INTERVAL)
-        used += sum(map(family_seconds, [server, *parents]))
+        used += sum(map(family_seconds, families))
     return used * 1000 / count, percentile(latencies, 0.5), percentile(latencies, 0.99)
 
 
@@ -82,22 +81,13 @@ def one_by_one(bench: Bench, service: Service) -> tuple[float, float, float]:
 
 
 @contextmanager
-def bare_loop(bench: Bench, arrivals: Moments) -> Iterator[list[int]]:
-    waking.set_wake_mode("always", using=bench.scratch.alias)
-    ready, say_ready = os.pipe()
-    child = Child(lambda: listen_and_claim(bench, arrivals, say_ready))
-    os.read(ready, 1)
-    try:
-        yield [child.pid]
-    finally:
-        child.kill()
-        os.close(ready)
-        os.close(say_ready)
-        waking.set_wake_mode("gated", using=bench.scratch.alias)
+def bare(bench: Bench, arrivals: Moments) -> Iterator[list[Child]]:
+    with bare_loop(bench, arrivals) as child:
+        yield [child]
 
 
 @contextmanager
-def supervisors(bench: Bench, arrivals: Moments, *, counts: list[int]) -> Iterator[list[int]]:
+def supervisors(bench: Bench, arrivals: Moments, *, counts: list[int]) -> Iterator[list[Child]]:
     """One supervisor for each of `counts`, with as many worker processes, all of them asleep."""
     registry = handlers(arrivals.note)
     with ExitStack() as stack:
@@ -106,7 +96,7 @@ def supervisors(bench: Bench, arrivals: Moments, *, counts: list[int]) -> Iterat
         ]
         wait_until(partial(sleeping, bench.scratch))
         time.sleep(1)
-        yield [child.pid for child in children]
+        yield children
 
 
 @contextmanager
@@ -180,16 +170,11 @@ def family_seconds(pid: int) -> float:
     for each_pid in family:
         family += children.get(each_pid, [])
         try:
-            total += sum(map(int, stat(each_pid)[11:15]))
+            total += sum(map(int, process_fields(each_pid)[11:15]))
         except (FileNotFoundError, ProcessLookupError):
             continue
     return total / os.sysconf("SC_CLK_TCK")
 
 
 def parent(pid: int) -> int:
-    return int(stat(pid)[1])
-
-
-def stat(pid: int) -> list[str]:
-    """Return the fields of a process after its name: its state, its parent, …"""
-    return PROC.joinpath(str(pid), "stat").read_text().rpartition(")")[2].split()
+    return int(process_fields(pid)[1])

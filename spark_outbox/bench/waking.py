@@ -21,10 +21,12 @@ from spark_outbox.bench.load import (
     fill,
     handlers,
     noop,
+    process_fields,
     refill,
     sleeping,
     wait_until,
 )
+from spark_outbox.bench.scratch import Scratch
 from spark_outbox.store import claiming, waking
 
 NOW = struct.Struct("d")
@@ -81,15 +83,10 @@ def latency(bench: Bench) -> list[Figure]:
 
     def emit_slowly(arrivals: Moments) -> tuple[float, float]:
         """Commit 20 events a second; return p50 and p99 of their latency in milliseconds."""
-        alias, found = bench.scratch.alias, []
+        found = []
         for _ in range(count):
             time.sleep(0.05)
-            connections[alias].set_autocommit(False)
-            emit("bench", using=alias)
-            committed = time.monotonic()
-            connections[alias].commit()
-            connections[alias].set_autocommit(True)
-            found.append((arrivals.next() - committed) * 1000)
+            found.append(emit_and_wait(bench.scratch, arrivals))
         return percentile(found, 0.5), percentile(found, 0.99)
 
     def ours() -> tuple[float, float]:
@@ -99,24 +96,41 @@ def latency(bench: Bench) -> list[Figure]:
 
     def bare() -> tuple[float, float]:
         refill(bench.scratch, 0)
-        waking.set_wake_mode("always", using=bench.scratch.alias)
-        with moments() as arrivals:
-            ready, say_ready = os.pipe()
-            child = Child(lambda: listen_and_claim(bench, arrivals, say_ready))
-            os.read(ready, 1)
-            try:
-                return emit_slowly(arrivals)
-            finally:
-                child.kill()
-                os.close(ready)
-                os.close(say_ready)
-                waking.set_wake_mode("gated", using=bench.scratch.alias)
+        with moments() as arrivals, bare_loop(bench, arrivals):
+            return emit_slowly(arrivals)
 
     p50, p99, bare50, bare99 = bench.medians(ours, bare)
     return [
         Figure("latency_p50", p50, "ms", bare50, Goal("<=", 1.5)),
         Figure("latency_p99", p99, "ms", bare99, Goal("<=", 3)),
     ]
+
+
+def emit_and_wait(scratch: Scratch, arrivals: Moments) -> float:
+    """Emit an event; return the milliseconds from its commit until it arrives."""
+    connection = connections[scratch.alias]
+    connection.set_autocommit(False)
+    emit("bench", using=scratch.alias)
+    committed = time.monotonic()
+    connection.commit()
+    connection.set_autocommit(True)
+    return (arrivals.next() - committed) * 1000
+
+
+@contextmanager
+def bare_loop(bench: Bench, arrivals: Moments) -> Iterator[Child]:
+    """Run a bare loop that LISTENs and claims, in a process of its own, until the end of the block."""
+    waking.set_wake_mode("always", using=bench.scratch.alias)
+    ready, say_ready = os.pipe()
+    child = Child(lambda: listen_and_claim(bench, arrivals, say_ready))
+    os.read(ready, 1)
+    try:
+        yield child
+    finally:
+        child.kill()
+        os.close(ready)
+        os.close(say_ready)
+        waking.set_wake_mode("gated", using=bench.scratch.alias)
 
 
 def listen_and_claim(bench: Bench, arrivals: Moments, say_ready: int) -> None:
@@ -246,5 +260,5 @@ def processor_seconds(pid: int) -> float:
     """Return the seconds of processor time that a process has used; 0 if the system has no /proc."""
     if not PROC.exists():
         return 0.0
-    fields = PROC.joinpath(str(pid), "stat").read_text().rpartition(")")[2].split()
+    fields = process_fields(pid)
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")

@@ -83,13 +83,14 @@ class _Booking:
     def _book(self, event_id: int, handler: Handler) -> bool:
         """Until the server has seen that the connection is gone, the event's row is locked, and the
         session is: return False."""
-        using, error, called = self.using, self.error, (event_id, handler.name)
+        using, error = self.using, self.error
+        ours = Running(event_id, handler.name, self.session)
         with transaction.atomic(using=using):
-            state = self._put_back(event_id, handler)
+            state = self._put_back(ours, handler.kind)
             if state != "owed" or error is None:
                 return state != "held"
             if not claiming.claim_one(event_id, using=using):
-                return not (claiming.is_unfinished(event_id, using=using) or self._is_guessed(called))
+                return not (claiming.is_unfinished(event_id, using=using) or self._is_guessed(ours))
             (row,) = reading.events_by_id([event_id], using=using)
             event = Event.from_row(row, References())
             stored = settling.deliveries([event_id], using=using).get(event_id, {})
@@ -100,16 +101,16 @@ class _Booking:
             handlers = self.registry.handlers_for(event.group)
             settle.write([Work(event, handlers, stored, (), results)], using=using)
             if self.session:
-                detached.sign(Running(event_id, handler.name, self.session), using=using)
+                detached.sign(ours, using=using)
                 sessions.forget_call([self.session], using=using)
         return True
 
-    def _is_guessed(self, called: tuple[int, str]) -> bool:
+    def _is_guessed(self, ours: Running) -> bool:
         """Return whether somebody has just counted this attempt, with a guess for its error."""
-        holder, _ = detached.held_by(*called, using=self.using)
+        holder, _ = detached.held_by(ours.event_id, ours.handler, using=self.using)
         return not self.is_guess and holder == self.session != 0
 
-    def _put_back(self, event_id: int, handler: Handler) -> Literal["owed", "held", "over"]:
+    def _put_back(self, ours: Running, kind: Kind) -> Literal["owed", "held", "over"]:
         """Make the delivery that a worker of this `session` was at pending, if it is `running`.
 
         A worker that finds what a dead one has left counts it, too, but can only guess what it died of:
@@ -117,22 +118,20 @@ class _Booking:
         has begun. It is "held" until the server has seen that the worker is gone.
         """
         using, session, to_settle = self.using, self.session, self.error is not None
-        holder, is_running = detached.held_by(event_id, handler.name, using=using)
-        running = Running(event_id, handler.name, holder)
+        holder, is_running = detached.held_by(ours.event_id, ours.handler, using=using)
         done = True
-        if is_running and (holder == session or not session or handler.kind is not Kind.DETACHED):
+        if is_running and (holder == session or not session or kind is not Kind.DETACHED):
+            running = ours._replace(session=holder)
             done = sessions.is_session_gone(holder, using=using) and bool(
                 detached.take_back([running], to_settle=to_settle, using=using)
             )
         elif holder and holder == session:
             if self.is_guess:
                 return "over"
-            self.counted.add(running)
-            done = detached.undo_count(running, to_settle=to_settle, using=using)
+            self.counted.add(ours)
+            done = detached.undo_count(ours, to_settle=to_settle, using=using)
             if done and not to_settle:
                 waking.wake_others(using=using)  # they need not have known of it
-        elif session and (
-            handler.kind is Kind.DETACHED or running._replace(session=session) in self.counted
-        ):
+        elif session and (kind is Kind.DETACHED or ours in self.counted):
             return "over"
         return "owed" if done else "held"

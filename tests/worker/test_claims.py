@@ -50,14 +50,20 @@ def test_delayed_events_get_their_turn_while_there_is_a_backlog(own_registry):
     assert any(key.startswith("due") for key in order[:40])
 
 
-def test_a_backlog_of_due_events_does_not_starve_ready_ones_of_a_slow_handler(own_registry):
+def add_slow_handler(registry):
+    """Add a handler that takes a second; return its clock, and the keys of its events in order."""
     clock, order = Clock(), []
 
     def slow(event):
         order.append(event.key)
         clock.now += 1
 
-    own_registry.add_handler(slow, group="")
+    registry.add_handler(slow, group="")
+    return clock, order
+
+
+def test_a_backlog_of_due_events_does_not_starve_ready_ones_of_a_slow_handler(own_registry):
+    clock, order = add_slow_handler(own_registry)
     emit_many({"group": "g", "key": f"due {n}", "delay": -1} for n in range(20))
     emit_many({"group": "g", "key": f"ready {n}"} for n in range(20))
     worker = Worker(clock=clock)
@@ -69,13 +75,7 @@ def test_a_backlog_of_due_events_does_not_starve_ready_ones_of_a_slow_handler(ow
 
 @pytest.mark.parametrize("groups", [None, "^g$"])
 def test_ready_due_and_ordered_events_take_turns_if_each_takes_long(own_registry, groups):
-    clock, order = Clock(), []
-
-    def slow(event):
-        order.append(event.key)
-        clock.now += 1
-
-    own_registry.add_handler(slow, group="")
+    clock, order = add_slow_handler(own_registry)
     emit_many({"group": "g", "key": f"due {n}", "delay": -1} for n in range(20))
     emit_many({"group": "g", "key": f"ready {n}"} for n in range(20))
     emit_many({"group": "g", "key": f"ordered {n}", "ordering_key": "o"} for n in range(20))
