@@ -1,4 +1,4 @@
-"""The memory that a worker process shares with its supervisor. Each note has one who writes it.
+"""The memory that a worker process shares with its supervisor. Each note has one writer.
 
 A note is a word or two, written in place. So the supervisor can read it at any moment, also after the
 process has died.

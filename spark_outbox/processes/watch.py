@@ -1,9 +1,10 @@
 """The watch: one of a supervisor's idle children looks out for events, the others rest.
 
-A child that rests asks the database nothing and hears no notification. The supervisor gives the watch to
-the first child that is idle. If its holder is at work for longer than PASS_ON, hangs, or dies, the
-supervisor gives it to another one that is idle, which then looks for events. So none has to wait for a
-call that takes its time. If all children are at work nobody has to watch: each looks when it is done.
+A child that rests hears no notification, and asks the database nothing until its next poll. The
+supervisor gives the watch to the first child that is idle. If its holder is at work for longer than
+PASS_ON, hangs, or dies, the supervisor gives it to another one that is idle, which then looks for
+events. So none has to wait for a call that takes its time. If all children are at work nobody has to
+watch: each looks when it is done.
 
 A child says that it is idle before it asks whether the watch is its own; the supervisor takes the watch
 away before it asks whether the child is idle. So two that watch at once find out.

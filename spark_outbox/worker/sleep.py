@@ -64,7 +64,7 @@ class Sleep:
         """Leave it to another process of this supervisor to look out for events, until it is our turn.
 
         Return False after that: we claim first, as another is at work and there may be more. If nobody
-        has given it to us for a poll interval, that claim is the poll. A process in which calls are
+        has given us the watch for a poll interval, that claim is the poll. A process in which calls are
         running looks out itself: they may block it at any time.
         """
         watch, is_woken = self._context.watch, True
