@@ -91,8 +91,11 @@ class Worker:
         handled, is_idle = 0, False
         while not self._context.stop.is_set and self._session.is_intact:
             self._running.settle()
-            handled = self._sleep.run(handled) if is_idle else self._cycle.run(sweep=once, inline=False)
-            self._running.take_over()
+            if is_idle:
+                handled = self._sleep.run(handled)
+            else:
+                handled = self._cycle.run(sweep=once, inline=False)
+                self._running.take_over()
             if once:
                 return True
             if drain and not handled and self._running:
