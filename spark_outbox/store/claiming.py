@@ -11,6 +11,7 @@ from django.db import connections
 from psycopg import ClientCursor
 
 from spark_outbox.events.event import StoredRow
+from spark_outbox.store import prepared
 from spark_outbox.store.connection import addressed, fetch, fetch_value
 from spark_outbox.store.reading import EVENT_COLUMNS, LOWEST_ID, select_events, with_documents
 
@@ -30,6 +31,8 @@ where status = 'pending' and available_at is null and ordering_key is null and i
 order by id limit %(limit)s
 for no key update skip locked
 """
+
+PREPARED_CLAIM = "spark_outbox_claim"
 
 CLAIM_DUE = f"""
 select {EVENT_COLUMNS} from spark_outbox_event
@@ -64,11 +67,20 @@ for no key update skip locked
 """
 
 
+def prepare(*, using: str) -> None:
+    """Prepare the claim of ready events, in a session that lasts."""
+    sql = CLAIM_READY % {"floor": "$1", "limit": "$2"}
+    prepared.prepare(PREPARED_CLAIM, sql, types="(bigint, bigint)", using=using)
+
+
 def claim_ready(floor: int, limit: int, *, first: str = "", using: str) -> list[StoredRow]:
     """Lock up to `limit` ready events with an id of `floor` or more, lowest first.
 
     `first` is a query to run before that, in the same round trip where the driver can.
     """
+    if prepared.can_begin(PREPARED_CLAIM, using=using):
+        rows = prepared.begin_with(PREPARED_CLAIM, f"({floor}, {limit})", first=first, using=using)
+        return with_documents(rows, using)
     return _claim(CLAIM_READY, using, first, floor=floor, limit=limit)
 
 

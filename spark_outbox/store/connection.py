@@ -5,6 +5,7 @@ handler makes of the search_path. Elsewhere it is the one that the caller's sear
 """
 
 import re
+import select
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
@@ -14,8 +15,10 @@ from weakref import WeakKeyDictionary
 from django.db import connections
 from django.db.backends.base.base import BaseDatabaseWrapper
 from psycopg import Connection
+from psycopg.adapt import Transformer
 from psycopg.errors import error_from_result
 from psycopg.pq import ExecStatus
+from psycopg.pq.abc import PGresult
 
 Using = str | BaseDatabaseWrapper
 
@@ -99,12 +102,51 @@ def as_columns(rows: Iterable[Sequence[Any]]) -> list[list[Any]]:
     return [list(column) for column in zip(*rows, strict=True)]
 
 
-def past_wrappers(sql: str, using: str) -> Any:
-    """Run statements past Django's wrappers and psycopg's cursors; return the result of the last."""
+# Past Django's wrappers and psycopg's cursors, which take longer than a quick statement itself
+
+
+def is_watched(using: str) -> bool:
+    """Return whether somebody wants to see what goes through Django's wrappers."""
+    connection = connections[using]
+    return bool(connection.execute_wrappers or connection.queries_logged)
+
+
+def past_wrappers(sql: str, using: str) -> PGresult:
+    """Run statements; return the result of the last."""
     connection = connections[using]
     with connection.wrap_database_errors:
-        raw = connection.connection
-        result = raw.pgconn.exec_(sql.encode())
-        if result.status not in {ExecStatus.COMMAND_OK, ExecStatus.TUPLES_OK}:
-            raise error_from_result(result, raw.info.encoding)
-        return result
+        return send(sql, connection.connection)
+
+
+def send(sql: str, raw: Connection[Any]) -> PGresult:
+    """Do the same on psycopg's connection, with psycopg's errors."""
+    return _checked(raw.pgconn.exec_(sql.encode()), raw)
+
+
+def send_several(sql: str, raw: Connection[Any]) -> list[PGresult]:
+    """Run statements; return the results of all."""
+    pgconn = raw.pgconn
+    pgconn.send_query(sql.encode())
+    while pgconn.flush():
+        select.select([], [pgconn.socket], [])
+    results: list[PGresult] = []
+    while True:
+        while pgconn.is_busy():
+            select.select([pgconn.socket], [], [])
+            pgconn.consume_input()
+        if (result := pgconn.get_result()) is None:
+            return results
+        results.append(_checked(result, raw))
+
+
+def _checked(result: PGresult, raw: Connection[Any]) -> PGresult:
+    if result.status not in {ExecStatus.COMMAND_OK, ExecStatus.TUPLES_OK}:
+        raise error_from_result(result, raw.info.encoding)
+    return result
+
+
+def rows_of(result: PGresult, raw: Connection[Any]) -> list[tuple[Any, ...]]:
+    """Return the rows of a result, as a cursor would."""
+    transformer = Transformer(raw)
+    transformer.set_pgresult(result)
+    return transformer.load_rows(0, result.ntuples, tuple)

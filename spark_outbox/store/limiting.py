@@ -20,7 +20,7 @@ select (extract(epoch from current_setting('statement_timeout')::interval) * 100
 
 def statement_timeout(*, using: str) -> int:
     """Return what is in force, in milliseconds; 0 for no limit."""
-    return int(past_wrappers(STATEMENT_TIMEOUT, using).get_value(0, 0))
+    return int(past_wrappers(STATEMENT_TIMEOUT, using).get_value(0, 0) or 0)
 
 
 def limit_session(milliseconds: int, *, using: str) -> None:

@@ -1,16 +1,14 @@
 """The outlook of a worker that found nothing to claim: when to look again, and why."""
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 from django.db import connections
 from psycopg import ClientCursor
-from psycopg.errors import DuplicatePreparedStatement, InvalidSqlStatementName
+from psycopg.errors import InvalidSqlStatementName
 
-from spark_outbox.store import waking
-from spark_outbox.store.connection import addressed, fetch
+from spark_outbox.store import prepared, waking
+from spark_outbox.store.connection import addressed, fetch, past_wrappers, rows_of, send, send_several
 from spark_outbox.store.filtering import IS_MINE
 from spark_outbox.store.scanning import ORDERED, PIECE, UNORDERED
 
@@ -37,29 +35,30 @@ class Outlook(NamedTuple):
         return self.ready or self.ordered
 
 
-# The last ones are a min(), since for exists() a planner may choose to read the table to its end.
+# The first of each, rather than exists(): for that a planner may choose to read the table to its end.
 OUTLOOK = """
 select
-    exists (
-        select from spark_outbox_event
-        where status = 'pending' and available_at is null and ordering_key is null
-    ) or exists (
-        select from spark_outbox_event
-        where status = 'pending' and available_at <= statement_timestamp() and ordering_key is null
-    ),
-    exists (
-        select from spark_outbox_event
-        where status = 'pending' and available_at is null and ordering_key is not null
-    ) or exists (
-        select from spark_outbox_event
-        where status = 'pending' and available_at <= statement_timestamp() and ordering_key is not null
-    ),
-    extract(epoch from least({unordered}, {ordered}) - statement_timestamp())::float,
-    exists (select from spark_outbox_delivery where status = 'running')
-        or (select min(event_group) from spark_outbox_event where status = 'running') is not null,
+    {ready} is not null or {due} is not null,
+    {ordered_ready} is not null or {ordered_due} is not null,
+    extract(epoch from least({next}, {ordered_next}) - statement_timestamp())::float,
+    (
+        select id from spark_outbox_delivery where status = 'running' order by session limit 1
+    ) is not null or (
+        select min(event_group) from spark_outbox_event where status = 'running'
+    ) is not null,
     (select min(event_group) from spark_outbox_event where status = 'unhandled') is not null,
     'spark_outbox_event'::regclass::oid::integer
 """
+
+READY = """(
+    select min(id) from spark_outbox_event
+    where status = 'pending' and available_at is null and {kind}
+)"""
+
+DUE = """(
+    select min(available_at) from spark_outbox_event
+    where status = 'pending' and {kind} and available_at <= statement_timestamp()
+)"""
 
 NEXT_DUE = """(
     select nullif(min(available_at), 'infinity') from spark_outbox_event
@@ -83,13 +82,13 @@ NEXT_DUE_OF_GROUPS = f"""(
 )"""
 
 
-# To plan the outlook takes several times as long as to read it.
-PREPARE = "prepare spark_outbox_outlook as {outlook}"
-DEALLOCATE = "deallocate spark_outbox_outlook"
-LOOK = "execute spark_outbox_outlook"
+PREPARED_OUTLOOK = "spark_outbox_outlook"
+LOOK = f"execute {PREPARED_OUTLOOK}"
 
 # In this order, each with a snapshot of its own, whatever the session's isolation level is.
-FALL_ASLEEP = "begin isolation level read committed; {take_s}; {probe_k}; {look}; commit"
+FALL_ASLEEP = f"""
+begin isolation level read committed; {waking.TAKE_S}; {waking.PROBE_K}; {LOOK}; commit
+"""
 
 
 class Asleep(NamedTuple):
@@ -103,53 +102,36 @@ class Asleep(NamedTuple):
 
 
 def prepare(*, groups: str | None, using: str) -> None:
-    """Prepare the outlook in a session that lasts, in place of another worker's."""
-    sql = addressed(PREPARE.format(outlook=outlook_sql(groups=groups)), using)
-    with _cursor(using) as cursor:
-        try:
-            cursor.execute(sql, {"groups": groups})
-        except DuplicatePreparedStatement:
-            cursor.execute(DEALLOCATE)
-            cursor.execute(sql, {"groups": groups})
+    """Prepare the outlook, in a session that lasts."""
+    sql = ClientCursor(connections[using].connection).mogrify(
+        outlook_sql(groups=groups), {"groups": groups}
+    )
+    prepared.prepare(PREPARED_OUTLOOK, sql, using=using)
 
 
-def fall_asleep(*, groups: str | None, using: str) -> Asleep:
+def fall_asleep(*, using: str) -> Asleep:
     """Take S, unless somebody has it for himself; probe K; and look; all in one round trip.
 
     In a session that is prepared, and in no transaction.
     """
-    sql = FALL_ASLEEP.format(take_s=waking.TAKE_S, probe_k=waking.PROBE_K, look=LOOK)
-    with _cursor(using) as cursor:
+    connection, raw = connections[using], connections[using].connection
+    sql = addressed(FALL_ASLEEP, using)
+    with connection.wrap_database_errors:
         try:
-            cursor.execute(addressed(sql, using))
-        except InvalidSqlStatementName:  # a handler has deallocated it
-            connections[using].connection.rollback()
-            let_go = waking.LET_GO_OF_S.format(oid=waking.OID)
-            cursor.execute(addressed(let_go, using))  # it outlasts the rollback
-            prepare(groups=groups, using=using)
-            cursor.execute(addressed(sql, using))
-        (holds_s, _), (is_free,), found = (_next_row(cursor) for _ in range(3))
+            results = send_several(sql, raw)
+        except InvalidSqlStatementName:
+            prepared.prepare_again(raw)
+            send(addressed(waking.LET_GO_OF_S.format(oid=waking.OID), using), raw)  # it is there twice
+            results = send_several(sql, raw)
+        _, s, k, look, _ = (rows_of(result, raw) for result in results)
+    ((holds_s, _),), ((is_free,),), (found,) = s, k, look
     return Asleep(holds_s, holds_s and is_free, _as_outlook(found))
 
 
 def look(*, using: str) -> Outlook:
     """Look once more, after `fall_asleep` in the same session."""
-    with _cursor(using) as cursor:
-        cursor.execute(LOOK)
-        return _as_outlook(cursor.fetchone())
-
-
-@contextmanager
-def _cursor(using: str) -> Iterator[ClientCursor[Any]]:
-    """Open a cursor that sends several statements as one, whatever the project's cursors do."""
-    connection = connections[using]
-    with connection.wrap_database_errors, ClientCursor(connection.connection) as cursor:
-        yield cursor
-
-
-def _next_row(cursor: ClientCursor[Any]) -> Any:
-    cursor.nextset()
-    return cursor.fetchone()
+    (row,) = rows_of(past_wrappers(LOOK, using), connections[using].connection)
+    return _as_outlook(row)
 
 
 def outlook(*, groups: str | None, using: str) -> Outlook:
@@ -163,6 +145,7 @@ def _as_outlook(row: Any) -> Outlook:
 
 
 def outlook_sql(*, groups: str | None) -> str:
-    next_due = NEXT_DUE if groups is None else NEXT_DUE_OF_GROUPS
-    unordered, ordered = (next_due.format(kind=parts["kind"]) for parts in (UNORDERED, ORDERED))
-    return OUTLOOK.format(unordered=unordered, ordered=ordered)
+    parts = {"ready": READY, "due": DUE, "next": NEXT_DUE if groups is None else NEXT_DUE_OF_GROUPS}
+    unordered = {name: part.format(**UNORDERED) for name, part in parts.items()}
+    ordered = {f"ordered_{name}": part.format(**ORDERED) for name, part in parts.items()}
+    return OUTLOOK.format(**unordered, **ordered)

@@ -4,7 +4,15 @@ import datetime as dt
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from spark_outbox.store.connection import as_columns, execute, fetch, fetch_value
+from spark_outbox.store.connection import (
+    addressed,
+    as_columns,
+    execute,
+    fetch,
+    fetch_value,
+    is_watched,
+    past_wrappers,
+)
 
 FateRow = tuple[int, str, str, bool, dt.timedelta | None]
 """An event's id, its next status, its last error, whether it is due now, and when to look again."""
@@ -125,7 +133,10 @@ def count_pending(ids: list[int], *, using: str) -> int:
 def finish(ids: Sequence[int], status: str, *, using: str) -> int:
     """Give events their final status; return to how many it applied."""
     array = "{" + ",".join(map(str, ids)) + "}"  # psycopg takes its time over lists
-    return execute(FINISH, {"ids": array, "status": status}, using=using)
+    if is_watched(using):
+        return execute(FINISH, {"ids": array, "status": status}, using=using)
+    sql = addressed(FINISH, using) % {"ids": f"'{array}'", "status": f"'{status}'"}
+    return past_wrappers(sql, using).command_tuples or 0
 
 
 def settle(fates: Sequence[FateRow], *, using: str) -> list[str]:

@@ -8,7 +8,7 @@ from django.db import DataError, Error, OperationalError, connections
 
 from spark_outbox.errors import NotMigrated, SettingsError, describe
 from spark_outbox.registry.handlers import Kind
-from spark_outbox.store import checking, filtering, limiting
+from spark_outbox.store import checking, claiming, filtering, limiting
 from spark_outbox.store.connection import fix_schema
 from spark_outbox.worker import bounds
 from spark_outbox.worker.context import Context
@@ -86,6 +86,8 @@ class Session:
             except DataError as error:
                 raise SettingsError(f"--groups {context.groups!r}: {error}") from error
         self._check_direct()
+        if context.is_direct:
+            claiming.prepare(using=using)
         self._wake.listen()
         self._prepared = self._current()
         return True

@@ -94,9 +94,9 @@ class Wake:
         If there are events, the caller claims before it sleeps. S stays held where that makes the sleep
         safe.
         """
-        self._notified = False
         groups = self._context.groups
         if self._using is None:
+            self._notified = False
             return math.inf, resting.outlook(groups=groups, using=self._context.using)
         if not self._listens:
             waking.listen(using=self._using)
@@ -104,9 +104,10 @@ class Wake:
         if not self._is_prepared:
             resting.prepare(groups=groups, using=self._using)
             self._is_prepared = True
+        self._forget_notifications()
         # Never waits for S: an emitter that was interrupted between the trigger's two calls holds
         # it for the rest of its session.
-        asleep = resting.fall_asleep(groups=groups, using=self._using)
+        asleep = resting.fall_asleep(using=self._using)
         self._holds_s, self._oid = asleep.holds_s, asleep.outlook.oid
         if asleep.is_safe:
             self._pause = MIN_PAUSE
@@ -199,6 +200,12 @@ class Wake:
                 os.read(pipe, 4096)
             self._notified = True
         return connection in ready
+
+    def _forget_notifications(self) -> None:
+        """Forget those that have come until now, also what psycopg has not seen yet."""
+        while connections[self._using or ""].connection.pgconn.notifies():
+            pass
+        self._notified = False
 
     def _on_notify(self, _: object) -> None:
         self._notified = True

@@ -9,7 +9,7 @@ import pytest
 from django.db import connection
 from psycopg import ClientCursor
 
-from spark_outbox.store import claiming, resting, waking
+from spark_outbox.store import claiming, prepared, resting, waking
 from spark_outbox.worker.claims import Claims
 from spark_outbox.worker.cycle import Cycle
 from spark_outbox.worker.loop import Worker
@@ -135,16 +135,26 @@ def test_a_worker_takes_the_steps_of_the_model_in_their_order(own_registry, monk
     listen, *loop = marks("sql")
     statements = vars(claiming) | vars(resting) | vars(waking)
     beginnings = {name: statements[name].partition("{")[0] for name in {listen, *loop}}
+    beginnings["CLAIM_READY"] = f"execute {claiming.PREPARED_CLAIM}"
     steps = []
 
-    def note(cursor, sql, *arguments, **options):
+    def note(sql):
         plain = sql.replace("public.spark_outbox", "spark_outbox")  # workers address their tables
         found = [(plain.index(text), name) for name, text in beginnings.items() if text in plain]
         steps.extend(name for _, name in sorted(found))
-        return execute(cursor, sql, *arguments, **options)
 
-    execute = ClientCursor.execute
-    monkeypatch.setattr(ClientCursor, "execute", note)
+    def noting(owner, name, position):
+        function = getattr(owner, name)
+
+        def noted(*arguments, **options):
+            note(arguments[position])
+            return function(*arguments, **options)
+
+        monkeypatch.setattr(owner, name, noted)
+
+    noting(ClientCursor, "execute", 1)
+    noting(prepared, "send", 0)
+    noting(resting, "send_several", 0)
     with worker_thread():
         wait_until_asleep()
         eventually(lambda: steps[-1] == loop[-1])

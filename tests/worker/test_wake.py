@@ -11,7 +11,7 @@ from django.db import connection, transaction
 
 from spark_outbox import emit, emit_many
 from spark_outbox.models import OutboxEvent
-from spark_outbox.store import waking
+from spark_outbox.store import resting, waking
 from spark_outbox.store.connection import fetch_value
 from spark_outbox.worker.context import make_context
 from spark_outbox.worker.event_loop import poll
@@ -127,7 +127,8 @@ def test_an_emit_that_began_while_the_worker_was_busy_and_committed_after_it_sle
 def test_the_worker_that_ignores_k_would_lose_that_race(hold_up, monkeypatch):
     """The test above bites: without the probe of K the same steps leave the event lying."""
     busy, go, handled = hold_up
-    monkeypatch.setattr(waking, "PROBE_K", "select true")
+    ignoring_k = resting.FALL_ASLEEP.replace(waking.PROBE_K, "select true")
+    monkeypatch.setattr(resting, "FALL_ASLEEP", ignoring_k)
     with worker_thread(poll_interval=HOUR), connect() as emitter:
         wait_until_asleep()
         emit("g", "busy")
@@ -147,7 +148,8 @@ def idle_workers():
     with connection.cursor() as cursor:
         cursor.execute(
             "select count(*) from pg_stat_activity "
-            "where application_name = 'spark_worker' and state = 'idle' and query ~ 'exists|outlook'"
+            "where application_name = 'spark_worker' and state = 'idle' "
+            "and query ~ 'select min|outlook'"
         )
         return cursor.fetchone()[0]
 
