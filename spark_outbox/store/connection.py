@@ -134,9 +134,9 @@ def send_several(sql: str, raw: Connection[Any]) -> list[PGresult]:
         while pgconn.is_busy():
             select.select([pgconn.socket], [], [])
             pgconn.consume_input()
-        if (result := pgconn.get_result()) is None:
-            return results
-        results.append(_checked(result, raw))
+        if (result := pgconn.get_result()) is None:  # that was the last
+            return [_checked(result, raw) for result in results]
+        results.append(result)
 
 
 def _checked(result: PGresult, raw: Connection[Any]) -> PGresult:

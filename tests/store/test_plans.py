@@ -17,6 +17,7 @@ from spark_outbox.store import (
     settling,
 )
 from spark_outbox.worker.loop import Worker
+from tests.tools import connect
 
 pytestmark = pytest.mark.django_db
 
@@ -159,6 +160,19 @@ def test_a_worker_that_looks_before_it_sleeps_reads_little(full_table, groups):
         node["Node Type"] for node in nodes if node.get("Relation Name") == "spark_outbox_event"
     }
     assert pages < (50 if groups is None else 50 + scanning.PIECE)  # of 10,000 delayed events
+
+
+def test_it_reads_little_also_while_a_third_of_the_table_is_pending(full_table):
+    with transaction.atomic():
+        with connection.cursor() as cursor:
+            cursor.execute(FILL, {"status": "pending", "count": 60_000, "delay": None, "keys": 0})
+            cursor.execute("analyze spark_outbox_event")
+        nodes, pages = explain(resting.outlook_sql(groups=None), {})
+        transaction.set_rollback(True)
+    with connect() as other:
+        other.execute("vacuum spark_outbox_event")  # others count pages, too
+    assert "Seq Scan" not in kinds(nodes)
+    assert pages < 50
 
 
 # The cost of a whole look, in rows that it reads, however many events wait
