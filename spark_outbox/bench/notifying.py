@@ -11,6 +11,9 @@ from spark_outbox.store import waking
 
 WRITERS = 16
 
+LEAST = 8_000
+"""Transactions, also with --quick: with fewer, the first moments count for too much."""
+
 PACE = 50
 """Transactions a second of each writer that does not hurry."""
 
@@ -35,7 +38,7 @@ end $$
 def emit_crowd(bench: Bench) -> list[Figure]:
     """Many writers beside eight idle processes, against no process and no trigger; and against one that
     polls, and so handles the events as well: the rest of the difference is the cost of waking."""
-    count = bench.size(40_000)
+    count = max(LEAST, bench.size(40_000))
     worker = handlers(noop)
 
     def beside(service: AbstractContextManager[object], mode: str = "never") -> float:
@@ -62,7 +65,7 @@ def emit_crowd(bench: Bench) -> list[Figure]:
 def notify_share(bench: Bench) -> list[Figure]:
     """The share of commits that notify, beside eight idle processes: of many writers as fast as they
     can, and of as many at 50 transactions a second each."""
-    fast = bench.size(40_000) // WRITERS
+    fast = max(LEAST, bench.size(40_000)) // WRITERS
     slow = int(bench.seconds(10) * PACE)
     pause = 1 / PACE
     full, paced = bench.medians(

@@ -59,6 +59,8 @@ def spread(bench: Bench) -> list[Figure]:
 
 # Among groups
 
+PACE = 20  # events a second that come one by one
+
 IS_LEFT = """
 select exists (
     select from spark_outbox_event
@@ -70,7 +72,7 @@ select exists (
 @measure
 def groups(bench: Bench) -> list[Figure]:
     """A worker of one group, with many ready events of another before its own, against without them."""
-    count, samples = bench.size(20_000), bench.size(400)
+    count, samples = bench.size(20_000), int(bench.seconds(20) * PACE)
     big = Scratch(bench.near, "_big")
     refill(bench.scratch, 0)
     big.create(template=bench.scratch)
@@ -87,7 +89,7 @@ def groups(bench: Bench) -> list[Figure]:
 
 def of_one_group(scratch: Scratch, count: int, samples: int) -> tuple[float, float]:
     """Return how many of `count` events a second a sleeping worker of their group handles, which come at
-    once; and the p50 of the latency of others, 20 a second, in milliseconds.
+    once; and the p50 of the latency of others, one by one, in milliseconds.
 
     The worker is a daemon: with `drain` it would read all events of other groups at the end.
     """
@@ -103,7 +105,7 @@ def of_one_group(scratch: Scratch, count: int, samples: int) -> tuple[float, flo
             wait_until(lambda: sleeping(scratch))
             found = []
             for _ in range(samples):
-                time.sleep(0.05)
+                time.sleep(1 / PACE)
                 found.append(emit_and_wait(scratch, arrivals, group="fast"))
             scratch.execute("vacuum analyze spark_outbox_event")  # or it comes when it likes
             last = scratch.execute("select max(id) from spark_outbox_event")

@@ -32,8 +32,8 @@ class Command(OutboxCommand):
     help = (
         "Measures how fast the outbox is on this machine and this PostgreSQL, against a baseline of the "
         "same run: bare psycopg or the ORM, doing only the necessary work. It works in databases of its "
-        "own, and drops them at the end; your events are not touched. A full run takes about half an "
-        "hour, --quick about three minutes. Run nothing else meanwhile."
+        "own, and drops them at the end; your events are not touched. A full run takes about an hour, "
+        "--quick about five minutes. Run nothing else meanwhile."
     )
 
     def add_arguments(self, parser: CommandParser) -> None:
