@@ -22,7 +22,7 @@ from spark_outbox.worker.loop import Worker
 FILL = """
 insert into spark_outbox_event
     (key, event_group, payload, ordering_key, status, available_at, finished_at)
-select gen_random_uuid(), 'bench', '{"number": 1}', %(ordering_key)s, %(status)s,
+select gen_random_uuid(), %(group)s, '{"number": 1}', %(ordering_key)s, %(status)s,
     statement_timestamp() + %(delay)s * interval '1 second', case when %(status)s = 'done' then now() end
 from generate_series(1, %(count)s)
 """
@@ -53,17 +53,23 @@ def handlers(*functions: Callable[..., object], **options: Any) -> Registry:
     return registry
 
 
-def fill(
+def write(
     scratch: Scratch,
     count: int,
     *,
+    group: str = "bench",
     status: str = "pending",
     ordering_key: str | None = None,
     delay: float | None = None,
 ) -> None:
     """Write `count` events in one statement."""
-    params = {"count": count, "status": status, "ordering_key": ordering_key, "delay": delay}
-    scratch.execute(FILL, params)
+    params = {"count": count, "group": group, "status": status, "delay": delay}
+    scratch.execute(FILL, {**params, "ordering_key": ordering_key})
+
+
+def fill(scratch: Scratch, count: int, **options: Any) -> None:
+    """Write `count` events in one statement, and let the planner know of them."""
+    write(scratch, count, **options)
     scratch.execute("analyze spark_outbox_event")
 
 
@@ -83,17 +89,22 @@ def make_worker(scratch: Scratch, registry: Registry, **options: Any) -> Worker:
 
 def drain(scratch: Scratch, registry: Registry, count: int) -> float:
     """Let a worker in this process handle all events; return events a second."""
+    seconds = drain_with(make_worker(scratch, registry), scratch)
+    if left := pending(scratch):
+        raise RuntimeError(f"{left} events of {count} are left.")
+    return count / seconds
+
+
+def drain_with(worker: Worker, scratch: Scratch) -> float:
+    """Let a worker in this process handle all events, or stop before; return the seconds."""
     connections[scratch.alias].ensure_connection()
-    worker = make_worker(scratch, registry)
     gc.collect()
     gc.freeze()  # as spark_worker does
     started = time.perf_counter()
     worker.run(drain=True)
     seconds = time.perf_counter() - started
     gc.unfreeze()
-    if left := pending(scratch):
-        raise RuntimeError(f"{left} events of {count} are left.")
-    return count / seconds
+    return seconds
 
 
 BARE_UPDATE = """

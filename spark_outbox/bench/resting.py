@@ -1,5 +1,6 @@
 """Measures the cost of events that come one by one, to a small service and to a crowd of processes."""
 
+import math
 import os
 import signal
 import time
@@ -28,10 +29,13 @@ from spark_outbox.processes.watch import Watch
 from spark_outbox.registry.handlers import Registry
 from spark_outbox.worker.loop import Worker
 
-INTERVAL = 0.05
-"""Seconds between two events."""
+RATE = 20
+"""Events a second."""
 
 CROWD = 8
+
+SERVICES = {"one": [1], "eight": [CROWD], "hosts": [2] * 4}
+"""The worker processes of each supervisor, by the names of figures."""
 
 Service = Callable[[Bench, Moments], AbstractContextManager[list[Child]]]
 """Runs processes that handle events, and note each one's arrival; gives the parents of others."""
@@ -45,9 +49,10 @@ def rest(bench: Bench) -> list[Figure]:
         return []
     bare_cost, _, _, one, one50, one99, crowd, crowd50, crowd99, hosts, _, _ = bench.medians(
         partial(one_by_one, bench, bare),
-        partial(one_by_one, bench, partial(supervisors, counts=[1])),
-        partial(one_by_one, bench, partial(supervisors, counts=[CROWD])),
-        partial(one_by_one, bench, partial(supervisors, counts=[2] * 4)),
+        *(
+            partial(one_by_one, bench, partial(supervisors, counts=counts))
+            for counts in SERVICES.values()
+        ),
     )
     return [
         Figure("rest_cost", one, "ms/event", bare_cost, Goal("<=", 1.6)),
@@ -58,10 +63,35 @@ def rest(bench: Bench) -> list[Figure]:
     ]
 
 
-def one_by_one(bench: Bench, service: Service) -> tuple[float, float, float]:
-    """Emit 20 events a second; return the processor time of the server and the service, and the p50 and
-    p99 of the latency, all in milliseconds an event."""
-    count = int(bench.seconds(15) / INTERVAL)
+@measure
+def rates(bench: Bench) -> list[Figure]:
+    """Processor time in a second, and latency, of 1, 20 and 200 events a second: of one worker process,
+    and of eight on one host and on four. For a table: they have no goals.
+
+    Linux counts the time of a process in hundredths of a second, so those of 1 event a second are rough.
+    """
+    if not PROC.exists():
+        return []
+    cases = [(name, rate) for name in SERVICES for rate in (1, 20, 200)]
+    found = bench.medians(
+        *(
+            partial(one_by_one, bench, partial(supervisors, counts=SERVICES[name]), rate=rate)
+            for name, rate in cases
+        )
+    )
+    figures = []
+    for (name, rate), cost, p50 in zip(cases, found[::3], found[1::3], strict=True):
+        figures += [
+            Figure(f"cost_{name}_{rate}", cost * rate, "ms/s"),
+            Figure(f"latency_{name}_{rate}", p50, "ms"),
+        ]
+    return figures
+
+
+def one_by_one(bench: Bench, service: Service, *, rate: int = RATE) -> tuple[float, float, float]:
+    """Emit `rate` events a second; return the processor time of the server and the service, and the p50
+    and p99 of the latency, all in milliseconds an event."""
+    count = math.ceil(bench.seconds(15) * rate)
     refill(bench.scratch, 0)
     latencies = []
     with moments() as arrivals, service(bench, arrivals) as children:
@@ -70,9 +100,9 @@ def one_by_one(bench: Bench, service: Service) -> tuple[float, float, float]:
         used = -sum(map(family_seconds, families))
         start = time.monotonic()
         for number in range(count):
-            time.sleep(max(0.0, start + number * INTERVAL - time.monotonic()))
+            time.sleep(max(0.0, start + number / rate - time.monotonic()))
             latencies.append(emit_and_wait(bench.scratch, arrivals))
-        time.sleep(INTERVAL)
+        time.sleep(1 / rate)
         used += sum(map(family_seconds, families))
     return used * 1000 / count, percentile(latencies, 0.5), percentile(latencies, 0.99)
 
@@ -88,13 +118,18 @@ def bare(bench: Bench, arrivals: Moments) -> Iterator[list[Child]]:
 
 @contextmanager
 def supervisors(bench: Bench, arrivals: Moments, *, counts: list[int]) -> Iterator[list[Child]]:
+    with asleep(bench.scratch, handlers(arrivals.note), counts=counts) as children:
+        yield children
+
+
+@contextmanager
+def asleep(scratch: Scratch, registry: Registry, *, counts: list[int]) -> Iterator[list[Child]]:
     """One supervisor for each of `counts`, with as many worker processes, all of them asleep."""
-    registry = handlers(arrivals.note)
     with ExitStack() as stack:
         children = [
-            stack.enter_context(supervised(bench.scratch, registry, processes=count)) for count in counts
+            stack.enter_context(supervised(scratch, registry, processes=count)) for count in counts
         ]
-        wait_until(partial(sleeping, bench.scratch))
+        wait_until(partial(sleeping, scratch))
         time.sleep(1)
         yield children
 

@@ -106,11 +106,11 @@ def latency(bench: Bench) -> list[Figure]:
     ]
 
 
-def emit_and_wait(scratch: Scratch, arrivals: Moments) -> float:
+def emit_and_wait(scratch: Scratch, arrivals: Moments, *, group: str = "bench") -> float:
     """Emit an event; return the milliseconds from its commit until it arrives."""
     connection = connections[scratch.alias]
     connection.set_autocommit(False)
-    emit("bench", using=scratch.alias)
+    emit(group, using=scratch.alias)
     committed = time.monotonic()
     connection.commit()
     connection.set_autocommit(True)

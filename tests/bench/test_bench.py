@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from django.conf import settings
@@ -14,6 +15,7 @@ from spark_outbox import emit
 from spark_outbox.bench.figures import Bench, Figure, Goal, percentile
 from spark_outbox.bench.scratch import LOCK, SUFFIX, Scratch, scratch
 from spark_outbox.errors import SparkOutboxError
+from spark_outbox.management.commands import spark_bench  # imports all measurements in their order
 from spark_outbox.models import OutboxEvent
 from tests.tools import PATIENCE, connect, conninfo, eventually, manage
 
@@ -42,11 +44,47 @@ def test_it_prints_a_list_of_figures_and_leaves_nothing_behind():
     assert scratch_databases() == []
 
 
+def test_crowds_and_neighbours_are_measured():
+    wanted = ["emit_crowd", "notify_share", "groups", "retries"]
+    done = manage("spark_bench", "--quick", "--json", *(f"--only={name}" for name in wanted))
+    assert done.returncode == 0, done.stderr
+    figures = {figure["name"]: figure for figure in json.loads(done.stdout)}
+    assert list(figures) == [
+        "emit_crowd",
+        "emit_crowd_polled",
+        "notify_share",
+        "notify_share_paced",
+        "groups",
+        "groups_latency",
+        "retries",
+        "retries_share",
+    ]
+    for name in ("notify_share", "notify_share_paced", "retries_share"):
+        assert 0 <= figures.pop(name)["value"] <= 1
+    assert all(figure["ratio"] > 0 for figure in figures.values())
+    assert scratch_databases() == []
+
+
+def test_each_service_has_its_cost_and_latency_at_each_rate(monkeypatch):
+    monkeypatch.setattr(spark_bench.resting, "PROC", Path("/"))
+    bench = Bench(Scratch("default"), "default", quick=True, say=lambda text: None)
+    cost, p50, p99 = 3.0, 5.0, 7.0
+    monkeypatch.setattr(bench, "medians", lambda *runs: [cost, p50, p99] * len(runs))
+    figures = {figure.name: figure.value for figure in spark_bench.resting.rates(bench)}
+    services, rates = ("one", "eight", "hosts"), (1, 20, 200)
+    assert figures == {
+        f"{name}_{service}_{rate}": value
+        for service in services
+        for rate in rates
+        for name, value in {"cost": cost * rate, "latency": p50}.items()
+    }
+
+
 def test_it_prints_a_table():
     done = manage("spark_bench", "--quick", "--only", "emit_many")
-    header, line, hint = done.stdout.splitlines()
+    header, *lines, hint = done.stdout.splitlines()
     assert header.split() == ["name", "value", "unit", "baseline", "ratio", "goal", "met"]
-    assert line.split()[0] == "emit_many"
+    assert [line.split()[0] for line in lines] == ["emit_many", "emit_many_plain"]
     assert "rough" in hint
 
 

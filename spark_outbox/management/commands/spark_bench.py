@@ -9,13 +9,21 @@ from django.db import DEFAULT_DB_ALIAS
 from django.test import override_settings
 
 from spark_outbox import conf
-from spark_outbox.bench import draining, emitting, enduring, resting, waking
+from spark_outbox.bench import draining, emitting, enduring, notifying, resting, sharing, waking
 from spark_outbox.bench.figures import MEASURES, Bench, Figure
 from spark_outbox.bench.scratch import scratch
 from spark_outbox.errors import SparkOutboxError
 from spark_outbox.management.command import OutboxCommand
 
-ALL = (draining, emitting, waking, resting, enduring)  # importing them has filled MEASURES
+ALL = (
+    draining,
+    emitting,
+    waking,
+    resting,
+    enduring,
+    notifying,
+    sharing,
+)  # importing them has filled MEASURES
 
 HEADER = ("name", "value", "unit", "baseline", "ratio", "goal", "met")
 
@@ -24,8 +32,8 @@ class Command(OutboxCommand):
     help = (
         "Measures how fast the outbox is on this machine and this PostgreSQL, against a baseline of the "
         "same run: bare psycopg or the ORM, doing only the necessary work. It works in databases of its "
-        "own, and drops them at the end; your events are not touched. A full run takes about half an "
-        "hour, --quick about three minutes. Run nothing else meanwhile."
+        "own, and drops them at the end; your events are not touched. A full run takes about an hour, "
+        "--quick about five minutes. Run nothing else meanwhile."
     )
 
     def add_arguments(self, parser: CommandParser) -> None:
