@@ -1,11 +1,14 @@
 """Measures the cost of waking for many writers beside idle processes, and how often they notify."""
 
-from collections.abc import Sequence
+import os
+import time
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from uuid import uuid4
 
-from spark_outbox.bench.emitting import POLL, TRANSACTIONS, run_at_once, transactions_a_second
+from spark_outbox.bench.emitting import INSERT, POLL
 from spark_outbox.bench.figures import Bench, Figure, Goal, measure
-from spark_outbox.bench.load import handlers, noop, refill
+from spark_outbox.bench.load import Child, handlers, noop, refill
 from spark_outbox.bench.resting import CROWD, asleep, supervised
 from spark_outbox.store import waking
 
@@ -17,21 +20,7 @@ LEAST = 8_000
 PACE = 50
 """Transactions a second of each writer that does not hurry."""
 
-# Like TRANSACTIONS, but each at its time. The sleep is in a transaction that has not emitted.
-PACED = """
-do $$
-declare
-    due timestamptz := clock_timestamp() + %(after)s * interval '1 second';
-begin
-    for number in 1..%(count)s loop
-        perform pg_sleep(extract(epoch from due - clock_timestamp()));
-        insert into spark_bench_row (key) values ('business');
-        insert into spark_outbox_event (key, event_group) values (gen_random_uuid()::text, 'bench');
-        commit;
-        due := due + %(pause)s * interval '1 second';
-    end loop;
-end $$
-"""
+BUSINESS = "insert into spark_bench_row (key) values (%s)"
 
 
 @measure
@@ -45,7 +34,7 @@ def emit_crowd(bench: Bench) -> list[Figure]:
         refill(bench.scratch, 0)
         waking.set_wake_mode(mode, using=bench.scratch.alias)
         with service:
-            rate = transactions_a_second(bench.scratch, count, writers=WRITERS)
+            rate = count / write_at_once(bench, count)
         waking.set_wake_mode("gated", using=bench.scratch.alias)
         return rate
 
@@ -65,19 +54,10 @@ def emit_crowd(bench: Bench) -> list[Figure]:
 def notify_share(bench: Bench) -> list[Figure]:
     """The share of commits that notify, beside eight idle processes: of many writers as fast as they
     can, and of as many at 50 transactions a second each."""
-    fast = max(LEAST, bench.size(40_000)) // WRITERS
-    slow = int(bench.seconds(10) * PACE)
-    pause = 1 / PACE
+    count = max(LEAST, bench.size(40_000))
     full, paced = bench.medians(
-        lambda: share(bench, [TRANSACTIONS % {"count": fast}] * WRITERS, fast * WRITERS),
-        lambda: share(
-            bench,
-            [
-                PACED % {"count": slow, "pause": pause, "after": pause * number / WRITERS}
-                for number in range(WRITERS)
-            ],
-            slow * WRITERS,
-        ),
+        lambda: share(bench, count),
+        lambda: share(bench, int(bench.seconds(10) * PACE * WRITERS), pause=1 / PACE),
     )
     return [
         Figure("notify_share", full, "of commits", goal=Goal("<", 0.01)),
@@ -85,8 +65,8 @@ def notify_share(bench: Bench) -> list[Figure]:
     ]
 
 
-def share(bench: Bench, statements: Sequence[str], commits: int) -> float:
-    """Run statements at once that make so many commits in all; return the share that has notified.
+def share(bench: Bench, count: int, *, pause: float = 0) -> float:
+    """Return the share of so many commits that has notified.
 
     A listener gets one notification of each such commit. It holds no S, so no trigger sees it.
     """
@@ -96,8 +76,41 @@ def share(bench: Bench, statements: Sequence[str], commits: int) -> float:
         bench.scratch.connect() as listener,
     ):
         listener.execute(waking.LISTEN)
-        run_at_once(bench.scratch, statements)
+        write_at_once(bench, count, pause=pause)
         notified = 0
         while more := sum(1 for _ in listener.notifies(timeout=0.5)):
             notified += more
-    return notified / commits
+    return notified / count
+
+
+def write_at_once(bench: Bench, count: int, *, pause: float = 0) -> float:
+    """Let clients commit so many transactions in all, each client one every `pause` seconds; return the
+    seconds that it took."""
+    each = count // WRITERS
+    ready, say_ready = os.pipe()
+    go, say_go = os.pipe()
+
+    def write(number: int) -> None:
+        os.close(say_go)
+        with bench.scratch.connect() as connection:
+            os.write(say_ready, b"r")
+            os.read(go, 1)  # until all other ends are closed
+            due = time.monotonic() + pause * number / WRITERS
+            for _ in range(each):
+                time.sleep(max(0.0, due - time.monotonic()))
+                with connection.transaction():
+                    connection.execute(BUSINESS, ["business"])
+                    connection.execute(INSERT, [str(uuid4()), "bench", "{}", "{}"])
+                due += pause
+
+    writers = [Child(partial(write, number)) for number in range(WRITERS)]
+    for _ in writers:
+        os.read(ready, 1)
+    started = time.perf_counter()
+    os.close(say_go)
+    for writer in writers:
+        os.waitpid(writer.pid, 0)
+    seconds = time.perf_counter() - started
+    for descriptor in (ready, say_ready, go):
+        os.close(descriptor)
+    return seconds

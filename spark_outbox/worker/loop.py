@@ -111,8 +111,7 @@ class Worker:
             self._session.tidy()
             self._tempo.note(handled)
             is_idle = not (drain or is_idle or self._claims.expects_more)
-            if is_idle and self._tempo.is_fast:
-                self._context.watch.rest()  # nobody else has to look
+            if is_idle and self._tempo.is_fast and self._sleep.is_ours():
                 self._claims.poll()
                 self._wake.pause(POLL)
                 is_idle = False

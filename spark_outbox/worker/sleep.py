@@ -60,18 +60,24 @@ class Sleep:
             self._claims.hurry()
         return 0
 
+    def is_ours(self) -> bool:
+        """Say that we have nothing to do; return whether it is for us to look out for events.
+
+        A process in which calls are running always does: they may block it at any time.
+        """
+        if self._running:
+            return True
+        self._context.watch.rest()
+        return self._context.watch.is_ours
+
     def _is_our_turn(self) -> bool:
         """Leave it to another process of this supervisor to look out for events, until it is our turn.
 
         Return False after that: we claim first, as another is at work and there may be more. If nobody
-        has given us the watch for a poll interval, that claim is the poll. A process in which calls are
-        running looks out itself: they may block it at any time.
+        has given us the watch for a poll interval, that claim is the poll.
         """
         watch, is_woken = self._context.watch, True
-        if self._running:
-            return True
-        watch.rest()
-        if watch.is_ours:
+        if self.is_ours():
             return True
         self._wake.stop_listening()
         while is_woken and not (self._context.stop.is_set or watch.is_ours):

@@ -13,7 +13,7 @@ FAST = 200.0
 MEMORY = 0.05
 """Seconds after which an event counts for about a third."""
 
-POLL = 0.003
+POLL = 0.005
 """Seconds between two looks."""
 
 _FEW = FAST * MEMORY

@@ -1,10 +1,14 @@
 """While events come fast, a worker polls rather than sleeps, so that nobody has to notify."""
 
+import time
+
 import pytest
 
 from spark_outbox import emit, emit_many
 from spark_outbox.models import OutboxEvent
+from spark_outbox.processes.watch import OwnWatch
 from spark_outbox.worker import unordered
+from spark_outbox.worker.claims import Claims
 from spark_outbox.worker.tempo import POLL, Tempo
 from tests.tools import (
     Clock,
@@ -72,3 +76,28 @@ def test_a_busy_worker_soon_finds_an_event_that_was_committed_after_later_ones(
         wait_until_done(3)
         OutboxEvent.objects.filter(key="late").update(available_at=None)
         eventually(lambda: status("late") == "done")
+
+
+@pytest.mark.django_db(transaction=True)
+def test_a_process_that_has_lost_the_watch_rests_however_fast_events_come(own_registry, monkeypatch):
+    """Else all would look every few milliseconds, and each find a little."""
+    monkeypatch.setattr(Tempo, "is_fast", True)
+    own_registry.add_handler(note, group="")
+    looks = []
+
+    def claim(*arguments, **options):
+        looks.append(time.monotonic())
+        return claims_next(*arguments, **options)
+
+    claims_next = Claims.next
+    monkeypatch.setattr(Claims, "next", claim)
+    watch = OwnWatch()
+    with worker_thread(poll_interval=3600, watch=watch):
+        emit("g", "one")
+        wait_until_done(1)
+        eventually(lambda: len(looks) > 20)
+        watch.is_ours = False
+        time.sleep(0.2)
+        before = len(looks)
+        time.sleep(0.2)
+        assert len(looks) == before
