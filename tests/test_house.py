@@ -171,6 +171,24 @@ def test_migrate_makes_the_trigger_do_what_the_settings_say(settings, mode):
     assert waking.wake_mode(using="default") == mode
 
 
+@pytest.mark.django_db(transaction=True)
+def test_the_triggers_of_the_setting_are_those_of_the_migration(wake_mode):
+    def triggers():
+        with connection.cursor() as cursor:
+            cursor.execute(
+                "select pg_get_triggerdef(oid) from pg_trigger "
+                "where tgrelid = 'spark_outbox_event'::regclass and tgname like 'spark%' order by tgname"
+            )
+            return cursor.fetchall()
+
+    migrated = triggers()
+    assert len(migrated) == 2
+    wake_mode("never")
+    assert not triggers()
+    wake_mode("gated")
+    assert triggers() == migrated
+
+
 @pytest.mark.django_db
 def test_functions_pin_their_search_path():
     with connection.cursor() as cursor:

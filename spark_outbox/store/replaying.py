@@ -41,8 +41,6 @@ update spark_outbox_event set status = 'pending', available_at = null, finished_
 where id = any(%s) and status = 'done'
 """
 
-NOTIFY = "notify spark_outbox"
-
 ROWS_WRITTEN = """
 select relname, n_tup_ins + n_tup_upd + n_tup_del from pg_stat_xact_user_tables
 where n_tup_ins + n_tup_upd + n_tup_del > 0
@@ -74,9 +72,7 @@ def owe_again(ids: list[int], handler: str, others: Sequence[tuple[int, str]], *
     if others:
         execute(OTHERS_ARE_DONE, as_columns(others), using=using)
     execute(OWE, [handler, ids], using=using)
-    reopened = execute(REOPEN, [ids], using=using)
-    execute(NOTIFY, using=using)
-    return reopened
+    return execute(REOPEN, [ids], using=using)
 
 
 def rows_written(*, using: str) -> dict[str, int]:

@@ -68,10 +68,23 @@ select coalesce((
 SET_WAKE_MODE = {
     mode: f"""
 create or replace trigger spark_outbox_wake after insert on spark_outbox_event
-    for each statement execute function spark_outbox_wake('{mode}')
+    for each statement execute function spark_outbox_wake('{mode}');
+create or replace trigger spark_outbox_wake_again after update on spark_outbox_event
+    for each row when (
+        new.status = 'pending' and (
+            old.status <> 'pending'
+            or new.available_at < old.available_at
+            or new.available_at is null and old.available_at is not null
+        )
+    )
+    execute function spark_outbox_wake('{mode}')
 """
     for mode in ("gated", "always")
-} | {"never": "drop trigger if exists spark_outbox_wake on spark_outbox_event"}
+}
+SET_WAKE_MODE["never"] = """
+drop trigger if exists spark_outbox_wake on spark_outbox_event;
+drop trigger if exists spark_outbox_wake_again on spark_outbox_event
+"""
 
 
 def wake_mode(*, using: str) -> str:

@@ -104,7 +104,8 @@ class Wake:
         if not self._is_prepared:
             resting.prepare(groups=groups, using=self._using)
             self._is_prepared = True
-        self._forget_notifications()
+        self._has_heard()
+        self._notified = False
         # Never waits for S: an emitter that was interrupted between the trigger's two calls holds
         # it for the rest of its session.
         asleep = resting.fall_asleep(using=self._using)
@@ -164,13 +165,12 @@ class Wake:
         """
         if self._using is None:
             return self.pause(timeout)
-        if not self._notified:
+        if not self._has_heard():
             connection = connections[self._using]
             if self._select(connection.connection.fileno(), timeout):
                 with connection.wrap_database_errors:
                     connection.connection.pgconn.consume_input()
-                    while connection.connection.pgconn.notifies():
-                        self._notified = True
+                self._has_heard()
         notified, self._notified = self._notified, False
         return notified
 
@@ -201,11 +201,13 @@ class Wake:
             self._notified = True
         return connection in ready
 
-    def _forget_notifications(self) -> None:
-        """Forget those that have come until now, also what psycopg has not seen yet."""
-        while connections[self._using or ""].connection.pgconn.notifies():
-            pass
-        self._notified = False
+    def _has_heard(self) -> bool:
+        """Return whether a notification has come; also one that came with an answer of the server, and
+        waits in libpq, where psycopg has not seen it."""
+        pgconn = connections[self._using or ""].connection.pgconn
+        while pgconn.notifies():
+            self._notified = True
+        return self._notified
 
     def _on_notify(self, _: object) -> None:
         self._notified = True

@@ -13,6 +13,7 @@ from psycopg.conninfo import make_conninfo
 from spark_outbox import checks, emit, emit_many
 from spark_outbox.errors import DuplicateKey
 from spark_outbox.migrations._postgresql import SQL, RunSQL
+from spark_outbox.store import waking
 from tests import postgres
 from tests.tools import (
     WorkerProcess,
@@ -110,7 +111,7 @@ def test_the_migration_leaves_nothing_behind_when_it_is_taken_back(databases):
 def test_the_migration_is_taken_back_where_there_is_no_trigger(databases):
     url, _ = databases
     migrate(url, "spark_outbox")
-    query(url, "drop trigger spark_outbox_wake on spark_outbox_event")  # as WAKE="never" does
+    query(url, waking.SET_WAKE_MODE["never"])
     migrate(url, "spark_outbox", "zero")
     assert "spark" not in dump(url, "--schema-only")
 

@@ -11,8 +11,9 @@ from django.db import connection, transaction
 
 from spark_outbox import emit, emit_many
 from spark_outbox.models import OutboxEvent
+from spark_outbox.registry.policy import Policy
 from spark_outbox.store import resting, waking
-from spark_outbox.store.connection import fetch_value
+from spark_outbox.store.connection import fetch_value, past_wrappers
 from spark_outbox.worker.context import make_context
 from spark_outbox.worker.event_loop import poll
 from spark_outbox.worker.wake import MAX_PAUSE, Wake
@@ -26,6 +27,7 @@ from tests.tools import (
     eventually,
     notifications,
     wait_until_asleep,
+    wait_until_done,
     worker_thread,
 )
 
@@ -142,6 +144,42 @@ def test_the_worker_that_ignores_k_would_lose_that_race(hold_up, monkeypatch):
             eventually(lambda: "straggler" in handled, patience=1)
         emit("g", "next")
         eventually(lambda: set(handled) == {"busy", "straggler", "next"})
+
+
+@pytest.mark.parametrize(
+    ("fields", "changed"),
+    [
+        ({"status": "failed"}, {"status": "pending"}),
+        ({"status": "discarded"}, {"status": "pending", "available_at": None}),
+        ({"available_at": "2100-01-01T00:00Z"}, {"available_at": "2020-01-01T00:00Z"}),
+        ({"available_at": "2100-01-01T00:00Z"}, {"available_at": None}),
+    ],
+)
+def test_a_worker_that_sleeps_notices_what_sql_makes_ready(fields, changed, handled):
+    """By any client, and without `notify`."""
+    OutboxEvent.objects.create(key="one", group="g", **fields)
+    with worker_thread(poll_interval=HOUR):
+        wait_until_asleep()
+        OutboxEvent.objects.update(**changed)
+        eventually(lambda: handled == ["one"])
+
+
+def test_what_workers_write_wakes_nobody(own_registry, listener):
+    calls = []
+
+    def fail_once(event):
+        calls.append(event.key)
+        if len(calls) <= 3:
+            raise ValueError("not yet")
+
+    own_registry.add_handler(fail_once, group="", name="h", policy=Policy(backoff=[0.05]))
+    with worker_thread(poll_interval=HOUR):
+        wait_until_asleep()
+        for number in range(3):
+            emit("g", f"{number}")
+        eventually(lambda: len(calls) == 6)
+        wait_until_done(3)
+    assert notifications(listener) <= 3  # of emits: not of retries, and not of what is done
 
 
 def idle_workers():
@@ -414,6 +452,20 @@ def test_interrupt_ends_a_wait_at_once_also_one_that_has_not_begun(settings):
     threading.Timer(0.05, wake.interrupt).start()
     assert wake.wait(HOUR)
     assert not wake.wait(0.001)
+
+
+def test_a_notification_that_comes_with_an_answer_of_the_server_ends_the_wait():
+    """psycopg is not asked for what the worker reads past it, and the socket has nothing more."""
+    wake = Wake(make_context(), poll=poll)
+    wake.open()
+    connection.close()
+    wake.listen()
+    wake.fall_asleep()
+    with connect() as other:
+        other.execute("notify spark_outbox")
+    past_wrappers("select pg_sleep(0.05)", "default")
+    assert wake.wait(HOUR)
+    connection.close()
 
 
 def test_an_emit_holds_k_until_its_transaction_ends():

@@ -1,13 +1,14 @@
--- The trigger that wakes sleeping workers.
+-- The triggers that wake sleeping workers: at each INSERT of events, and at each UPDATE that makes one
+-- ready, or due sooner.
 --
--- A transaction that notifies holds a lock on the whole database while it commits. So the trigger
--- notifies only if a worker sleeps. Two advisory locks show this; the trigger waits for neither:
+-- A transaction that notifies holds a lock on the whole database while it commits. So they
+-- notify only if a worker sleeps. Two advisory locks show this; the triggers wait for neither:
 --
 --     K (7531001, the table's OID)  shared, by each transaction that has emitted, until it ends
 --     S (7531002, the table's OID)  shared, by each worker that sleeps
 --
--- spark_outbox/worker/wake.py has the worker's half. The trigger's argument is its mode, `gated` or
--- `always`; for SPARK_OUTBOX["WAKE"] = "never" there is no trigger.
+-- spark_outbox/worker/wake.py has the worker's half. The triggers' argument is their mode, `gated` or
+-- `always`; for SPARK_OUTBOX["WAKE"] = "never" there are none.
 
 create function spark_outbox_wake() returns trigger
 language plpgsql set search_path = pg_catalog, pg_temp as $body$
@@ -26,7 +27,7 @@ begin
     -- make each emit a tenth dearer. The session's statistics are read only if a worker sleeps. They
     -- count this transaction's rows, and maybe rows of the last second: then there is one NOTIFY too
     -- many. Without statistics, notify.
-    if pg_stat_get_xact_tuples_inserted(tg_relid) > 0
+    if tg_op = 'UPDATE' or pg_stat_get_xact_tuples_inserted(tg_relid) > 0
         or not current_setting('track_counts')::boolean
     then
         perform pg_notify('spark_outbox', '');
@@ -37,3 +38,14 @@ $body$;
 
 create trigger spark_outbox_wake after insert on spark_outbox_event
     for each statement execute function spark_outbox_wake('gated');
+
+-- The condition costs the UPDATE that settles events nothing that can be measured.
+create trigger spark_outbox_wake_again after update on spark_outbox_event
+    for each row when (
+        new.status = 'pending' and (
+            old.status <> 'pending'
+            or new.available_at < old.available_at
+            or new.available_at is null and old.available_at is not null
+        )
+    )
+    execute function spark_outbox_wake('gated');
