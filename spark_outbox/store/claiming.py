@@ -73,12 +73,18 @@ def prepare(*, using: str) -> None:
     prepared.prepare(PREPARED_CLAIM, sql, types="(bigint, bigint)", using=using)
 
 
+def can_begin(*, using: str) -> bool:
+    """Return whether a transaction can begin with a prepared claim."""
+    return prepared.can_begin(PREPARED_CLAIM, using=using)
+
+
 def claim_ready(floor: int, limit: int, *, first: str = "", using: str) -> list[StoredRow]:
     """Lock up to `limit` ready events with an id of `floor` or more, lowest first.
 
-    `first` is a query to run before that, in the same round trip where the driver can.
+    `first` is a query to run before that, in the same round trip where the driver can: ahead of the
+    transaction if that `can_begin` with this.
     """
-    if prepared.can_begin(PREPARED_CLAIM, using=using):
+    if can_begin(using=using):
         rows = prepared.begin_with(PREPARED_CLAIM, f"({floor}, {limit})", first=first, using=using)
         return with_documents(rows, using)
     return _claim(CLAIM_READY, using, first, floor=floor, limit=limit)

@@ -46,10 +46,10 @@ def can_begin(name: str, *, using: str) -> bool:
 
 
 def begin_with(name: str, arguments: str, *, first: str, using: str) -> list[tuple[Any, ...]]:
-    """Begin a transaction, run the query `first` if there is one, and execute a prepared statement; all
-    in one round trip. Return its rows."""
+    """Run what comes `first`, if anything does, begin a transaction, and execute a prepared statement;
+    all in one round trip. Return its rows."""
     connection, raw = connections[using], connections[using].connection
-    sql = "; ".join(filter(None, ["begin", first, f"execute {name}{arguments}"]))
+    sql = "; ".join(filter(None, [first, "begin", f"execute {name}{arguments}"]))
     with connection.wrap_database_errors:
         try:
             result = send(sql, raw)

@@ -109,13 +109,14 @@ def prepare(*, groups: str | None, using: str) -> None:
     prepared.prepare(PREPARED_OUTLOOK, sql, using=using)
 
 
-def fall_asleep(*, using: str) -> Asleep:
-    """Take S, unless somebody has it for himself; probe K; and look; all in one round trip.
+def fall_asleep(*, listens: bool, using: str) -> Asleep:
+    """LISTEN, unless the session `listens`; take S, unless somebody has it for himself; probe K; and
+    look; all in one round trip.
 
     In a session that is prepared, and in no transaction.
     """
     connection, raw = connections[using], connections[using].connection
-    sql = addressed(FALL_ASLEEP, using)
+    sql = _heard(addressed(FALL_ASLEEP, using), listens=listens)
     with connection.wrap_database_errors:
         try:
             results = send_several(sql, raw)
@@ -123,15 +124,19 @@ def fall_asleep(*, using: str) -> Asleep:
             prepared.prepare_again(raw)
             send(addressed(waking.LET_GO_OF_S.format(oid=waking.OID), using), raw)  # it is there twice
             results = send_several(sql, raw)
-        _, s, k, look, _ = (rows_of(result, raw) for result in results)
-    ((holds_s, _),), ((is_free,),), (found,) = s, k, look
+        ((holds_s, _),), ((is_free,),), (found,) = (rows_of(result, raw) for result in results[-4:-1])
     return Asleep(holds_s, holds_s and is_free, _as_outlook(found))
 
 
-def look(*, using: str) -> Outlook:
+def look(*, listens: bool, using: str) -> Outlook:
     """Look once more, after `fall_asleep` in the same session."""
-    (row,) = rows_of(past_wrappers(LOOK, using), connections[using].connection)
+    result = past_wrappers(_heard(LOOK, listens=listens), using)
+    (row,) = rows_of(result, connections[using].connection)
     return _as_outlook(row)
+
+
+def _heard(sql: str, *, listens: bool) -> str:
+    return sql if listens else f"{waking.LISTEN}; {sql}"
 
 
 def outlook(*, groups: str | None, using: str) -> Outlook:

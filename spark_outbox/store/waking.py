@@ -5,8 +5,9 @@ See worker/wake.py for the protocol, and SPARK_OUTBOX["WAKE"] for the mode.
 
 from spark_outbox.store.connection import execute, fetch, fetch_value
 
-LISTEN = "listen spark_outbox"
-UNLISTEN = "unlisten spark_outbox"
+# Each in a transaction of its own, also among other statements: before that ends, they do nothing.
+LISTEN = "begin; listen spark_outbox; commit"
+UNLISTEN = "begin; unlisten spark_outbox; commit"
 
 OUTBOX_OID = "select to_regclass('spark_outbox_event')::oid::integer"
 OID = "'spark_outbox_event'::regclass::oid::integer"
@@ -23,14 +24,6 @@ select case when pg_try_advisory_lock(7531001, this)
     then pg_advisory_unlock(7531001, this) else false end
 from (select {OID}) as outbox (this)
 """
-
-
-def listen(*, using: str) -> None:
-    execute(LISTEN, using=using)
-
-
-def unlisten(*, using: str) -> None:
-    execute(UNLISTEN, using=using)
 
 
 def outbox_oid(*, using: str) -> int | None:

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 from spark_outbox.events.event import Event
 from spark_outbox.events.references import References
-from spark_outbox.store import settling
+from spark_outbox.store import claiming, settling
 from spark_outbox.worker.batch import Batch
 from spark_outbox.worker.context import Context
 from spark_outbox.worker.looks import DUE, ORDERED, READY, Ask, Found, Handled, Look, kind_of
@@ -133,6 +133,12 @@ class Claims:
     def round_in(self) -> float:
         """Seconds after which a sleeping worker has to look at everything."""
         return min(look.round_in for look in self.looks.values())
+
+    @property
+    def begin(self) -> bool:
+        """The next claim begins the transaction of its batch, and statements can go ahead of it."""
+        context = self._context
+        return context.is_direct and context.groups is None and claiming.can_begin(using=context.using)
 
     # A batch
 

@@ -59,7 +59,7 @@ class Session:
         bounds.leave_pools(self._context.using, self._context.direct)
 
     def ensure(self) -> bool:
-        """Connect, prepare the session and LISTEN; return False if this has been done on this
+        """Connect and prepare the session; return False if this has been done on this
         connection.
 
         Raises NotMigrated if the database has no outbox, SettingsError if PostgreSQL can't read
@@ -88,7 +88,7 @@ class Session:
         self._check_direct()
         if context.is_direct:
             claiming.prepare(using=using)
-        self._wake.listen()
+        self._wake.start()
         self._prepared = self._current()
         return True
 

@@ -26,7 +26,7 @@ from collections.abc import Callable
 from django.db import connections
 
 from spark_outbox.store import resting, waking
-from spark_outbox.store.connection import fetch_value
+from spark_outbox.store.connection import fetch_value, past_wrappers
 from spark_outbox.store.resting import Outlook
 from spark_outbox.worker.context import Context
 
@@ -64,28 +64,19 @@ class Wake:
         for descriptor in self._pipe or ():
             os.close(descriptor)
 
-    def listen(self) -> None:
-        """Start to hear notifications, on a connection that is not in a transaction."""
+    def start(self) -> None:
+        """Prepare for the sleep in a new session."""
         self._holds_s = self._is_leaving = self._listens = self._is_prepared = False
-        if self._using is None:
-            return
-        connection = connections[self._using]
-        connection.ensure_connection()
-        # Without a handler of ours, psycopg would keep what arrives meanwhile for ever.
-        connection.connection.add_notify_handler(self._on_notify)
-        waking.listen(using=self._using)
-        self._listens = True
+        if self._using is not None:
+            connection = connections[self._using]
+            connection.ensure_connection()
+            # Without a handler of ours, psycopg would keep what arrives meanwhile for ever.
+            connection.connection.add_notify_handler(self._on_notify)
 
     def stop_listening(self) -> None:
-        """Hear nothing until `fall_asleep`, as nobody reads the connection meanwhile.
-
-        Notifications would fill the socket and then the server's queue of them; and after a while the
-        server would end the session, whose client does not seem to be alive.
-        """
-        if self._using is not None and self._listens:
-            self._listens = False
-            self.let_go()
-            waking.unlisten(using=self._using)
+        """Hear nothing until `fall_asleep`, and let S go: nobody reads the connection meanwhile."""
+        self._is_leaving = True
+        self._part()
 
     def fall_asleep(self) -> tuple[float, Outlook]:
         """Take S, probe K and look; return the seconds for which sleeping is safe, maybe infinity, and
@@ -98,9 +89,6 @@ class Wake:
         if self._using is None:
             self._notified = False
             return math.inf, resting.outlook(groups=groups, using=self._context.using)
-        if not self._listens:
-            waking.listen(using=self._using)
-            self._listens = True
         if not self._is_prepared:
             resting.prepare(groups=groups, using=self._using)
             self._is_prepared = True
@@ -108,7 +96,8 @@ class Wake:
         self._notified = False
         # Never waits for S: an emitter that was interrupted between the trigger's two calls holds
         # it for the rest of its session.
-        asleep = resting.fall_asleep(using=self._using)
+        asleep = resting.fall_asleep(listens=self._listens, using=self._using)
+        self._listens = True
         self._holds_s, self._oid = asleep.holds_s, asleep.outlook.oid
         if asleep.is_safe:
             self._pause = MIN_PAUSE
@@ -121,7 +110,9 @@ class Wake:
     def look(self) -> Outlook:
         """Look once more, after falling asleep."""
         if self._using is not None:
-            return resting.look(using=self._using)
+            outlook = resting.look(listens=self._listens, using=self._using)
+            self._listens = True
+            return outlook
         return resting.outlook(groups=self._context.groups, using=self._context.using)
 
     def guards(self, oid: int) -> bool:
@@ -145,18 +136,32 @@ class Wake:
 
     def let_go_with_next(self) -> None:
         """Release S before the next claim, in the same round trip: see `parting`."""
-        self._is_leaving = self._holds_s
+        self._is_leaving = True
 
-    def parting(self, using: str) -> str:
-        """Return what the next query on connection `using` is to begin with."""
-        if not self._is_leaving:
-            return ""
-        self._is_leaving = False
-        if using != self._using:
-            self.let_go()
-            return ""
-        self._holds_s = False
-        return waking.LET_GO_OF_S.format(oid=self._oid)
+    def parting(self, *, goes_ahead: bool) -> str:
+        """Before a claim: UNLISTEN, and let S go if that is to be.
+
+        A session in a transaction reads no notification. While it is long, the server would keep those
+        of everybody; and one that nobody reads would fill its socket.
+
+        Return the statements for that if they can go ahead of the claim, in its round trip.
+        """
+        if goes_ahead:
+            return self._partings()
+        self._part()
+        return ""
+
+    def _part(self) -> None:
+        if statements := self._partings():
+            past_wrappers(statements, self._using or "")
+
+    def _partings(self) -> str:
+        statements = [waking.UNLISTEN] if self._listens else []
+        if self._is_leaving and self._holds_s:
+            statements.append(waking.LET_GO_OF_S.format(oid=self._oid))
+            self._holds_s = False
+        self._listens = self._is_leaving = False
+        return "; ".join(statements)
 
     def wait(self, timeout: float) -> bool:
         """Sleep for up to `timeout` seconds; return whether a notification or interrupt() ended it.

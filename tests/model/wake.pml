@@ -2,7 +2,7 @@
 
 Checked: no committed event waits while all living workers sleep for ever.
 
-    spin -a wake.pml && gcc -O2 -DSAFETY -DNOREDUCE -o pan pan.c && ./pan -m4000000
+    spin -a wake.pml && gcc -O2 -DSAFETY -DNOREDUCE -o pan pan.c && ./pan -m12000000
 
 finds no errors. With FAILURES, sessions break, workers die or stop, and emits are cancelled. With
 SUPERVISED=n the first n workers have one supervisor, and share the watch: see processes/watch.py. Each of
@@ -16,13 +16,13 @@ tests/model/test_model.py does this for all of them, and holds the order of the 
 of migrations/sql/0001_wake.sql. The rest follows
 
     Worker._work, Sleep.run, Cycle.run, Session.recover, Claims.next, Supervisor._pass_on,
-    Wake.listen, Wake.stop_listening, Wake.fall_asleep, Wake.wake_up, Wake.parting, Wake.wait
+    Wake.stop_listening, Wake.fall_asleep, Wake.wake_up, Wake.parting, Wake.wait
 
 What one session does and another can notice is a step of its own, and all orders of the steps are
 tried. The fallback poll is left out: it finds any event in the end. So is what a clock wakes for, due
 and ordered events; and duplicates. An Emitter is any session that emits, a worker's too. Once it has
 S, a worker looks: LOOK also sees what others have locked. If there are events, it claims, and
-looks once more before it sleeps. A worker may also fall asleep without another claim after a batch; or
+looks once more before it sleeps. It LISTENs only while it waits: each claim begins with UNLISTEN. A worker may also fall asleep without another claim after a batch; or
 claim again and again, as it does while events come fast. One that is woken may leave the event to
 another worker, and just look: that has let S go by then, so this one has not.
 
@@ -97,22 +97,32 @@ inline probe_k() {
     fi
 }
 
+inline unlisten() {
+    listening = listening & ~ME;
+    forget_notifications()
+}
+
 inline look() {
-    atomic {
-        if
+    if
 #ifndef LOOK_PAST_LOCKED
-        :: pending == 0
+    :: atomic { pending == 0 }
 #else
-        :: pending == locked
+    :: atomic { pending == locked }
 #endif
-        :: else -> is_safe = false;
-           claim();
-           if
-           :: claimed -> goto next
-           :: else                                  /* others hold them: it looks again soon */
-           fi
-        fi
-    }
+    :: atomic { else -> unlisten() };
+       atomic { claim() };
+       if
+       :: claimed -> goto next
+       :: else                                      /* others hold them, or had them: once more */
+       fi;
+#ifndef LOOK_WITHOUT_LISTEN
+       listening = listening | ME;
+#endif
+       atomic { is_safe = is_safe && pending == 0 };
+#ifdef LOOK_WITHOUT_LISTEN
+       listening = listening | ME;
+#endif
+    fi
 }
 
 inline forget_notifications() {
@@ -125,11 +135,9 @@ active [WORKERS] proctype Worker() {
     bool is_safe;                                   /* to sleep for ever */
 start:
     {
-#ifndef LISTEN_LAST
-    listening = listening | ME;                     /* sql: LISTEN */
-#endif
 next:
     do
+    :: atomic { listening & ME -> unlisten() }      /* sql: UNLISTEN */
     :: atomic { holds_s -> spare = spare & ~ME; let_go_of_s() }  /* sql: LET_GO_OF_S */
     :: atomic { !holds_s && claimed -> claimed = false; locked--; pending-- }
     :: atomic { !holds_s && claimed -> claimed = false; locked-- }  /* the batch failed, or was cut */
@@ -149,11 +157,8 @@ next:
           atomic { spare = spare | ME };
           if
           :: watching & ME
-          :: atomic { !(watching & ME) -> listening = listening & ~ME; forget_notifications() };
-             atomic { watching & ME };              /* it rests */
-#ifndef WATCH_WITHOUT_LISTEN
-             listening = listening | ME
-#endif
+          :: atomic { !(watching & ME) -> unlisten() };
+             atomic { watching & ME }               /* it rests */
           fi
        :: else
        fi;
@@ -165,6 +170,9 @@ next:
            fi;
            is_safe = true
        };
+#ifndef LISTEN_LAST
+       listening = listening | ME;                  /* sql: LISTEN */
+#endif
 #if defined(PROBE_BEFORE_S)
        probe_k(); take_s(); look();
 #elif defined(LOOK_BEFORE_PROBE)

@@ -70,14 +70,13 @@ def test_a_transaction_is_begun_as_the_project_has_chosen(session):
     assert can_begin()
 
 
-def test_what_runs_first_and_the_begin_are_in_the_same_transaction(session):
+def test_what_comes_first_is_no_part_of_the_transaction_if_it_has_ended_its_own(session):
     emit("g", "one")
-    assert claim(first="set local spark.first = 'yes'")
     with transaction.atomic():
-        claiming.claim_ready(0, 10, first="set local spark.first = 'yes'", using="default")
-        with connection.cursor() as cursor:
-            cursor.execute("select current_setting('spark.first')")
-            assert cursor.fetchone() == ("yes",)
+        first = "begin; set spark.first = 'yes'; commit"
+        assert claiming.claim_ready(0, 10, first=first, using="default")
+        transaction.set_rollback(True)
+    assert session.execute("select current_setting('spark.first')").fetchone() == ("yes",)
 
 
 def test_it_is_prepared_again_if_somebody_has_deallocated_it(session):

@@ -417,6 +417,34 @@ def test_wake_always_notifies_with_each_commit(wake_mode, listener, handled):
         eventually(lambda: handled == ["one", "two"])
 
 
+def backlog_beside_a_long_handler(hold_up):
+    """Return how much of the server's queue of notifications is in use, after megabytes of them."""
+    busy, go, _ = hold_up
+    with worker_thread(poll_interval=HOUR), connect() as others:
+        wait_until_asleep()
+        emit("g", "busy")
+        assert busy.wait(PATIENCE)
+        for _ in range(300):
+            others.execute("select pg_notify('theirs', repeat('x', 7000))")
+        usage = others.execute("select pg_notification_queue_usage()").fetchone()[0]
+        go.set()
+        return usage
+
+
+@pytest.mark.parametrize("mode", ["gated", "always"])
+def test_a_worker_in_a_long_transaction_does_not_hold_back_the_queue_of_notifications(
+    hold_up, wake_mode, mode
+):
+    wake_mode(mode)
+    assert backlog_beside_a_long_handler(hold_up) < 0.0001
+
+
+def test_a_worker_that_listened_meanwhile_would_hold_it_back(hold_up, monkeypatch):
+    """The test above bites."""
+    monkeypatch.setattr(waking, "UNLISTEN", "select 1")
+    assert backlog_beside_a_long_handler(hold_up) > 0.0002
+
+
 def test_wake_never_notifies_nobody_and_polling_finds_everything(wake_mode, listener, handled):
     wake_mode("never")
     with worker_thread(poll_interval=0.05):
@@ -459,7 +487,7 @@ def test_a_notification_that_comes_with_an_answer_of_the_server_ends_the_wait():
     wake = Wake(make_context(), poll=poll)
     wake.open()
     connection.close()
-    wake.listen()
+    wake.start()
     wake.fall_asleep()
     with connect() as other:
         other.execute("notify spark_outbox")
