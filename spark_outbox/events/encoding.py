@@ -33,10 +33,13 @@ MAX_DEPTH = 100
 MAX_TEXT = 5 * 2**20
 """The most characters of JSON that emit() accepts for a payload, or for the headers."""
 
+_quote = json.JSONEncoder().encode
+"""Return text as JSON does, in ASCII. json.dumps would look at its options at each call."""
+
 # The position of a value: its parent's place, its key or index in the parent, and its depth. It is
 # formatted only for an error, so that the good case does not pay for it.
 Place = tuple["Place | None", Any, int]
-Encoder = Callable[[Any, Place], Any]
+Encoder = Callable[[Any, Place], str]
 
 
 def dump(values: Mapping[str, Any], *, root: str = "payload") -> str:
@@ -45,8 +48,8 @@ def dump(values: Mapping[str, Any], *, root: str = "payload") -> str:
     Raises UnstorableValue, which names the value's path, as in `payload["a"][3]`, and the cure.
     """
     place: Place = (None, root, 0)
-    document = {_plain_name(name, root): encode(values[name], (place, name, 1)) for name in values}
-    text = json.dumps(document, separators=(",", ":"), allow_nan=False)
+    members = [f"{_name(name, root)}:{encode(values[name], (place, name, 1))}" for name in values]
+    text = "{" + ",".join(members) + "}"
     if len(text) > MAX_TEXT:
         raise UnstorableValue(
             f"The {root} has {len(text):,} characters of JSON; the most is {MAX_TEXT:,}. "
@@ -55,16 +58,16 @@ def dump(values: Mapping[str, Any], *, root: str = "payload") -> str:
     return text
 
 
-def encode(value: Any, place: Place) -> Any:
-    """Return `value` in a form that json.dumps accepts and jsonb returns unchanged."""
+def encode(value: Any, place: Place) -> str:
+    """Return `value` as JSON that jsonb returns unchanged. It is ASCII, in one line."""
     encoder = _ENCODERS.get(type(value)) or _find_encoder(value, place)
     return encoder(value, place)
 
 
-def _plain_name(name: str, root: str) -> str:
+def _name(name: str, root: str) -> str:
     if not isinstance(name, str) or name == TAG or not is_plain_text(name):
         raise UnstorableValue(f"{root} can't have a value named {name!r}. Choose another name.")
-    return name
+    return _quote(name)
 
 
 def is_plain_text(value: str) -> bool:
@@ -78,41 +81,53 @@ def is_plain_text(value: str) -> bool:
     return "\0" not in value
 
 
-def _str(value: str, _: Place) -> Any:
+def _tag(tag: str, *content: str) -> str:
+    """Return the object for a value that JSON lacks; `content` is JSON already."""
+    return f'{{"{TAG}":["{tag}",{",".join(content)}]}}'
+
+
+def _constant(value: bool | None, _: Place) -> str:
+    return "null" if value is None else "true" if value else "false"
+
+
+def _str(value: str, _: Place) -> str:
     if is_plain_text(value):
-        return value
-    return {TAG: ["text", _base64(value.encode("utf-8", "surrogatepass"))]}
+        return _quote(value)
+    return _tag("text", _base64(value.encode("utf-8", "surrogatepass")))
 
 
-def _int(value: int, place: Place) -> Any:
+def _int(value: int, place: Place) -> str:
     if value.bit_length() > 12_000:  # Python itself won't read more than 4,300 digits
         raise _refuse(place, "is too large an integer", "Store it as text or bytes")
-    return value
+    return repr(value)
 
 
-def _float(value: float, place: Place) -> Any:
+def _float(value: float, place: Place) -> str:
     if not math.isfinite(value):
         raise _refuse(place, f"is {value}, which JSON can't store", "Store None or text instead")
     text = repr(value)
-    if "e" in text or text == "-0.0":
-        return {TAG: ["float", text]}
-    return value
+    return _tag("float", _quote(text)) if "e" in text or text == "-0.0" else text
 
 
-def _list(value: Iterable[Any], place: Place) -> Any:
+def _list(value: Iterable[Any], place: Place) -> str:
     depth = _deeper(place)
-    return [encode(item, (place, index, depth)) for index, item in enumerate(value)]
+    return _array([encode(item, (place, index, depth)) for index, item in enumerate(value)])
 
 
-def _dict(value: Mapping[Any, Any], place: Place) -> Any:
+def _array(items: Iterable[str]) -> str:
+    return "[" + ",".join(items) + "]"
+
+
+def _dict(value: Mapping[Any, Any], place: Place) -> str:
     depth = _deeper(place)
     if all(type(key) is str and key != TAG and is_plain_text(key) for key in value):
-        return {key: encode(item, (place, key, depth)) for key, item in value.items()}
+        members = [f"{_quote(key)}:{encode(item, (place, key, depth))}" for key, item in value.items()]
+        return "{" + ",".join(members) + "}"
     pairs = [
-        [encode(key, (place, key, depth)), encode(item, (place, key, depth))]
+        f"[{encode(key, (place, key, depth))},{encode(item, (place, key, depth))}]"
         for key, item in value.items()
     ]
-    return {TAG: ["dict", pairs]}
+    return _tag("dict", _array(pairs))
 
 
 def _deeper(place: Place) -> int:
@@ -125,47 +140,56 @@ def _deeper(place: Place) -> int:
     return depth
 
 
-def _tagged(tag: str, convert: Callable[[Any], Any]) -> Encoder:
-    return lambda value, place: {TAG: [tag, convert(value)]}
+def _tagged_text(tag: str, convert: Callable[[Any], str]) -> Encoder:
+    return lambda value, place: _tag(tag, _quote(convert(value)))
 
 
 def _set(tag: str) -> Encoder:
-    def encode_set(value: Iterable[Any], place: Place) -> Any:
+    def encode_set(value: Iterable[Any], place: Place) -> str:
         depth = _deeper(place)
         items = [encode(item, (place, item, depth)) for item in value]
-        return {TAG: [tag, sorted(items, key=json.dumps)]}  # the same text for the same set
+        return _tag(tag, _array(sorted(items)))  # the same text for the same set
 
     return encode_set
 
 
-def _tuple(value: tuple[Any, ...], place: Place) -> Any:
-    return {TAG: ["tuple", _list(value, place)]}
+def _tuple(value: tuple[Any, ...], place: Place) -> str:
+    return _tag("tuple", _list(value, place))
 
 
-def _time(value: dt.time, place: Place) -> Any:
+def _time(value: dt.time, place: Place) -> str:
     if value.tzinfo is not None and value.utcoffset() is None:
         raise _refuse(place, "is a time in a zone without a fixed offset", "Store a datetime")
     return _moment("time", value)
 
 
-def _moment(tag: str, value: dt.datetime | dt.time) -> Any:
+def _moment(tag: str, value: dt.datetime | dt.time) -> str:
+    moment = _quote(value.isoformat())
     zone = getattr(value.tzinfo, "key", None) if isinstance(value.tzinfo, ZoneInfo) else None
     if isinstance(zone, str) and is_plain_text(zone):
-        return {TAG: [tag, value.isoformat(), value.fold, zone]}
-    return {TAG: [tag, value.isoformat(), *([1] if value.fold else [])]}
+        return _tag(tag, moment, str(value.fold), _quote(zone))
+    return _tag(tag, moment, "1") if value.fold else _tag(tag, moment)
+
+
+def _timedelta(value: dt.timedelta, _: Place) -> str:
+    return _tag("timedelta", f"[{value.days},{value.seconds},{value.microseconds}]")
 
 
 def _base64(value: bytes | bytearray | memoryview) -> str:
-    return base64.b64encode(bytes(value)).decode("ascii")
+    return _quote(base64.b64encode(bytes(value)).decode("ascii"))
 
 
-def _instance(value: models.Model, place: Place) -> Any:
+def _bytes(value: bytes | bytearray | memoryview, _: Place) -> str:
+    return _tag("bytes", _base64(value))
+
+
+def _instance(value: models.Model, place: Place) -> str:
     key = value.pk
     if key is None or (isinstance(key, tuple) and None in key) or value._state.adding:
         raise _refuse(place, f"is an unsaved {value._meta.label}", "Call its save() before emit()")
     # Its current row is in the database that it is written to: not in a read replica.
     alias = router.db_for_write(type(value), instance=value)
-    return {TAG: ["model", value._meta.label_lower, encode(key, place), alias]}
+    return _tag("model", _quote(value._meta.label_lower), encode(key, place), _quote(alias))
 
 
 def _refuse(place: Place, what: str, cure: str) -> UnstorableValue:
@@ -179,30 +203,26 @@ def _text(place: Place) -> str:
     return _text(parent) + (f'["{key}"]' if isinstance(key, str) else f"[{key!r}]")
 
 
-def _as_is(value: Any, _: Place) -> Any:
-    return value
-
-
 _ENCODERS: dict[type, Encoder] = {
     str: _str,
     int: _int,
     float: _float,
-    bool: _as_is,
-    type(None): _as_is,
+    bool: _constant,
+    type(None): _constant,
     list: _list,
     dict: _dict,
     tuple: _tuple,
     set: _set("set"),
     frozenset: _set("frozenset"),
     dt.datetime: lambda value, place: _moment("datetime", value),
-    dt.date: _tagged("date", dt.date.isoformat),
+    dt.date: _tagged_text("date", dt.date.isoformat),
     dt.time: _time,
-    dt.timedelta: _tagged("timedelta", lambda value: [value.days, value.seconds, value.microseconds]),
-    decimal.Decimal: _tagged("decimal", str),
-    uuid.UUID: _tagged("uuid", str),
-    bytes: _tagged("bytes", _base64),
-    bytearray: _tagged("bytes", _base64),
-    memoryview: _tagged("bytes", _base64),
+    dt.timedelta: _timedelta,
+    decimal.Decimal: _tagged_text("decimal", str),
+    uuid.UUID: _tagged_text("uuid", str),
+    bytes: _bytes,
+    bytearray: _bytes,
+    memoryview: _bytes,
 }
 
 # For subclasses; the order matters: an enum may be an int, a datetime is a date, a bool an int.

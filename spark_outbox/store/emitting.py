@@ -3,7 +3,7 @@
 import datetime as dt
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from django.db import IntegrityError
 
@@ -46,7 +46,7 @@ returning id, (extract(epoch from created_at) * 1000000)::bigint
 INSERT_MANY = """
 select spark_outbox_emit_many(
     'spark_outbox_event'::regclass,
-    %s::text[], %s::text[], %s::jsonb[], %s::jsonb[], %s::text[], %s::timestamptz[], %s::interval[]
+    %s::text[], %s::text[], %s::text, %s::text, %s::text[], %s::timestamptz[], %s::interval[]
 )
 """
 
@@ -72,7 +72,39 @@ def insert_many(rows: Sequence[NewRow], *, using: str) -> int:
     Ids follow the order of `rows`. Raises IdCollision.
     """
     with _collisions():
-        return int(fetch_here(INSERT_MANY, as_columns(rows), using=using)[0][0])
+        return int(fetch_here(INSERT_MANY, _columns(rows), using=using)[0][0])
+
+
+def _columns(rows: Sequence[NewRow]) -> list[Any]:
+    """Return the arguments of INSERT_MANY. A column that has the default in every row is not sent."""
+    keys, groups, payloads, headers, ordering_keys, times, delays = as_columns(rows)
+    return [
+        _text_array(keys),
+        _text_array(groups),
+        _lines(payloads),
+        None if _all_are("{}", headers) else _lines(headers),
+        None if _all_are(None, ordering_keys) else _text_array(ordering_keys),
+        None if _all_are(None, times) else times,
+        None if _all_are(None, delays) else delays,
+    ]
+
+
+def _all_are(value: Any, column: list[Any]) -> bool:
+    return column.count(value) == len(column)
+
+
+def _text_array(texts: list[str | None]) -> str:
+    """Return a text[] literal: psycopg takes its time over lists."""
+    quoted = [
+        "NULL" if text is None else '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
+        for text in texts
+    ]
+    return "{" + ",".join(quoted) + "}"
+
+
+def _lines(objects: list[str]) -> str:
+    """Return JSON objects, one a line: `dump` writes no line breaks."""
+    return "\n".join(objects)
 
 
 def check_key(key: str, *, using: str) -> None:

@@ -108,6 +108,14 @@ def test_every_value_comes_back_as_it_was(value):
     assert same(through_jsonb({"value": value})["value"], value)
 
 
+@given(st.dictionaries(text, values, max_size=3))
+def test_json_is_ascii_in_one_line(value):
+    """So emit_many() can send it one a line, in any encoding."""
+    document = dump({"value": value})
+    assert document.isascii()
+    assert document.isprintable()
+
+
 class Colour(models.TextChoices):
     RED = "red"
 
