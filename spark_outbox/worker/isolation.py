@@ -9,8 +9,7 @@ session that a handler changes are put back before anything else runs, see sessi
 
 from collections.abc import Callable
 from contextlib import ExitStack
-from functools import partial
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
 from django.db import connections
 from django.db.backends.base.base import BaseDatabaseWrapper
@@ -21,7 +20,8 @@ from spark_outbox.errors import BrokenTransaction
 from spark_outbox.events.references import References
 from spark_outbox.store import isolating
 from spark_outbox.worker import wire
-from spark_outbox.worker.apart import call_back
+from spark_outbox.worker.apart import call_each_apart
+from spark_outbox.worker.frame import Frame
 from spark_outbox.worker.savepoints import NotTaken, Savepoints
 from spark_outbox.worker.session_settings import SessionSettings
 
@@ -65,7 +65,7 @@ class Isolation:
         self._strict = strict
         self._settings = SessionSettings(using)
         self.savepoints = Savepoints(self._settings, apart=apart, using=using)
-        self._frame = _Frame.of(self._connection)
+        self._frame = Frame.of(self._connection)
         self._exit = ExitStack()
         self._lost = ""
         # Of the current call:
@@ -87,13 +87,9 @@ class Isolation:
             if kind is None:
                 self.savepoints.lift_limit()
         finally:
-            self._frame.restore_factories()
-        # An on_commit callback that raises must not cost other events theirs. Django's `robust` would
-        # log its traceback, and in Django 5.2 stumbles over a partial.
-        hooks: list[Any] = self._connection.run_on_commit
+            self._frame.restore_cursors()
         if len(self._connection.atomic_blocks) == 1:
-            call = partial(call_back, self._connection.alias)
-            hooks[:] = [(sids, partial(call, callback), False) for sids, callback, _ in hooks]
+            call_each_apart(self._connection, self._frame.callbacks)
 
     # Around a call
 
@@ -158,7 +154,7 @@ class Isolation:
         raw = self._frame.raw
         if self._connection.connection is not raw or (raw.closed and not raw.broken):
             return "The handler closed the worker's database connection."
-        self._frame.restore_factories()
+        self._frame.restore_cursors()
         status = raw.pgconn.transaction_status
         if status == TransactionStatus.IDLE:
             return ENDED
@@ -275,24 +271,3 @@ class _Trace:
         self.wrote = False
         self.refused = False  # it has tried to end the transaction
         self.changed_settings = False
-
-
-class _Frame(NamedTuple):
-    """The state in which each handler gets the connection."""
-
-    raw: Any
-    blocks: int
-    savepoints: int
-    factories: dict[str, Any]
-
-    @classmethod
-    def of(cls, connection: BaseDatabaseWrapper) -> "_Frame":
-        raw = connection.connection
-        # How psycopg makes cursors: handlers change it, and the worker's own queries rely on it.
-        names = ("row_factory", "cursor_factory", "server_cursor_factory", "prepare_threshold")
-        factories = {name: getattr(raw, name) for name in names}
-        return cls(raw, len(connection.atomic_blocks), len(connection.savepoint_ids), factories)
-
-    def restore_factories(self) -> None:
-        for name, value in self.factories.items():
-            setattr(self.raw, name, value)

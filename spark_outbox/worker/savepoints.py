@@ -2,9 +2,12 @@
 
 The release of the savepoint before, the new savepoint and the handler's first statement are sent as one
 query, since a round trip of their own takes longer than all three. PostgreSQL parses a query before it
-runs any of it: if the handler's statement is no SQL at all, there is no savepoint either. Each has a
-number, so the rollback finds out, and the batch is lost. It happens to a handler once: from then on its
-savepoints are sent ahead.
+runs any of it: if the handler's statement is no SQL at all, there is no savepoint either. No other one
+has its number, so the rollback finds out, and the batch is lost. It happens to a handler once: from then
+on its savepoints are sent ahead.
+
+There are few numbers, since psycopg parses each text that it has not seen lately: for a long INSERT that
+takes longer than the savepoint does.
 """
 
 from django.db import DatabaseError
@@ -53,7 +56,7 @@ class Savepoints:
 
         Call `confirm` after they have run, or `take` to run them now.
         """
-        self._number += 1
+        self._number = self._free_number()
         statements = [isolating.RELEASE.format(number=self._established)] if self._established else []
         timeout = self._settings.limit(limit, handler=not is_worker)
         is_limited = timeout != self._settings.own_limit
@@ -62,6 +65,12 @@ class Savepoints:
         self._is_limited = is_limited
         statements.append(isolating.SAVEPOINT.format(number=self._number))
         return statements
+
+    def _free_number(self) -> int:
+        """Return a number that no savepoint has now."""
+        if self._number != self._established:  # nobody knows whether the last one was taken
+            return max(self._number, 2) + 1
+        return 2 if self._number == 1 else 1
 
     def take(self, statements: list[str]) -> None:
         isolating.savepoint("; ".join(statements), using=self._using)

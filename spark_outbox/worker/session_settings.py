@@ -45,9 +45,11 @@ class SessionSettings:
         """Return the `statement_timeout`, in milliseconds, for a call that may take so many seconds."""
         if seconds is None and self._limits is None:
             return self.own_limit
-        milliseconds = None if seconds is None else math.ceil(seconds * 1000)
         project = self.limits.handlers if handler else 0
-        return min((limit for limit in (milliseconds, project) if limit), default=0)
+        if seconds is None:
+            return project
+        milliseconds = math.ceil(seconds * 1000)
+        return min(milliseconds, project) if project else milliseconds
 
     @property
     def own_limit(self) -> int:

@@ -1,12 +1,14 @@
 """Savepoints: each handler's writes have one, and only those that write."""
 
+import contextlib
 import itertools
 import math
 import re
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
-from django.db import connection
+from django.db import DatabaseError, connection
 
 from spark_outbox import emit, emit_many
 from spark_outbox.errors import HandlerTimeout
@@ -14,10 +16,10 @@ from spark_outbox.models import Delivery, OutboxEvent
 from spark_outbox.registry.policy import Policy
 from spark_outbox.worker import session_settings
 from spark_outbox.worker.loop import Worker
-from spark_outbox.worker.savepoints import MAX_SUBTRANSACTIONS
+from spark_outbox.worker.savepoints import MAX_SUBTRANSACTIONS, Savepoints
 from tests.challenges.models import Handled
 from tests.statements import Statements
-from tests.tools import HOUR, deliveries, note, statuses, wait_until_done, worker_thread
+from tests.tools import HOUR, deliveries, handled, note, statuses, wait_until_done, worker_thread
 
 pytestmark = pytest.mark.django_db(transaction=True)
 
@@ -35,8 +37,17 @@ def test_a_savepoint_goes_with_the_first_statement_and_is_released_with_the_next
     assert queries == [
         "savepoint spark_outbox_1",
         "release savepoint spark_outbox_1; savepoint spark_outbox_2",
-        "release savepoint spark_outbox_2; savepoint spark_outbox_3",
+        "release savepoint spark_outbox_2; savepoint spark_outbox_1",
     ]
+
+
+def test_the_first_statement_of_a_handler_is_sent_in_few_texts(own_registry):
+    """Psycopg parses each text that is not among the last 128: for a long INSERT that takes a while."""
+    own_registry.add_handler(note, group="")
+    emit_many({"group": "g", "key": f"{n}"} for n in range(40))
+    with Statements() as statements:
+        Worker(commit_interval=HOUR).drain()
+    assert len({sql for sql in statements.sql if "; INSERT" in sql}) <= 3
 
 
 def no_sql(event):
@@ -116,6 +127,38 @@ def test_a_handler_may_go_on_after_a_first_statement_that_could_not_be_sent(own_
     assert statuses() == expected
     handled = set(Handled.objects.values_list("key", flat=True))
     assert handled == {key for key, status in expected.items() if status == "done"}
+
+
+def swallow_what_cannot_be_sent(event):
+    with contextlib.suppress(DatabaseError):
+        too_few_parameters(event)
+
+
+def swallow_an_alarm_just_after_the_savepoint(event):
+    with pytest.MonkeyPatch.context() as patch, contextlib.suppress(HandlerTimeout):
+        patch.setattr(Savepoints, "confirm", Mock(side_effect=HandlerTimeout))
+        note(event)
+
+
+@pytest.mark.parametrize("between", ["u", "uu", "uuu", "a", "ua", "uua"])
+def test_no_handler_is_rolled_back_to_a_savepoint_of_another(own_registry, between):
+    """Nobody knows whether the last savepoint was taken. So its number is not free, nor the one before:
+    a handler whose own was not taken must find none to roll back to."""
+    functions = {
+        "good": note,
+        "u": swallow_what_cannot_be_sent,
+        "a": swallow_an_alarm_just_after_the_savepoint,
+        "bad": no_sql,
+    }
+    for name, function in functions.items():
+        own_registry.add_handler(function, group=f"^{name}$", name=name, policy=Policy(backoff=3600))
+    for place, group in enumerate(["good", "good", *between, "bad", "good"]):
+        emit(group, f"{group} {place}")
+    Worker(commit_interval=HOUR).drain()
+    done = [key for key, status in statuses().items() if status == "done"]
+    assert {"good 0", "good 1"} <= set(done)
+    assert not any(key.startswith("bad") for key in done)
+    assert handled() == [key for key in done if not key.startswith("u")]
 
 
 def several_statements(event):
