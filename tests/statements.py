@@ -6,7 +6,7 @@ from typing import Any, Self
 import psycopg
 import pytest
 
-from spark_outbox.store import isolating
+from spark_outbox.store import connection, prepared, resting
 
 
 class Statements:
@@ -17,19 +17,20 @@ class Statements:
 
     def __enter__(self) -> Self:
         self._patch = pytest.MonkeyPatch()
-        execute, savepoint = psycopg.Cursor.execute, isolating.savepoint
-
-        def record(cursor: Any, sql: str, *args: Any, **kwargs: Any) -> Any:
-            self.sql.append(sql)
-            return execute(cursor, sql, *args, **kwargs)
-
-        def record_savepoint(sql: str, *, using: str) -> None:
-            self.sql.append(sql)
-            savepoint(sql, using=using)
-
-        self._patch.setattr(psycopg.Cursor, "execute", record)
-        self._patch.setattr(isolating, "savepoint", record_savepoint)
+        self._record(psycopg.Cursor, "execute", 1)
+        self._record(connection, "send", 0)
+        self._record(prepared, "send", 0)
+        self._record(resting, "send_several", 0)
         return self
+
+    def _record(self, owner: Any, name: str, position: int) -> None:
+        function = getattr(owner, name)
+
+        def record(*args: Any, **kwargs: Any) -> Any:
+            self.sql.append(args[position])
+            return function(*args, **kwargs)
+
+        self._patch.setattr(owner, name, record)
 
     def __exit__(self, *error: object) -> None:
         self._patch.undo()

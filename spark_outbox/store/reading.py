@@ -22,7 +22,8 @@ EVENT_COLUMNS = """
     case when available_at is not null then least(greatest(available_at, '0001-01-02'), '9999-12-30') end
 """
 
-LOWEST_ID = -(2**63) + 1
+HIGHEST_ID = 2**63 - 1
+LOWEST_ID = -HIGHEST_ID
 """Of all but one: PostgreSQL takes the literal of the lowest bigint for no bigint."""
 
 # The array has it uncompressed. As text even that may be too large for PostgreSQL itself.

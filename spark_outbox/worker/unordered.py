@@ -5,7 +5,7 @@ import math
 from spark_outbox.store import claiming
 from spark_outbox.store.claiming import EARLIEST, Due
 from spark_outbox.store.connection import run_query
-from spark_outbox.store.reading import LOWEST_ID
+from spark_outbox.store.reading import HIGHEST_ID, LOWEST_ID
 from spark_outbox.store.scanning import PIECE
 from spark_outbox.worker.context import Context
 from spark_outbox.worker.looks import DUE, READY, Ask, Found, Handled, Look, RoundsLook, without
@@ -45,7 +45,7 @@ class ReadyEvents(Look):
 
     def learn(self, handled: Handled) -> None:
         if handled.events:
-            self.floor = handled.events[-1].id + 1
+            self.floor = min(handled.events[-1].id + 1, HIGHEST_ID)
         for event in handled.events if handled.passed else ():
             if event.id in handled.passed:
                 self._waiting = event.id if self._waiting is None else min(self._waiting, event.id)

@@ -7,9 +7,8 @@ import subprocess
 
 import pytest
 from django.db import connection
-from psycopg import ClientCursor
 
-from spark_outbox.store import claiming, prepared, resting, waking
+from spark_outbox.store import claiming, resting, waking
 from spark_outbox.worker.claims import Claims
 from spark_outbox.worker.cycle import Cycle
 from spark_outbox.worker.loop import Worker
@@ -17,6 +16,7 @@ from spark_outbox.worker.session import Session
 from spark_outbox.worker.sleep import Sleep
 from spark_outbox.worker.wake import Wake
 from tests.postgres import ROOT
+from tests.statements import Statements
 from tests.tools import eventually, wait_until_asleep, worker_thread
 
 MODEL = ROOT / "tests" / "model" / "wake.pml"
@@ -131,34 +131,24 @@ def test_the_trigger_takes_the_steps_of_the_model_in_their_order():
 
 
 @pytest.mark.django_db(transaction=True)
-def test_a_worker_takes_the_steps_of_the_model_in_their_order(own_registry, monkeypatch):
+def test_a_worker_takes_the_steps_of_the_model_in_their_order(own_registry):
     loop = marks("sql")
-    statements = vars(claiming) | vars(resting) | vars(waking)
-    beginnings = {name: statements[name].partition("{")[0] for name in loop}
+    texts = vars(claiming) | vars(resting) | vars(waking)
+    beginnings = {name: texts[name].partition("{")[0] for name in loop}
     beginnings["CLAIM_READY"] = f"execute {claiming.PREPARED_CLAIM}"
-    steps = []
 
-    def note(sql):
-        plain = sql.replace("public.spark_outbox", "spark_outbox")  # workers address their tables
-        found = [(plain.index(text), name) for name, text in beginnings.items() if text in plain]
-        steps.extend(name for _, name in sorted(found))
+    def steps():
+        found = []
+        for sql in statements.sql:
+            plain = sql.replace("public.spark_outbox", "spark_outbox")  # workers address their tables
+            places = [(plain.index(text), name) for name, text in beginnings.items() if text in plain]
+            found += [name for _, name in sorted(places)]
+        return found
 
-    def noting(owner, name, position):
-        function = getattr(owner, name)
-
-        def noted(*arguments, **options):
-            note(arguments[position])
-            return function(*arguments, **options)
-
-        monkeypatch.setattr(owner, name, noted)
-
-    noting(ClientCursor, "execute", 1)
-    noting(prepared, "send", 0)
-    noting(resting, "send_several", 0)
-    with worker_thread():
+    with Statements() as statements, worker_thread():
         wait_until_asleep()
-        eventually(lambda: steps[-1] == loop[-1])
+        eventually(lambda: steps()[-1:] == loop[-1:])
         with connection.cursor() as cursor:
             cursor.execute("notify spark_outbox")
-        eventually(lambda: len(steps) >= 2 * len(loop) - 2)
-    assert steps == [*loop[2:], *loop]  # at first there is nothing to leave
+        eventually(lambda: len(steps()) >= 2 * len(loop) - 2)
+    assert steps() == [*loop[2:], *loop]  # at first there is nothing to leave
