@@ -75,7 +75,6 @@ class Wake:
 
     def stop_listening(self) -> None:
         """Hear nothing until `fall_asleep`, and let S go: nobody reads the connection meanwhile."""
-        self._is_leaving = True
         self._part()
 
     def fall_asleep(self) -> tuple[float, Outlook]:
@@ -127,6 +126,7 @@ class Wake:
         self._context.watch.work()
         self._pause = MIN_PAUSE
         self.let_go()
+        self._is_leaving = self._listens  # what comes while it looks is heard; the next claim ends that
 
     def let_go(self) -> None:
         """Release S, if held: who emits from now on need not notify."""
@@ -135,17 +135,19 @@ class Wake:
             fetch_value(waking.LET_GO_OF_S.format(oid=self._oid), using=self._using or "")
 
     def let_go_with_next(self) -> None:
-        """Release S before the next claim, in the same round trip: see `parting`."""
+        """UNLISTEN and release S before the next claim, in the same round trip: see `parting`."""
         self._is_leaving = True
 
     def parting(self, *, goes_ahead: bool) -> str:
-        """Before a claim: UNLISTEN, and let S go if that is to be.
+        """Before a claim, unless we only look before we sleep: UNLISTEN, and let S go.
 
         A session in a transaction reads no notification. While it is long, the server would keep those
         of everybody; and one that nobody reads would fill its socket.
 
         Return the statements for that if they can go ahead of the claim, in its round trip.
         """
+        if not self._is_leaving:
+            return ""
         if goes_ahead:
             return self._partings()
         self._part()
@@ -157,10 +159,9 @@ class Wake:
 
     def _partings(self) -> str:
         statements = [waking.UNLISTEN] if self._listens else []
-        if self._is_leaving and self._holds_s:
+        if self._holds_s:
             statements.append(waking.LET_GO_OF_S.format(oid=self._oid))
-            self._holds_s = False
-        self._listens = self._is_leaving = False
+        self._holds_s = self._listens = self._is_leaving = False
         return "; ".join(statements)
 
     def wait(self, timeout: float) -> bool:

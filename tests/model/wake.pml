@@ -22,9 +22,10 @@ What one session does and another can notice is a step of its own, and all order
 tried. The fallback poll is left out: it finds any event in the end. So is what a clock wakes for, due
 and ordered events; and duplicates. An Emitter is any session that emits, a worker's too. Once it has
 S, a worker looks: LOOK also sees what others have locked. If there are events, it claims, and
-looks once more before it sleeps. It LISTENs only while it waits: each claim begins with UNLISTEN. A worker may also fall asleep without another claim after a batch; or
-claim again and again, as it does while events come fast. One that is woken may leave the event to
-another worker, and just look: that has let S go by then, so this one has not.
+looks once more before it sleeps. It LISTENs from before it takes S until the claim after its sleep.
+A worker may also fall asleep without another claim after a batch; or claim again and again, as it does
+while events come fast. One that is woken may leave the event to another worker, and just look: that has
+let S go by then, so this one has not.
 
 The steps of a commit are in the order of CommitTransaction() in PostgreSQL's xact.c: PreCommit_Notify
 and RecordTransactionCommit; ProcArrayEndTransaction, from when on others see the rows;
@@ -109,19 +110,13 @@ inline look() {
 #else
     :: atomic { pending == locked }
 #endif
-    :: atomic { else -> unlisten() };
+    :: else;
        atomic { claim() };
        if
        :: claimed -> goto next
        :: else                                      /* others hold them, or had them: once more */
        fi;
-#ifndef LOOK_WITHOUT_LISTEN
-       listening = listening | ME;
-#endif
-       atomic { is_safe = is_safe && pending == 0 };
-#ifdef LOOK_WITHOUT_LISTEN
-       listening = listening | ME;
-#endif
+       atomic { is_safe = is_safe && pending == 0 }
     fi
 }
 

@@ -417,6 +417,24 @@ def test_wake_always_notifies_with_each_commit(wake_mode, listener, handled):
         eventually(lambda: handled == ["one", "two"])
 
 
+def test_what_comes_between_the_last_claim_and_the_last_look_ends_the_wait(handled, monkeypatch):
+    """The look can't tell it from others' event, which is there all the time."""
+    look, looks = resting.look, []
+
+    def look_later(**options):
+        looks.append(options)
+        if len(looks) == 1:
+            with connect() as other:
+                other.execute("insert into spark_outbox_event (key, event_group) values ('1', 'ours')")
+        return look(**options)
+
+    emit("theirs", "0", ordering_key="key")
+    monkeypatch.setattr(resting, "look", look_later)
+    with worker_thread(groups="^ours$", poll_interval=HOUR):
+        eventually(lambda: handled == ["1"], patience=10)
+    assert looks
+
+
 def backlog_beside_a_long_handler(hold_up):
     """Return how much of the server's queue of notifications is in use, after megabytes of them."""
     busy, go, _ = hold_up
