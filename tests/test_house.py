@@ -187,6 +187,9 @@ def test_the_triggers_of_the_setting_are_those_of_the_migration(wake_mode):
     assert not triggers()
     wake_mode("gated")
     assert triggers() == migrated
+    with connection.cursor() as cursor:
+        cursor.execute("drop trigger spark_outbox_wake_again on spark_outbox_event")
+    assert waking.wake_mode(using="default") == "never"  # so that `migrate` brings it back
 
 
 @pytest.mark.django_db

@@ -69,7 +69,7 @@ for no key update skip locked
 
 def prepare(*, using: str) -> None:
     """Prepare the claim of ready events, in a session that lasts."""
-    sql = CLAIM_READY % {"floor": "$1", "limit": "$2"}
+    sql = addressed(CLAIM_READY, using) % {"floor": "$1", "limit": "$2"}
     prepared.prepare(PREPARED_CLAIM, sql, types="(bigint, bigint)", using=using)
 
 

@@ -18,7 +18,7 @@ from psycopg import Connection
 from psycopg.adapt import Transformer
 from psycopg.errors import error_from_result
 from psycopg.pq import ExecStatus
-from psycopg.pq.abc import PGresult
+from psycopg.pq.abc import PGconn, PGresult
 
 Using = str | BaseDatabaseWrapper
 
@@ -128,15 +128,21 @@ def send_several(sql: str, raw: Connection[Any]) -> list[PGresult]:
     pgconn = raw.pgconn
     pgconn.send_query(sql.encode())
     while pgconn.flush():
-        select.select([], [pgconn.socket], [])
+        _wait(pgconn, select.POLLOUT)
     results: list[PGresult] = []
     while True:
         while pgconn.is_busy():
-            select.select([pgconn.socket], [], [])
+            _wait(pgconn, select.POLLIN)
             pgconn.consume_input()
         if (result := pgconn.get_result()) is None:  # that was the last
             return [_checked(result, raw) for result in results]
         results.append(result)
+
+
+def _wait(pgconn: PGconn, event: int) -> None:
+    poll = select.poll()  # select() takes no descriptor over 1023
+    poll.register(pgconn.socket, event)
+    poll.poll()
 
 
 def _checked(result: PGresult, raw: Connection[Any]) -> PGresult:

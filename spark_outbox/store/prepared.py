@@ -13,7 +13,7 @@ from psycopg import Connection
 from psycopg.errors import InvalidSqlStatementName
 from psycopg.pq import TransactionStatus
 
-from spark_outbox.store.connection import addressed, is_watched, rows_of, send
+from spark_outbox.store.connection import is_watched, rows_of, send
 
 _prepared: "WeakKeyDictionary[Connection[Any], dict[str, str]]" = WeakKeyDictionary()
 """How each statement was prepared in a session, by its name."""
@@ -21,9 +21,9 @@ _prepared: "WeakKeyDictionary[Connection[Any], dict[str, str]]" = WeakKeyDiction
 
 def prepare(name: str, sql: str, *, types: str = "", using: str) -> None:
     """Prepare a statement, of parameters of these types, in a session that lasts; unless that has been
-    done."""
+    done. It is sent as it is: the caller has addressed it."""
     raw = connections[using].connection
-    statement = f"prepare {name}{types} as {addressed(sql, using)}"
+    statement = f"prepare {name}{types} as {sql}"
     there = _prepared.setdefault(raw, {})
     if there.get(name) != statement:
         there[name] = statement

@@ -95,6 +95,8 @@ class Asleep(NamedTuple):
     """A worker that is about to sleep."""
 
     holds_s: bool
+    oid: int
+    """The table's whose S it holds."""
     is_safe: bool
     """It holds S, and no transaction that has emitted is open: whoever emits from now on notifies."""
     outlook: Outlook
@@ -103,9 +105,8 @@ class Asleep(NamedTuple):
 
 def prepare(*, groups: str | None, using: str) -> None:
     """Prepare the outlook, in a session that lasts."""
-    sql = ClientCursor(connections[using].connection).mogrify(
-        outlook_sql(groups=groups), {"groups": groups}
-    )
+    sql = addressed(outlook_sql(groups=groups), using)
+    sql = ClientCursor(connections[using].connection).mogrify(sql, {"groups": groups})
     prepared.prepare(PREPARED_OUTLOOK, sql, using=using)
 
 
@@ -124,8 +125,8 @@ def fall_asleep(*, listens: bool, using: str) -> Asleep:
             prepared.prepare_again(raw)
             send(addressed(waking.LET_GO_OF_S.format(oid=waking.OID), using), raw)  # it is there twice
             results = send_several(sql, raw)
-        ((holds_s, _),), ((is_free,),), (found,) = (rows_of(result, raw) for result in results[-4:-1])
-    return Asleep(holds_s, holds_s and is_free, _as_outlook(found))
+        ((holds_s, oid),), ((is_free,),), (found,) = (rows_of(result, raw) for result in results[-4:-1])
+    return Asleep(holds_s, oid, holds_s and is_free, _as_outlook(found))
 
 
 def look(*, listens: bool, using: str) -> Outlook:

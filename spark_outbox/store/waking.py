@@ -51,11 +51,13 @@ def wake_others(*, using: str) -> None:
 # The wake trigger's mode, see SPARK_OUTBOX["WAKE"]
 
 WAKE_MODE = """
-select coalesce((
-    select substring(encode(tgargs, 'escape') from '^[a-z]+')
+select case when count(*) = 2 and min(mode) = max(mode) then min(mode) else 'never' end
+from (
+    select substring(encode(tgargs, 'escape') from '^[a-z]+') as mode
     from pg_trigger
-    where tgrelid = to_regclass('spark_outbox_event') and tgname = 'spark_outbox_wake'
-), 'never')
+    where tgrelid = to_regclass('spark_outbox_event')
+        and tgname in ('spark_outbox_wake', 'spark_outbox_wake_again')
+) as triggers
 """
 
 SET_WAKE_MODE = {
@@ -65,7 +67,7 @@ create or replace trigger spark_outbox_wake after insert on spark_outbox_event
 create or replace trigger spark_outbox_wake_again after update on spark_outbox_event
     for each row when (
         new.status = 'pending' and (
-            old.status <> 'pending'
+            old.status in ('done', 'failed', 'discarded')
             or new.available_at < old.available_at
             or new.available_at is null and old.available_at is not null
         )

@@ -167,6 +167,7 @@ class Worker:
 
     def _leave(self) -> None:
         """Finish what is running, and tell others that the worker stops by itself."""
+        self._wake.stop_listening()
         self._running.finish()
         self._claims.leave()
         self._crashes.resign()

@@ -97,7 +97,7 @@ class Wake:
         # it for the rest of its session.
         asleep = resting.fall_asleep(listens=self._listens, using=self._using)
         self._listens = True
-        self._holds_s, self._oid = asleep.holds_s, asleep.outlook.oid
+        self._holds_s, self._oid = asleep.holds_s, asleep.oid
         if asleep.is_safe:
             self._pause = MIN_PAUSE
             return math.inf, asleep.outlook

@@ -9,7 +9,8 @@ from psycopg import IsolationLevel
 from psycopg.pq import TransactionStatus
 
 from spark_outbox import emit
-from spark_outbox.store import claiming, prepared
+from spark_outbox.store import claiming, prepared, resting
+from spark_outbox.store.connection import fixed_schema
 from tests.tools import HOUR, connect, eventually, wait_until_asleep, wait_until_done, worker_thread
 
 pytestmark = pytest.mark.django_db(transaction=True)
@@ -95,6 +96,13 @@ def test_it_is_prepared_anew_for_another_schema(session):
     prepared.prepare("spark_outbox_number", "select 3", using="default")
     assert prepared.begin_with("spark_outbox_number", "", first="", using="default") == [(3,)]
     session.rollback()
+
+
+def test_a_pattern_of_groups_names_no_table(session):
+    with fixed_schema(using="default"):
+        resting.prepare(groups="^spark_outbox_event$", using="default")
+    statements = session.execute("select statement from pg_prepared_statements").fetchall()
+    assert any("'^spark_outbox_event$'" in text for (text,) in statements)
 
 
 def test_a_refusal_of_the_claim_leaves_no_transaction_open(session):

@@ -25,6 +25,7 @@ from tests.tools import (
     make_challenge,
     make_ready,
     note,
+    sleeping_workers,
     status,
     statuses,
     wait_until_asleep,
@@ -239,7 +240,10 @@ def test_a_worker_that_is_stopped_lets_its_calls_finish(own_registry):
         emit("g", "key")
         assert started.wait(PATIENCE)
         eventually(lambda: status() == "running")
+        wait_until_asleep()
         worker.stop()
+        eventually(lambda: sleeping_workers() == 0)  # whoever emits meanwhile need not notify
+        assert status() == "running"
         release.set()
     assert status() == "done"
     assert slot.in_hand() == []

@@ -164,6 +164,19 @@ def test_a_worker_that_sleeps_notices_what_sql_makes_ready(fields, changed, hand
         eventually(lambda: handled == ["one"])
 
 
+def test_what_workers_put_back_or_reopen_wakes_nobody(listener):
+    """They go on with it themselves; a worker of an older release would put it aside once more."""
+    OutboxEvent.objects.create(key="aside", group="g", status="unhandled")
+    OutboxEvent.objects.create(key="running", group="g", status="running")
+    with connect() as sleeper:
+        sleeper.execute(waking.TAKE_S)
+        OutboxEvent.objects.update(status="pending")
+        assert notifications(listener) == 0
+        OutboxEvent.objects.update(status="failed")
+        OutboxEvent.objects.update(status="pending")
+        assert notifications(listener) == 1
+
+
 def test_what_workers_write_wakes_nobody(own_registry, listener):
     calls = []
 

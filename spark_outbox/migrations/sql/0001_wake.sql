@@ -39,11 +39,13 @@ $body$;
 create trigger spark_outbox_wake after insert on spark_outbox_event
     for each statement execute function spark_outbox_wake('gated');
 
--- The condition costs the UPDATE that settles events nothing that can be measured.
+-- The condition costs the UPDATE that settles events nothing that can be measured. What workers
+-- themselves make pending again wakes nobody: `running` events, which they settle next, and `unhandled`
+-- ones, which a worker of an older release would only put aside again.
 create trigger spark_outbox_wake_again after update on spark_outbox_event
     for each row when (
         new.status = 'pending' and (
-            old.status <> 'pending'
+            old.status in ('done', 'failed', 'discarded')
             or new.available_at < old.available_at
             or new.available_at is null and old.available_at is not null
         )
