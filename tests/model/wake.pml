@@ -104,20 +104,21 @@ inline unlisten() {
 }
 
 inline look() {
-    if
+    atomic {
+        if
 #ifndef LOOK_PAST_LOCKED
-    :: atomic { pending == 0 }
+        :: pending == 0
 #else
-    :: atomic { pending == locked }
+        :: pending == locked
 #endif
-    :: else;
-       atomic { claim() };
-       if
-       :: claimed -> goto next
-       :: else                                      /* others hold them, or had them: once more */
-       fi;
-       atomic { is_safe = is_safe && pending == 0 }
-    fi
+        :: else -> is_safe = false;
+           claim();
+           if
+           :: claimed -> goto next
+           :: else                                  /* others hold them: it looks again soon */
+           fi
+        fi
+    }
 }
 
 inline forget_notifications() {
