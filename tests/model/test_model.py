@@ -151,4 +151,4 @@ def test_a_worker_takes_the_steps_of_the_model_in_their_order(own_registry):
         with connection.cursor() as cursor:
             cursor.execute("notify spark_outbox")
         eventually(lambda: len(steps()) >= 2 * len(loop) - 2)
-    assert steps() == [*loop[2:], *loop]  # at first there is nothing to leave
+        assert steps() == [*loop[2:], *loop]  # at first there is nothing to leave
