@@ -1,7 +1,7 @@
 """Measures the cost of emitting."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from typing import Any
@@ -120,7 +120,7 @@ def emit_contended(bench: Bench) -> list[Figure]:
         waking.set_wake_mode(mode, using=bench.scratch.alias)
         # Without a trigger nothing wakes the worker: let it poll as often as it would be woken.
         with child_workers(bench.scratch, worker, poll_interval=POLL if mode == "never" else None):
-            rate = transactions_a_second(bench.scratch, count, writers=CONNECTIONS)
+            rate = transactions_a_second(bench.scratch, count)
         waking.set_wake_mode("gated", using=bench.scratch.alias)
         return rate
 
@@ -134,17 +134,12 @@ def emit_contended(bench: Bench) -> list[Figure]:
     ]
 
 
-def transactions_a_second(scratch: Scratch, count: int, *, writers: int) -> float:
-    """Let `writers` commit `count` transactions in all, as fast as they can; return commits a second."""
-    each = count // writers
-    return each * writers / run_at_once(scratch, [TRANSACTIONS % {"count": each}] * writers)
-
-
-def run_at_once(scratch: Scratch, statements: Sequence[str]) -> float:
-    """Run statements side by side, each on a connection of its own; return the seconds until the last
-    one ends."""
-    with ExitStack() as stack, ThreadPoolExecutor(len(statements)) as pool:
-        connected = [stack.enter_context(scratch.connect()) for _ in statements]
+def transactions_a_second(scratch: Scratch, count: int) -> float:
+    """Let writers commit `count` transactions in all, side by side, each on a connection of its own and
+    as fast as it can; return commits a second."""
+    each = count // CONNECTIONS
+    with ExitStack() as stack, ThreadPoolExecutor(CONNECTIONS) as pool:
+        writers = [stack.enter_context(scratch.connect()) for _ in range(CONNECTIONS)]
         started = time.perf_counter()
-        list(pool.map(lambda connection, sql: connection.execute(sql), connected, statements))
-        return time.perf_counter() - started
+        list(pool.map(lambda writer: writer.execute(TRANSACTIONS % {"count": each}), writers))
+        return each * CONNECTIONS / (time.perf_counter() - started)

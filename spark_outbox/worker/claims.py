@@ -134,9 +134,9 @@ class Claims:
         """Seconds after which a sleeping worker has to look at everything."""
         return min(look.round_in for look in self.looks.values())
 
-    @property
-    def begin(self) -> bool:
-        """The next claim begins the transaction of its batch, and statements can go ahead of it."""
+    def can_follow(self) -> bool:
+        """Return whether the next claim begins the transaction of its batch, so that statements can go
+        ahead of it in its round trip."""
         context = self._context
         return context.is_direct and context.groups is None and claiming.can_begin(using=context.using)
 

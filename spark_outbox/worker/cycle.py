@@ -104,7 +104,7 @@ class Cycle:
 
     def _claim(self, references: References, *, sweep: bool, inline: bool) -> Batch:
         """Lock the events of the next batch. It is empty if nothing can be handled now."""
-        first = self._wake.parting(goes_ahead=self._claims.begin) or self._session.first_statement
+        first = self._wake.parting(self._claims.can_follow) or self._session.first_statement
         if inline or self._loop.room:
             self._claims.make_room()
         batch = self._claims.next(references, sweep=sweep, first=first)

@@ -75,7 +75,8 @@ class Wake:
 
     def stop_listening(self) -> None:
         """Hear nothing until `fall_asleep`, and let S go: nobody reads the connection meanwhile."""
-        self._part()
+        if statements := self._partings():
+            past_wrappers(statements, self._using or "")
 
     def fall_asleep(self) -> tuple[float, Outlook]:
         """Take S, probe K and look; return the seconds for which sleeping is safe, maybe infinity, and
@@ -138,24 +139,19 @@ class Wake:
         """UNLISTEN and release S before the next claim, in the same round trip: see `parting`."""
         self._is_leaving = True
 
-    def parting(self, *, goes_ahead: bool) -> str:
+    def parting(self, can_go_ahead: Callable[[], bool]) -> str:
         """Before a claim, unless we only look before we sleep: UNLISTEN, and let S go.
 
         A session in a transaction reads no notification. While it is long, the server would keep those
         of everybody; and one that nobody reads would fill its socket.
 
-        Return the statements for that if they can go ahead of the claim, in its round trip.
+        Return the statements for that if they `can_go_ahead` of the claim, in its round trip.
         """
-        if not self._is_leaving:
-            return ""
-        if goes_ahead:
+        if self._is_leaving and can_go_ahead():
             return self._partings()
-        self._part()
+        if self._is_leaving:
+            self.stop_listening()
         return ""
-
-    def _part(self) -> None:
-        if statements := self._partings():
-            past_wrappers(statements, self._using or "")
 
     def _partings(self) -> str:
         statements = [waking.UNLISTEN] if self._listens else []
