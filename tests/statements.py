@@ -20,6 +20,7 @@ class Statements:
         self._record(psycopg.Cursor, "execute", 1)
         self._record(connection, "send", 0)
         self._record(prepared, "send", 0)
+        self._record(resting, "send", 0)
         self._record(resting, "send_several", 0)
         return self
 

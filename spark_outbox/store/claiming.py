@@ -74,20 +74,25 @@ def prepare(*, using: str) -> None:
 
 
 def can_begin(*, using: str) -> bool:
-    """Return whether a transaction can begin with a prepared claim."""
+    """Return whether a transaction can begin with the prepared claim."""
     return prepared.can_begin(PREPARED_CLAIM, using=using)
 
 
 def claim_ready(floor: int, limit: int, *, first: str = "", using: str) -> list[StoredRow]:
     """Lock up to `limit` ready events with an id of `floor` or more, lowest first.
 
-    `first` is a query to run before that, in the same round trip where the driver can: ahead of the
-    transaction if that `can_begin` with this.
+    `first` is a query to run before that, in the same round trip where the driver can.
     """
-    if can_begin(using=using):
-        rows = prepared.begin_with(PREPARED_CLAIM, f"({floor}, {limit})", first=first, using=using)
-        return with_documents(rows, using)
     return _claim(CLAIM_READY, using, first, floor=floor, limit=limit)
+
+
+def begin_with_ready(floor: int, limit: int, *, first: str = "", using: str) -> list[StoredRow]:
+    """Do the same and begin the transaction with it, if that `can_begin`: `first` runs ahead of it.
+
+    The plan may be one for a table that was small: not for claims among many.
+    """
+    rows = prepared.begin_with(PREPARED_CLAIM, f"({floor}, {limit})", first=first, using=using)
+    return with_documents(rows, using)
 
 
 def claim_due(limit: int, *, after: Due = EARLIEST, using: str) -> list[StoredRow]:

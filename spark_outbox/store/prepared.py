@@ -4,8 +4,9 @@ For these, to plan a statement takes longer than to run it; and to bind it, and 
 its own, as long as its way to the server and back.
 """
 
+from collections.abc import Callable
 from contextlib import suppress
-from typing import Any
+from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
 from django.db import connections
@@ -14,6 +15,8 @@ from psycopg.errors import InvalidSqlStatementName
 from psycopg.pq import TransactionStatus
 
 from spark_outbox.store.connection import is_watched, rows_of, send
+
+Result = TypeVar("Result")
 
 _prepared: "WeakKeyDictionary[Connection[Any], dict[str, str]]" = WeakKeyDictionary()
 """How each statement was prepared in a session, by its name."""
@@ -48,21 +51,29 @@ def can_begin(name: str, *, using: str) -> bool:
 def begin_with(name: str, arguments: str, *, first: str, using: str) -> list[tuple[Any, ...]]:
     """Run what comes `first`, if anything does, begin a transaction, and execute a prepared statement;
     all in one round trip. Return its rows."""
-    connection, raw = connections[using], connections[using].connection
+    raw = connections[using].connection
     sql = "; ".join(filter(None, [first, "begin", f"execute {name}{arguments}"]))
-    with connection.wrap_database_errors:
-        try:
-            result = send(sql, raw)
-        except InvalidSqlStatementName:
-            prepare_again(raw)
-            result = send(sql, raw)
-        return rows_of(result, raw)
+    with connections[using].wrap_database_errors:
+        return rows_of(insist(lambda: send(sql, raw), raw), raw)
 
 
-def prepare_again(raw: Connection[Any]) -> None:
-    """Roll back, and prepare what there was in this session: a handler, or psycopg, has deallocated all
-    that it could find."""
-    raw.rollback()
+def insist(run: Callable[[], Result], raw: Connection[Any], *, undo: str = "") -> Result:
+    """Send what executes prepared statements, in no transaction of its caller's.
+
+    If they are gone, roll back, `undo` what a rollback does not, prepare them, and send it again: a
+    handler, or psycopg, has deallocated all that it could find.
+    """
+    try:
+        return run()
+    except InvalidSqlStatementName:
+        raw.rollback()
+        if undo:
+            send(undo, raw)
+        _prepare_again(raw)
+        return run()
+
+
+def _prepare_again(raw: Connection[Any]) -> None:
     for name, statement in _prepared[raw].items():
         _prepare(name, statement, raw)
 

@@ -5,10 +5,9 @@ from typing import Any, NamedTuple
 
 from django.db import connections
 from psycopg import ClientCursor
-from psycopg.errors import InvalidSqlStatementName
 
 from spark_outbox.store import prepared, waking
-from spark_outbox.store.connection import addressed, fetch, past_wrappers, rows_of, send, send_several
+from spark_outbox.store.connection import addressed, fetch, rows_of, send, send_several
 from spark_outbox.store.filtering import IS_MINE
 from spark_outbox.store.scanning import ORDERED, PIECE, UNORDERED
 
@@ -118,21 +117,18 @@ def fall_asleep(*, listens: bool, using: str) -> Asleep:
     """
     connection, raw = connections[using], connections[using].connection
     sql = _heard(addressed(FALL_ASLEEP, using), listens=listens)
+    let_go = addressed(waking.LET_GO_OF_S.format(oid=waking.OID), using)  # else we have S twice
     with connection.wrap_database_errors:
-        try:
-            results = send_several(sql, raw)
-        except InvalidSqlStatementName:
-            prepared.prepare_again(raw)
-            send(addressed(waking.LET_GO_OF_S.format(oid=waking.OID), using), raw)  # it is there twice
-            results = send_several(sql, raw)
+        results = prepared.insist(lambda: send_several(sql, raw), raw, undo=let_go)
         ((holds_s, oid),), ((is_free,),), (found,) = (rows_of(result, raw) for result in results[-4:-1])
     return Asleep(holds_s, oid, holds_s and is_free, _as_outlook(found))
 
 
 def look(*, listens: bool, using: str) -> Outlook:
     """Look once more, after `fall_asleep` in the same session."""
-    result = past_wrappers(_heard(LOOK, listens=listens), using)
-    (row,) = rows_of(result, connections[using].connection)
+    raw, sql = connections[using].connection, _heard(LOOK, listens=listens)
+    with connections[using].wrap_database_errors:
+        (row,) = rows_of(prepared.insist(lambda: send(sql, raw), raw), raw)
     return _as_outlook(row)
 
 

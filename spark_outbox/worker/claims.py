@@ -5,7 +5,7 @@ from dataclasses import replace
 
 from spark_outbox.events.event import Event
 from spark_outbox.events.references import References
-from spark_outbox.store import claiming, settling
+from spark_outbox.store import settling
 from spark_outbox.worker.batch import Batch
 from spark_outbox.worker.context import Context
 from spark_outbox.worker.looks import DUE, ORDERED, READY, Ask, Found, Handled, Look, kind_of
@@ -137,8 +137,7 @@ class Claims:
     def can_follow(self) -> bool:
         """Return whether the next claim begins the transaction of its batch, so that statements can go
         ahead of it in its round trip."""
-        context = self._context
-        return context.is_direct and context.groups is None and claiming.can_begin(using=context.using)
+        return self.looks[READY].begins()
 
     # A batch
 

@@ -61,6 +61,11 @@ class Look:
         self._context = context
         self._next_at = -math.inf
 
+    def begins(self) -> bool:
+        """Return whether the next claim, as the first of a batch, begins the transaction: then what runs
+        before it is outside of that."""
+        return False
+
     def claim(self, ask: Ask) -> dict[str, Found]:
         """Lock events that can be handled now; return them by their kinds."""
         raise NotImplementedError

@@ -34,7 +34,8 @@ class Unhandled:
         matched = [group for group in groups if context.registry.handlers_for(group)]
         total = 0
         try:
-            while matched and (count := self._put_back(matched)):
+            # For no longer than until the next look: an older worker may put them aside again.
+            while matched and context.clock() < self._look_at and (count := self._put_back(matched)):
                 total += count
                 context.guard.put_down()
         except Refused as refused:

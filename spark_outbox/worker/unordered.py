@@ -29,19 +29,24 @@ class ReadyEvents(Look):
         self._sweep_at = -math.inf
         self._sweeps_often_at = -math.inf  # when another would take a tenth of the time
         self._waiting: int | None = None  # the lowest id that waits for room, below the floor
+        self._was_full = False
+
+    def begins(self) -> bool:
+        return not self._was_full and claiming.can_begin(using=self._context.using)
 
     def claim(self, ask: Ask) -> dict[str, Found]:
         is_sweep = ask.now >= self._sweep_at
         floor = LOWEST_ID if is_sweep else self.floor
         limit = ask.limit + len(ask.without)  # these may come first, and take others' places
-        rows = claiming.claim_ready(floor, limit, first=ask.first, using=self._context.using)
+        claim = claiming.begin_with_ready if self.begins() else claiming.claim_ready
+        rows = claim(floor, limit, first=ask.first, using=self._context.using)
         if is_sweep:
             now = self._context.clock()
             self._sweeps_often_at = now + 10 * (now - ask.now)
             self._sweep_at = max(now + SWEEP_INTERVAL, self._sweeps_often_at)
-        is_full = len(rows) == limit
+        self._was_full = len(rows) == limit
         rows = without(ask.without, rows)
-        return {READY: Found(rows, ready=len(rows), is_full=is_full)}
+        return {READY: Found(rows, ready=len(rows), is_full=self._was_full)}
 
     def learn(self, handled: Handled) -> None:
         if handled.events:

@@ -1,6 +1,7 @@
 """The statements that are prepared in a worker's session, and what may happen to them there."""
 
 import random
+import re
 
 import pytest
 from django.db import connection, connections, transaction
@@ -11,6 +12,7 @@ from psycopg.pq import TransactionStatus
 from spark_outbox import emit
 from spark_outbox.store import claiming, prepared, resting
 from spark_outbox.store.connection import fixed_schema
+from tests.statements import Statements
 from tests.tools import HOUR, connect, eventually, wait_until_asleep, wait_until_done, worker_thread
 
 pytestmark = pytest.mark.django_db(transaction=True)
@@ -29,9 +31,10 @@ def can_begin():
     return prepared.can_begin(claiming.PREPARED_CLAIM, using="default")
 
 
-def claim(**options):
+def claim():
     with transaction.atomic():
-        rows = claiming.claim_ready(0, 10, using="default", **options)
+        claim_ready = claiming.begin_with_ready if can_begin() else claiming.claim_ready
+        rows = claim_ready(0, 10, using="default")
         assert connection.connection.pgconn.transaction_status == TransactionStatus.INTRANS
         transaction.set_rollback(True)
     return rows
@@ -75,7 +78,7 @@ def test_what_comes_first_is_no_part_of_the_transaction_if_it_has_ended_its_own(
     emit("g", "one")
     with transaction.atomic():
         first = "begin; set spark.first = 'yes'; commit"
-        assert claiming.claim_ready(0, 10, first=first, using="default")
+        assert claiming.begin_with_ready(0, 10, first=first, using="default")
         transaction.set_rollback(True)
     assert session.execute("select current_setting('spark.first')").fetchone() == ("yes",)
 
@@ -107,9 +110,34 @@ def test_a_pattern_of_groups_names_no_table(session):
 
 def test_a_refusal_of_the_claim_leaves_no_transaction_open(session):
     with pytest.raises(Exception, match="division by zero"), transaction.atomic():
-        claiming.claim_ready(0, 10, first="select 1/0", using="default")
+        claiming.begin_with_ready(0, 10, first="select 1/0", using="default")
     assert session.pgconn.transaction_status == TransactionStatus.IDLE
     assert connection.get_autocommit()
+
+
+def test_a_look_of_a_sleeping_worker_prepares_its_statement_again(session):
+    resting.prepare(groups=None, using="default")
+    resting.fall_asleep(listens=False, using="default")
+    session.execute("deallocate all")
+    emit("g", "one")
+    assert resting.look(listens=True, using="default").ready
+
+
+def test_claims_among_many_are_planned_for_the_table_as_it_is(own_registry):
+    own_registry.add_handler(lambda event: None, group="", name="h")
+    with worker_thread(poll_interval=HOUR), Statements() as statements:
+        wait_until_asleep()
+        with connect() as other:
+            other.execute(
+                "insert into spark_outbox_event (key, event_group) select number::text, 'g' "
+                "from generate_series(1, 2000) as number; notify spark_outbox"
+            )
+        wait_until_done(2000)
+    claim = f"execute {claiming.PREPARED_CLAIM}|and id >= %.floor.s"
+    claims = [sql for sql in statements.sql if re.search(claim, sql)]
+    assert "execute" in claims[0]
+    assert "execute" not in claims[1]
+    assert "execute" in claims[-1]
 
 
 def test_a_handler_that_deallocates_everything_costs_nobody_anything(own_registry, caplog):
@@ -139,4 +167,4 @@ def test_a_worker_that_falls_asleep_without_its_statements_holds_s_once(own_regi
         wait_until_done(2)
         wait_until_asleep()
         count = "select count(*) from pg_locks where locktype = 'advisory' and classid = 7531002"
-        assert other.execute(count).fetchone() == (1,)
+        eventually(lambda: other.execute(count).fetchone() == (1,))  # at first it has none again

@@ -271,7 +271,7 @@ def test_what_postgresql_refuses_to_a_worker_that_is_to_end_ends_it(
         sessions.append(connection.connection)
         assert len(sessions) == 1
         if table is None:
-            monkeypatch.setattr(claiming, "claim_ready", claim)
+            monkeypatch.setattr(claiming, "begin_with_ready", claim)
         else:
             other.execute(f"alter table {table} rename to away")
 
