@@ -30,21 +30,24 @@ revoke all on spark_outbox_event, spark_outbox_delivery, spark_outbox_session, s
 -- These functions run with the rights of their owner. `pg_dump --no-privileges` leaves out that they are not
 -- for everybody.
 revoke all on function
-    spark_outbox_is_same, spark_outbox_check_keys, spark_outbox_emit_many
+    spark_outbox_is_same, spark_outbox_check_keys, spark_outbox_emit_many, spark_outbox_prune,
+    spark_outbox_forget_keys
     from public, spark_outbox_emitter, spark_outbox_worker, spark_outbox_viewer;
 
 -- The emitter writes new events: pending ones, with no attempt behind them, at the time that it is. Of
 -- what is there it can read ids and times, which emit() returns, but no key, group or payload. Whether
 -- a key is taken it learns from the duplicate; whether by the same event, from a function. It can't choose
 -- ids: a function allots them to the events of emit_many(), in the order given.
-grant insert (key, event_group, payload, headers, ordering_key, available_at), select (id, created_at)
+grant
+    insert (key, event_group, payload, headers, ordering_key, available_at, key_is_generated),
+    select (id, created_at)
     on spark_outbox_event to spark_outbox_emitter;
 grant execute on function
     spark_outbox_is_same, spark_outbox_check_keys, spark_outbox_emit_many
     to spark_outbox_emitter;
 
--- The worker moves events from status to status. It can't change what an event says, nor delete one.
--- Handlers emit, too. It is also the role for spark_replay, for repairs by hand, and for
+-- The worker moves events from status to status. It can't change what an event says, nor delete one: but
+-- by functions that prune what has ended. Handlers emit, too. It is also the role for spark_replay, for repairs by hand, and for
 -- spark_outbox_close_circuit(), which runs with the rights of those who call it.
 grant spark_outbox_emitter to spark_outbox_worker;
 grant select, update (status, attempts, available_at, finished_at, last_error)
@@ -60,12 +63,13 @@ grant
     )
     on spark_outbox_delivery to spark_outbox_worker;
 grant select, insert, update, delete on spark_outbox_session to spark_outbox_worker;
+grant execute on function spark_outbox_prune, spark_outbox_forget_keys to spark_outbox_worker;
 
 -- The viewer sees everything but payloads and headers. Errors and tracebacks are what an operator looks
 -- for, but they can quote a payload: who must not see even that gets spark_outbox_status alone.
 grant select (
         id, key, event_group, status, attempts, available_at, ordering_key, created_at, finished_at,
-        last_error
+        last_error, key_is_generated
     )
     on spark_outbox_event to spark_outbox_viewer;
 grant select on spark_outbox_delivery, spark_outbox_session, spark_outbox_status to spark_outbox_viewer;

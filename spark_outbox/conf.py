@@ -1,6 +1,7 @@
 """The SPARK_OUTBOX setting as one frozen dataclass. The only module that reads django.conf.settings."""
 
 import difflib
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from datetime import timedelta
@@ -11,6 +12,33 @@ from django.conf import settings as django_settings
 from django.core.signals import setting_changed
 
 from spark_outbox.errors import SettingsError
+
+FINAL_STATES = ("done", "discarded", "failed", "unhandled")
+
+Seconds = float | None
+"""None means for ever."""
+
+
+@dataclass(frozen=True, slots=True)
+class Retention:
+    """How long events are kept after they have ended, by state and group."""
+
+    states: tuple[tuple[str, Seconds], ...] = (("done", 14 * 86_400.0), ("discarded", 14 * 86_400.0))
+    """States that are not here are kept for ever."""
+    groups: tuple[tuple[str, tuple[tuple[str, Seconds], ...]], ...] = ()
+    """By pattern, what differs for groups that match; the first pattern counts."""
+
+    def seconds(self, state: str, group: str) -> Seconds:
+        for pattern, states in self.groups:
+            if re.search(pattern, group):
+                return dict(self.states + states).get(state)
+        return dict(self.states).get(state)
+
+    @property
+    def prunes(self) -> list[str]:
+        """The states of which events may be pruned at all."""
+        every = [self.states, *(states for _, states in self.groups)]
+        return [state for state in FINAL_STATES if any(dict(states).get(state) for states in every)]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -56,6 +84,16 @@ class Settings:
     POLL_INTERVAL: float = 60.0
     """Seconds after which a sleeping worker looks for events even without a notification."""
 
+    RETENTION: Retention = Retention()
+    """How long events are kept after they have ended; then workers prune them. A dict from states to
+    durations, where None keeps for ever. Its item "groups" is a dict from regular expressions to such
+    dicts, or to a duration for all states. By default `done` and `discarded` are kept for 14 days,
+    others for ever; instead of a dict, None keeps all for ever."""
+
+    KEYS_RETENTION: float | None = None
+    """How long a key is a duplicate after its event was emitted, if the event is pruned; None: for
+    ever. A source that yields the key later is handled again."""
+
     LISTEN_DATABASE: str | Mapping[str, str | None] | None = ""
     """Alias of a direct connection for LISTEN, for workers behind a transaction pooler.
     "" means the worker's own connection. None means no LISTEN: the worker polls.
@@ -66,6 +104,9 @@ class Settings:
             object.__setattr__(self, name, _seconds(name, getattr(self, name)))
         if self.TIMEOUT is not None:
             object.__setattr__(self, "TIMEOUT", _seconds("TIMEOUT", self.TIMEOUT))
+        if self.KEYS_RETENTION is not None:
+            object.__setattr__(self, "KEYS_RETENTION", _seconds("KEYS_RETENTION", self.KEYS_RETENTION))
+        object.__setattr__(self, "RETENTION", _retention(self.RETENTION))
         _one_of("WAKE", self.WAKE, "gated", "always", "never")
         _one_of("FAILED_HEAD", self.FAILED_HEAD, "block", "skip")
         _one_of("DISPATCH", self.DISPATCH, "worker", "on_commit")
@@ -134,6 +175,41 @@ def _seconds(name: str, value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 10**8:
         raise _error(name, value, "a number of seconds above 0, or a timedelta")
     return float(value)
+
+
+def _retention(given: object) -> Retention:
+    if isinstance(given, Retention):
+        return given
+    if given is None:
+        return Retention(())
+    if not isinstance(given, Mapping):
+        raise _error("RETENTION", given, "a dict from states to durations, or None")
+    states = dict(given)
+    patterns = states.pop("groups", {})
+    if not isinstance(patterns, Mapping):
+        raise _error("RETENTION", given, "a dict whose item 'groups' is a dict from patterns")
+    groups = []
+    for pattern, value in patterns.items():
+        try:
+            re.compile(pattern)
+        except (TypeError, re.error) as error:
+            raise _error(
+                "RETENTION", given, f"a dict of regular expressions: {pattern!r}: {error}"
+            ) from None
+        of_group = value if isinstance(value, Mapping) else dict.fromkeys(FINAL_STATES, value)
+        groups.append((pattern, _durations(of_group)))
+    merged = dict(Retention().states + _durations(states))
+    return Retention(tuple(merged.items()), tuple(groups))
+
+
+def _durations(states: Mapping[str, object]) -> tuple[tuple[str, Seconds], ...]:
+    for state in states:
+        if state not in FINAL_STATES:
+            raise _error("RETENTION", dict(states), f"by state: {', '.join(FINAL_STATES)}")
+    return tuple(
+        (state, None if value is None else _seconds("RETENTION", value))
+        for state, value in states.items()
+    )
 
 
 def _whole_number(name: str, value: object) -> None:

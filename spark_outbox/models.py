@@ -68,6 +68,10 @@ class OutboxEvent(models.Model):
     created_at = models.DateTimeField(db_default=NOW)
     finished_at = models.DateTimeField(null=True, blank=True)
     last_error = models.TextField(db_default="", blank=True)
+    key_is_generated = models.BooleanField(db_default=False)
+    """Nobody can emit the key again: it need not be kept when the event is pruned."""
+    digest = models.BigIntegerField(null=True, blank=True)
+    """A hash of group and payload, in a pruned event: of that, the rest is empty."""
 
     class Meta:
         db_table = "spark_outbox_event"
@@ -109,13 +113,20 @@ class OutboxEvent(models.Model):
                 fields=["ordering_key", "id"],
                 condition=Q(ordering_key__isnull=False, status__in=["pending", "running", "failed"]),
             ),
-            models.Index(  # one index for two rare statuses: each emit pays for each index
+            models.Index(  # one index for the rare statuses: each emit pays for each index
                 name="spark_outbox_event_aside",
-                fields=["status", "group"],
-                condition=Q(status__in=["unhandled", "running"]),
+                fields=["status", "group", "finished_at"],
+                condition=Q(status__in=["running", "unhandled", "failed"]),
             ),
             models.Index(
-                name="spark_outbox_event_done", fields=["finished_at"], condition=Q(status="done")
+                name="spark_outbox_event_done",
+                fields=["group", "finished_at"],
+                condition=Q(status="done", digest__isnull=True),
+            ),
+            models.Index(
+                name="spark_outbox_event_discarded",
+                fields=["group", "finished_at"],
+                condition=Q(status="discarded", digest__isnull=True),
             ),
         ]
 

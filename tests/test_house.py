@@ -177,7 +177,8 @@ def test_the_triggers_of_the_setting_are_those_of_the_migration(wake_mode):
         with connection.cursor() as cursor:
             cursor.execute(
                 "select pg_get_triggerdef(oid) from pg_trigger "
-                "where tgrelid = 'spark_outbox_event'::regclass and tgname like 'spark%' order by tgname"
+                "where tgrelid = 'spark_outbox_event'::regclass and tgname like 'spark_outbox_wake%' "
+                "order by tgname"
             )
             return cursor.fetchall()
 
@@ -207,9 +208,13 @@ def test_functions_pin_their_search_path():
         "spark_emit": ["search_path=pg_catalog, public, pg_temp"],
         "spark_outbox_check_home": ["search_path=pg_catalog, public, pg_temp"],
         "spark_outbox_check_keys": ["search_path=pg_catalog, public, pg_temp"],
+        "spark_outbox_digest": None,
         "spark_outbox_emit_many": ["search_path=pg_catalog, public, pg_temp"],
+        "spark_outbox_forget_keys": ["search_path=pg_catalog, public, pg_temp"],
         "spark_outbox_ids_are_behind": ["search_path=pg_catalog, public, pg_temp"],
         "spark_outbox_close_circuit": ["search_path=pg_catalog, public, pg_temp"],
+        "spark_outbox_prune": ["search_path=pg_catalog, public, pg_temp"],
+        "spark_outbox_refuse_pruned": ["search_path=pg_catalog, pg_temp"],
         "spark_outbox_is_same": ["search_path=pg_catalog, public, pg_temp"],
         "spark_outbox_wake": ["search_path=pg_catalog, pg_temp"],
     }
@@ -221,6 +226,7 @@ def test_the_table_has_the_indexes_that_the_design_names_and_no_more():
         cursor.execute("select indexname from pg_indexes where tablename = 'spark_outbox_event'")
         assert sorted(name for (name,) in cursor.fetchall()) == [
             "spark_outbox_event_aside",
+            "spark_outbox_event_discarded",
             "spark_outbox_event_done",
             "spark_outbox_event_due",
             "spark_outbox_event_key",

@@ -149,6 +149,7 @@ def prepare(event: Event) -> NewRow:
         event.ordering_key,
         event.available_at,
         delay,
+        event.key_is_generated,
     )
 
 

@@ -64,6 +64,7 @@ class Event(Mapping[str, Any]):
         "id",
         "is_simple",
         "key",
+        "key_is_generated",
         "ordering_key",
     )
 
@@ -83,6 +84,8 @@ class Event(Mapping[str, Any]):
         **payload: Any,
     ) -> None:
         self.group = check_text("group", group)
+        self.key_is_generated = key is None
+        """Nobody can emit this key again, so that it need not be kept; False for a stored event."""
         self.key = time_ordered_key() if key is None else check_text("key", key)
         self.ordering_key = None if ordering_key is None else check_text("ordering_key", ordering_key)
         if available_at is not None and delay is not None:
@@ -116,6 +119,7 @@ class Event(Mapping[str, Any]):
             event._created_at,
             event.available_at,
         ) = row
+        event.key_is_generated = False
         event._payload = None
         event._references = references
         event.headers = NO_HEADERS if headers == "{}" else LazyPayload(headers, references, "headers")

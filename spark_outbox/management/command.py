@@ -1,7 +1,7 @@
 """The base of the commands: an error is one sentence; EX_CONFIG means that a restart can't help."""
 
-import argparse
 import os
+import sys
 from typing import Any
 
 from django.core.management.base import BaseCommand, CommandError, SystemCheckError
@@ -34,6 +34,21 @@ class OutboxCommand(BaseCommand):
         except SettingsError:
             return conf.Settings()
 
+    def confirm(self, question: str, *, yes: bool) -> None:
+        """Ask on a terminal, unless the answer is given already. Raises CommandError if it is no."""
+        if yes:
+            return
+        if not sys.stdin.isatty():
+            raise CommandError("There is no terminal to ask on: give --yes, or --dry-run.")
+        if input(f"{question} [y/N] ").strip().lower() not in {"y", "yes"}:
+            raise CommandError("Nothing was changed.")
+
+    def show_progress(self, text: str) -> None:
+        """Replace the last line of a terminal."""
+        if self.stderr.isatty():
+            self.stderr.write(f"\r\x1b[K{text}", ending="")
+            self.stderr.flush()
+
     def check_database(self, alias: str) -> None:
         """Raise CommandError if the database can't hold an outbox."""
         if alias not in connections:
@@ -47,19 +62,3 @@ class OutboxCommand(BaseCommand):
                 f"--database: {', '.join(suitable) or 'but DATABASES has none'}.",
                 returncode=os.EX_CONFIG,
             )
-
-
-def whole_number(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number above 0")
-    return int(text)
-
-
-def seconds(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < 10**8:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number of seconds above 0")
-    return value

@@ -51,6 +51,8 @@ class Migration(migrations.Migration):
                 ("created_at", models.DateTimeField(db_default=NOW)),
                 ("finished_at", models.DateTimeField(blank=True, null=True)),
                 ("last_error", models.TextField(blank=True, db_default="")),
+                ("key_is_generated", models.BooleanField(db_default=False)),
+                ("digest", models.BigIntegerField(blank=True, null=True)),
             ],
             options={
                 "verbose_name": "event",
@@ -121,13 +123,18 @@ class Migration(migrations.Migration):
                     ),
                     models.Index(
                         name="spark_outbox_event_aside",
-                        fields=["status", "group"],
-                        condition=Q(status__in=["unhandled", "running"]),
+                        fields=["status", "group", "finished_at"],
+                        condition=Q(status__in=["running", "unhandled", "failed"]),
                     ),
                     models.Index(
                         name="spark_outbox_event_done",
-                        fields=["finished_at"],
-                        condition=Q(status="done"),
+                        fields=["group", "finished_at"],
+                        condition=Q(status="done", digest__isnull=True),
+                    ),
+                    models.Index(
+                        name="spark_outbox_event_discarded",
+                        fields=["group", "finished_at"],
+                        condition=Q(status="discarded", digest__isnull=True),
                     ),
                 ],
             },
@@ -207,5 +214,6 @@ class Migration(migrations.Migration):
         run_file("0001_wake"),
         run_file("0001_emitting"),
         run_file("0001_circuits"),
+        run_file("0001_retention"),
         run_file("0001_status"),
     ]

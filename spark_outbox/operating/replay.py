@@ -25,6 +25,7 @@ NOT_DONE = {
     "failed": "it has failed, and is not done. To try it again, make it pending.",
     "unhandled": "no handler has matched it, so it is not done. A worker that has one will handle it.",
     "discarded": "it was discarded, and is not done. To handle it, make it pending.",
+    "pruned": "it was pruned: of its payload nothing is left.",
 }
 """The reason why an event is not replayed, by its status."""
 

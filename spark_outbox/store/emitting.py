@@ -21,18 +21,19 @@ class NewRow(NamedTuple):
     ordering_key: str | None
     available_at: dt.datetime | None
     delay: dt.timedelta | None
+    key_is_generated: bool = False
 
 
 INSERT = """
 insert into spark_outbox_event
-    (key, event_group, payload, headers, ordering_key, available_at)
+    (key, event_group, payload, headers, ordering_key, available_at, key_is_generated)
 values
-    (%s, %s, %s::jsonb, %s::jsonb, %s, coalesce(%s, statement_timestamp() + %s::interval))
+    (%s, %s, %s::jsonb, %s::jsonb, %s, coalesce(%s, statement_timestamp() + %s::interval), %s)
 on conflict do nothing
 returning id, (extract(epoch from created_at) * 1000000)::bigint
 """
 
-# The same for most events: without order, and ready at once.
+# The same for most events: without order, ready at once, and with a key that somebody chose.
 INSERT_READY = """
 insert into spark_outbox_event (key, event_group, payload, headers)
 values (%s, %s, %s::jsonb, %s::jsonb)
@@ -46,7 +47,8 @@ returning id, (extract(epoch from created_at) * 1000000)::bigint
 INSERT_MANY = """
 select spark_outbox_emit_many(
     'spark_outbox_event'::regclass,
-    %s::text[], %s::text[], %s::text, %s::text, %s::text[], %s::timestamptz[], %s::interval[]
+    %s::text[], %s::text[], %s::text, %s::text, %s::text[], %s::timestamptz[], %s::interval[],
+    %s::boolean[]
 )
 """
 
@@ -60,7 +62,7 @@ def insert(row: NewRow, *, using: str) -> tuple[int, int] | None:
 
     Waits for a transaction that has written the same key and not ended yet.
     """
-    is_ready = row[4:] == (None, None, None)
+    is_ready = row[4:] == (None, None, None, False)
     sql, params = (INSERT_READY, row[:4]) if is_ready else (INSERT, row)
     stored = fetch_here(sql, params, using=using)
     return stored[0] if stored else None
@@ -77,7 +79,7 @@ def insert_many(rows: Sequence[NewRow], *, using: str) -> int:
 
 def _columns(rows: Sequence[NewRow]) -> list[Any]:
     """Return the arguments of INSERT_MANY. A column that has the default in every row is not sent."""
-    keys, groups, payloads, headers, ordering_keys, times, delays = as_columns(rows)
+    keys, groups, payloads, headers, ordering_keys, times, delays, generated = as_columns(rows)
     return [
         _text_array(keys),
         _text_array(groups),
@@ -86,6 +88,7 @@ def _columns(rows: Sequence[NewRow]) -> list[Any]:
         None if _all_are(None, ordering_keys) else _text_array(ordering_keys),
         None if _all_are(None, times) else times,
         None if _all_are(None, delays) else delays,
+        None if _all_are(False, generated) else generated,
     ]
 
 

@@ -7,7 +7,7 @@ from spark_outbox.store.connection import as_columns, execute, fetch
 
 DONE_EVENTS = """
 select id, event_group from spark_outbox_event
-where status = 'done' and id > %(last)s
+where status = 'done' and digest is null and id > %(last)s
     and (%(since)s::timestamptz is null or created_at >= %(since)s)
     and (%(keys)s::text[] is null or key = any(%(keys)s::text[]))
 order by id limit %(limit)s
@@ -15,7 +15,7 @@ order by id limit %(limit)s
 
 LOCK_DONE = """
 select id, event_group from spark_outbox_event
-where id = any(%s) and status = 'done'
+where id = any(%s) and status = 'done' and digest is null
 for no key update skip locked
 """
 
@@ -26,7 +26,8 @@ on conflict do nothing
 """
 
 STATES_OF_KEYS = """
-select key, event_group, status, created_at from spark_outbox_event where key = any(%s)
+select key, event_group, case when digest is null then status else 'pruned' end, created_at
+from spark_outbox_event where key = any(%s)
 """
 
 OWE = """

@@ -13,6 +13,7 @@ from spark_outbox.worker.cycle import Cycle
 from spark_outbox.worker.event_loop import EventLoop
 from spark_outbox.worker.presence import Presence
 from spark_outbox.worker.quota import Quota
+from spark_outbox.worker.retention import Retention
 from spark_outbox.worker.running import Running
 from spark_outbox.worker.session import Session, check_handlers
 from spark_outbox.worker.sleep import Sleep
@@ -48,7 +49,8 @@ class Worker:
         self._running = running = Running(context, presence, wake, loop, on_settled=claims.revisit)
         self._cycle = Cycle(context, session, claims, loop, running, crashes, suspicion, wake)
         self._tempo = Tempo(context.clock)
-        self._sleep = Sleep(context, wake, claims, self._cycle, running, self._unhandled)
+        self._retention = retention = Retention(context)
+        self._sleep = Sleep(context, wake, claims, self._cycle, running, self._unhandled, retention)
 
     # The loop
 
@@ -110,6 +112,8 @@ class Worker:
                 return True
             self._session.tidy()
             self._tempo.note(handled)
+            if not drain:
+                self._retention.turn(is_busy=handled > 0)
             is_idle = not (drain or is_idle or self._claims.expects_more)
             if is_idle and self._tempo.is_fast and self._sleep.is_ours():
                 self._claims.poll()

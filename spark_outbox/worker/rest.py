@@ -18,11 +18,19 @@ class NextLook(NamedTuple):
 
 
 def next_look(
-    outlook: Outlook, *, poll_interval: float, pause: float, held: bool, round_in: float, defers: bool
+    outlook: Outlook,
+    *,
+    poll_interval: float,
+    pause: float,
+    held: bool,
+    round_in: float,
+    defers: bool,
+    retention_in: float,
 ) -> NextLook:
     """Return the first reason to look again, and the seconds until then.
 
-    `pause` is how long a sleep is safe, see wake.py; `round_in`, when a round may begin, see rounds.py.
+    `pause` is how long a sleep is safe, see wake.py; `round_in`, when a round may begin, see rounds.py;
+    `retention_in`, when there may be something to prune, see retention.py.
     """
     reasons = {
         "poll": poll_interval,
@@ -31,6 +39,7 @@ def next_look(
         "held": HELD_INTERVAL if held else math.inf,
         "running": TAKE_OVER_INTERVAL if outlook.running else math.inf,
         "round": round_in,
+        "retention": retention_in,
     }
     reason = min(reasons, key=reasons.__getitem__)
     return NextLook(reasons[reason], reason)

@@ -7,6 +7,7 @@ from spark_outbox.worker.claims import Claims
 from spark_outbox.worker.context import Context
 from spark_outbox.worker.cycle import Cycle
 from spark_outbox.worker.rest import next_look
+from spark_outbox.worker.retention import Retention
 from spark_outbox.worker.running import Running
 from spark_outbox.worker.tempo import POLL
 from spark_outbox.worker.unhandled import Unhandled
@@ -27,6 +28,7 @@ class Sleep:
         cycle: Cycle,
         running: Running,
         unhandled: Unhandled,
+        retention: Retention,
     ) -> None:
         self._context = context
         self._wake = wake
@@ -34,6 +36,7 @@ class Sleep:
         self._cycle = cycle
         self._running = running
         self._unhandled = unhandled
+        self._retention = retention
         self._handled: int | None = None  # how many events there were before the last notification
 
     def run(self, last: int) -> int:
@@ -121,6 +124,7 @@ class Sleep:
                 held=self._claims.held or (outlook.ready and context.groups is None),
                 round_in=self._claims.round_in if outlook.has_events else math.inf,
                 defers=self._claims.defers,
+                retention_in=self._retention.due_in,
             )
             is_woken = not self._running.has_ended and self._wake.wait(look.seconds)
             if self._running.has_ended:
@@ -132,10 +136,11 @@ class Sleep:
                 reason = "notification" if is_over else ""
             elif is_woken:
                 reason = "notification"
-            elif look.reason == "poll":
+            elif look.reason in {"poll", "retention"}:
+                self._retention.turn(is_busy=False)
                 outlook = self._wake.look()
                 is_over = outlook.has_events or not self._wake.guards(outlook.oid)
-                reason = "poll" if is_over else ""
+                reason = look.reason if is_over else ""
             else:
                 reason = look.reason
         return reason or "stop"

@@ -7,7 +7,7 @@ from django.db import ProgrammingError, connection, transaction
 from psycopg.errors import InsufficientPrivilege
 
 from spark_outbox import emit
-from spark_outbox.store import claiming, detached, emitting, replaying, sessions, settling
+from spark_outbox.store import claiming, detached, emitting, pruning, replaying, sessions, settling
 from spark_outbox.store.detached import Running
 from spark_outbox.store.emitting import NewRow
 from spark_outbox.worker.outcome import Fate, Result
@@ -61,8 +61,10 @@ NOT_FOR_ANYBODY = [
 ]
 OUTBOX = "'spark_outbox_event'::regclass"
 EMIT_MANY = (
-    f"select spark_outbox_emit_many({OUTBOX}, '{{x}}', '{{g}}', '{{}}', '{{}}', '{{}}', '{{}}', '{{}}')"
+    f"select spark_outbox_emit_many({OUTBOX}, '{{x}}', '{{g}}', '{{}}', null, null, null, null, null)"
 )
+PRUNE = f"select spark_outbox_prune({OUTBOX}, 'done', 'g', now(), 1)"
+FORGET_KEYS = f"select spark_outbox_forget_keys({OUTBOX}, 0, now(), 1)"
 DENIED = {
     "nobody": [
         "select id from spark_outbox_event",
@@ -73,9 +75,13 @@ DENIED = {
         f"select spark_outbox_is_same({OUTBOX}, 'key', 'g', '{{}}')",
         f"select spark_outbox_check_keys({OUTBOX}, '{{key}}')",
         EMIT_MANY,
+        PRUNE,
+        FORGET_KEYS,
         "select spark_outbox_close_circuit('h')",
     ],
     "emitter": [
+        PRUNE,
+        FORGET_KEYS,
         "select spark_outbox_close_circuit('h')",
         *(
             f"select {column} from spark_outbox_event"
@@ -102,10 +108,15 @@ DENIED = {
         "update spark_outbox_event set created_at = now()",
         "insert into spark_outbox_delivery (id, event_id, handler) values (1, 1, 'h')",
         "update spark_outbox_delivery set event_id = 1",
+        "update spark_outbox_event set digest = 1",
+        "delete from spark_outbox_event",
         "set role spark_outbox_viewer",
     ],
     "viewer": [
-        *(f"select {column} from spark_outbox_event" for column in ("*", "payload", "headers")),
+        *(
+            f"select {column} from spark_outbox_event"
+            for column in ("*", "payload", "headers", "digest")
+        ),
         "select event from spark_outbox_event as event",
         "select id from spark_outbox_event for key share",
         "insert into spark_outbox_event (key, event_group) values ('x', 'g')",
@@ -113,6 +124,8 @@ DENIED = {
         f"select spark_outbox_is_same({OUTBOX}, 'key', 'g', '{{}}')",
         f"select spark_outbox_check_keys({OUTBOX}, '{{key}}')",
         EMIT_MANY,
+        PRUNE,
+        FORGET_KEYS,
         "select spark_outbox_close_circuit('h')",
         "update spark_outbox_event set status = 'done'",
         "insert into spark_outbox_delivery (event_id, handler) select id, 'h' from spark_outbox_event",
@@ -139,7 +152,10 @@ def test_nothing_else_is_allowed(logins, kind):
 
 def test_the_roles_take_from_everybody_what_a_restore_without_privileges_gives(logins):
     """`pg_dump --no-privileges` leaves out that some functions are not for everybody."""
-    functions = "spark_outbox_is_same, spark_outbox_check_keys, spark_outbox_emit_many"
+    functions = (
+        "spark_outbox_is_same, spark_outbox_check_keys, spark_outbox_emit_many, spark_outbox_prune, "
+        "spark_outbox_forget_keys"
+    )
     is_same = f"select spark_outbox_is_same({OUTBOX}, 'key', 'g', '{{}}')"
     with connect() as admin, logins.connect("nobody") as nobody:
         admin.execute(f"grant execute on function {functions} to public")
@@ -147,7 +163,8 @@ def test_the_roles_take_from_everybody_what_a_restore_without_privileges_gives(l
             assert nobody.execute(is_same).fetchone() == (False,)
         finally:
             admin.execute(ROLES_SQL)
-        for statement in (is_same, f"select spark_outbox_check_keys({OUTBOX}, '{{key}}')", EMIT_MANY):
+        check = f"select spark_outbox_check_keys({OUTBOX}, '{{key}}')"
+        for statement in (is_same, check, EMIT_MANY, PRUNE, FORGET_KEYS):
             with pytest.raises(InsufficientPrivilege):
                 nobody.execute(statement)
 
@@ -159,6 +176,7 @@ def emits():
     ready = NewRow("new", "g", "{}", "{}", None, None, None)
     yield partial(emitting.insert, ready)
     yield partial(emitting.insert, ready._replace(ordering_key="o"))
+    yield partial(emitting.insert, ready._replace(key_is_generated=True))
     yield partial(emitting.insert_many, [ready])
     yield partial(emitting.is_same, ready)
     yield partial(emitting.check_key, "key")
@@ -176,6 +194,9 @@ def works(event_id):
     yield partial(sessions.fallen_workers, 2)
     yield partial(sessions.note_call, [1], event_id, "h", 1)
     yield partial(sessions.dismiss, [1])
+    yield partial(pruning.oldest, ["done"])
+    yield partial(pruning.prune, "done", "g", seconds=1, most=1)
+    yield partial(pruning.forget_keys, 0, seconds=1, most=1)
     yield from emits()
 
 

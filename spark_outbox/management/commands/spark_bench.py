@@ -9,7 +9,16 @@ from django.db import DEFAULT_DB_ALIAS
 from django.test import override_settings
 
 from spark_outbox import conf
-from spark_outbox.bench import draining, emitting, enduring, notifying, resting, sharing, waking
+from spark_outbox.bench import (
+    draining,
+    emitting,
+    enduring,
+    notifying,
+    pruning,
+    resting,
+    sharing,
+    waking,
+)
 from spark_outbox.bench.figures import MEASURES, Bench, Figure
 from spark_outbox.bench.scratch import scratch
 from spark_outbox.errors import SparkOutboxError
@@ -22,6 +31,7 @@ ALL = (
     resting,
     enduring,
     notifying,
+    pruning,
     sharing,
 )  # importing them has filled MEASURES
 
@@ -74,17 +84,17 @@ class Command(OutboxCommand):
                         database,
                         near,
                         quick=options["quick"],
-                        say=lambda text, name=name: self._progress(f"{name}: {text}"),  # type: ignore[misc]
+                        say=lambda text, name=name: self.show_progress(f"{name}: {text}"),  # type: ignore[misc]
                     )
                     figures = MEASURES[name](bench)
                     found += figures
-                    self._progress("")
+                    self.show_progress("")
                     if not options["json"]:
                         self._print(figures, first=found == figures)
         except SparkOutboxError as error:
             raise CommandError(str(error)) from error
         except KeyboardInterrupt:
-            self._progress("")
+            self.show_progress("")
             raise CommandError("Interrupted; the scratch databases have been dropped.") from None
         if options["json"]:
             self.stdout.write(json.dumps([figure.as_dict() for figure in found], indent=2))
@@ -107,11 +117,6 @@ class Command(OutboxCommand):
                 )
             )
         self.stdout.flush()
-
-    def _progress(self, text: str) -> None:
-        if self.stderr.isatty():
-            self.stderr.write(f"\r\x1b[K{text}", ending="")
-            self.stderr.flush()
 
 
 def stop(*_: object) -> None:

@@ -10,7 +10,8 @@ from django.db import DEFAULT_DB_ALIAS
 from django.utils import autoreload
 
 from spark_outbox import conf
-from spark_outbox.management.command import OutboxCommand, seconds, whole_number
+from spark_outbox.management.arguments import seconds, whole_number
+from spark_outbox.management.command import OutboxCommand
 from spark_outbox.management.service import Service
 
 

@@ -57,8 +57,8 @@ declare
     new_key constant text := coalesce($2, gen_random_uuid()::text);
     new_id bigint;
 begin
-    insert into spark_outbox_event (event_group, key, payload)
-    values ($1, new_key, coalesce($3, '{}'))
+    insert into spark_outbox_event (event_group, key, payload, key_is_generated)
+    values ($1, new_key, coalesce($3, '{}'), $2 is null)
     on conflict do nothing
     returning id into new_id;
     if new_id is null then
@@ -76,10 +76,10 @@ comment on function spark_emit(text, text, jsonb) is
 -- transactions with the same keys can't deadlock.
 --
 -- Payloads and headers are JSON objects, one a line: a jsonb[] takes twice as long to read. If no event
--- has headers, an ordering key, a time or a delay, that argument is NULL.
+-- has headers, an ordering key, a time, a delay or a generated key, that argument is NULL.
 create function spark_outbox_emit_many(
     outbox regclass, keys text[], groups text[], payloads text, header_objects text,
-    ordering_keys text[], times timestamptz[], delays interval[]
+    ordering_keys text[], times timestamptz[], delays interval[], generated boolean[]
 ) returns bigint
 language plpgsql security definer as $body$
 declare
@@ -89,17 +89,19 @@ begin
     perform spark_outbox_check_home(outbox);
     ids := pg_get_serial_sequence('spark_outbox_event', 'id');
     insert into spark_outbox_event
-        (id, key, event_group, payload, headers, ordering_key, available_at)
+        (id, key, event_group, payload, headers, ordering_key, available_at, key_is_generated)
     select
         id, key, event_group, payload::jsonb, coalesce(headers::jsonb, '{}'), ordering_key,
-        coalesce(available_at, statement_timestamp() + delay)
+        coalesce(available_at, statement_timestamp() + delay), coalesce(key_is_generated, false)
     from (
         select nextval(ids) as id, given.*
         from unnest(
             keys, groups, string_to_array(payloads, E'\n'), string_to_array(header_objects, E'\n'),
-            ordering_keys, times, delays
-        ) with ordinality as given
-            (key, event_group, payload, headers, ordering_key, available_at, delay, place)
+            ordering_keys, times, delays, generated
+        ) with ordinality as given (
+            key, event_group, payload, headers, ordering_key, available_at, delay, key_is_generated,
+            place
+        )
         order by place
     ) as numbered
     order by key collate "C", id
@@ -118,6 +120,14 @@ comment on function spark_outbox_emit_many is
 revoke execute on function spark_outbox_emit_many from public;
 
 
+-- What is left of an event's group and payload once it has been pruned, see 0001_retention.sql. It is the
+-- same for payloads that are equal as jsonb, such as {"n": 1} and {"n": 1.0}.
+create function spark_outbox_digest(event_group text, payload jsonb) returns bigint
+language sql immutable parallel safe as $body$
+    select pg_catalog.jsonb_hash_extended($2, pg_catalog.hashtextextended($1, 0))
+$body$;
+
+
 -- For on_duplicate="check" by a role that may not read payloads.
 create function spark_outbox_is_same(outbox regclass, key text, event_group text, payload jsonb)
 returns boolean
@@ -126,7 +136,10 @@ begin
     perform spark_outbox_check_home(outbox);
     return exists (
         select from spark_outbox_event as event
-        where event.key = $2 and event.event_group = $3 and event.payload = $4
+        where event.key = $2 and event.event_group = $3 and case
+            when event.digest is null then event.payload = $4
+            else event.digest = spark_outbox_digest($3, $4)
+        end
     );
 end
 $body$;
@@ -168,7 +181,7 @@ begin
         'spark_outbox_check_keys(regclass, text[])',
         'spark_emit(text, text, jsonb)',
         'spark_outbox_emit_many('
-            'regclass, text[], text[], text, text, text[], timestamptz[], interval[])',
+            'regclass, text[], text[], text, text, text[], timestamptz[], interval[], boolean[])',
         'spark_outbox_is_same(regclass, text, text, jsonb)',
         'spark_outbox_ids_are_behind()'
     ]::regprocedure[] loop

@@ -1,0 +1,70 @@
+"""Prune events by hand: those that the settings name, or others that somebody chooses."""
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from spark_outbox import conf
+from spark_outbox.store import pruning
+from spark_outbox.store.pruning import Holder, Pruned
+from spark_outbox.worker.retention import Chunks, Portion
+
+CHUNK_SECONDS = 0.05
+"""The time of a chunk: it locks rows that have ended, so no worker waits for it."""
+
+COUNTED = 100_000
+"""To count more events of a group than this would take too long."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Choice:
+    """Which events to prune."""
+
+    states: tuple[str, ...] = ()
+    """Those of which RETENTION prunes any if none is given."""
+    group: str = ""
+    """A regular expression."""
+    older_than: float | None = None
+    """Seconds since they ended. It replaces what RETENTION says, but for events which that keeps for
+    ever: for these, name their state or group as well."""
+
+    def portions(self, *, using: str) -> list[Portion]:
+        """Return what there is to prune, by state and group."""
+        retention = conf.current().RETENTION
+        found = []
+        for ended in pruning.oldest(list(self.states or retention.prunes), using=using):
+            seconds = self._seconds(retention.seconds(ended.state, ended.group))
+            if seconds is not None and ended.age > seconds and re.search(self.group, ended.group):
+                found.append(Portion(ended.state, ended.group, seconds))
+        return found
+
+    def _seconds(self, by_setting: float | None) -> float | None:
+        is_named = bool(self.states or self.group)
+        if self.older_than is None or (by_setting is None and not is_named):
+            return by_setting
+        return self.older_than
+
+
+def count(portion: Portion, *, using: str) -> int:
+    """Return how many events there are to prune, COUNTED + 1 if there are more than COUNTED."""
+    state, group, seconds = portion
+    return pruning.count_ended(state, group, seconds=seconds, most=COUNTED + 1, using=using)
+
+
+def count_keys(seconds: float, *, using: str) -> int:
+    """Return how many keys of pruned events are so old, up to COUNTED + 1."""
+    return pruning.count_keys(seconds=seconds, most=COUNTED + 1, using=using)
+
+
+def prune(portions: Sequence[Portion], *, using: str) -> Iterator[Pruned | Holder]:
+    """Prune events; yield what each chunk did, or who holds a snapshot, as long as somebody does."""
+    return _chunks(using).prune(portions)
+
+
+def forget_keys(seconds: float, *, using: str) -> Iterator[Pruned | Holder]:
+    """Delete the keys of pruned events that were emitted so many seconds ago; yield as `prune` does."""
+    return _chunks(using).forget_keys(seconds)
+
+
+def _chunks(using: str) -> Chunks:
+    return Chunks(seconds=CHUNK_SECONDS, using=using, insists=True)
