@@ -23,8 +23,8 @@ HOLDER_PAUSE = 1.0
 """Seconds between two looks whether a snapshot is still held."""
 
 WAITING = (
-    "Waiting: {holder.who} holds a snapshot. What is pruned meanwhile could not be removed by vacuum, and "
-    "the table would grow."
+    "Waiting: {holder.who} holds a snapshot. What is pruned meanwhile could not be removed by vacuum, "
+    "and the table would grow."
 )
 
 KEYS_WARNING = (
