@@ -1,4 +1,4 @@
--- Three roles, each with the least that it needs. They can't log in: grant them to roles that do.
+-- Four roles, each with the least that it needs. They can't log in: grant them to roles that do.
 --
 --     psql --single-transaction --file deploy/roles.sql shop
 --
@@ -7,7 +7,8 @@
 --
 --     grant spark_outbox_emitter to shop_web;
 --     grant spark_outbox_worker to shop_worker;
---     grant spark_outbox_viewer to shop_operator;
+--     grant spark_outbox_viewer to shop_monitoring;
+--     grant spark_outbox_operator to shop_on_call;
 --
 -- Rights on the project's own tables are yours to grant: handlers run as the worker's role. `migrate`
 -- needs the owner of the tables, `spark_bench` a role that may create databases.
@@ -17,7 +18,9 @@ declare
     role text;
     home regnamespace := (select relnamespace from pg_class where oid = 'spark_outbox_event'::regclass);
 begin
-    foreach role in array '{spark_outbox_emitter, spark_outbox_worker, spark_outbox_viewer}'::text[] loop
+    foreach role in array array[
+        'spark_outbox_emitter', 'spark_outbox_worker', 'spark_outbox_viewer', 'spark_outbox_operator'
+    ] loop
         if not exists (select from pg_roles where rolname = role) then
             execute format('create role %I nologin', role);
         end if;
@@ -25,14 +28,17 @@ begin
     end loop;
 end $$;
 
-revoke all on spark_outbox_event, spark_outbox_delivery, spark_outbox_session, spark_outbox_status
-    from spark_outbox_emitter, spark_outbox_worker, spark_outbox_viewer;
+revoke all on
+    spark_outbox_event, spark_outbox_delivery, spark_outbox_session, spark_outbox_events,
+    spark_outbox_status, spark_outbox_failures, spark_outbox_workers, spark_outbox_snapshots,
+    spark_outbox_health
+    from spark_outbox_emitter, spark_outbox_worker, spark_outbox_viewer, spark_outbox_operator;
 -- These functions run with the rights of their owner. `pg_dump --no-privileges` leaves out that they are not
 -- for everybody.
 revoke all on function
     spark_outbox_is_same, spark_outbox_check_keys, spark_outbox_emit_many, spark_outbox_prune,
     spark_outbox_forget_keys
-    from public, spark_outbox_emitter, spark_outbox_worker, spark_outbox_viewer;
+    from public, spark_outbox_emitter, spark_outbox_worker, spark_outbox_viewer, spark_outbox_operator;
 
 -- The emitter writes new events: pending ones, with no attempt behind them, at the time that it is. Of
 -- what is there it can read ids and times, which emit() returns, but no key, group or payload. Whether
@@ -64,6 +70,7 @@ grant
     on spark_outbox_delivery to spark_outbox_worker;
 grant select, insert, update, delete on spark_outbox_session to spark_outbox_worker;
 grant execute on function spark_outbox_prune, spark_outbox_forget_keys to spark_outbox_worker;
+grant select on spark_outbox_events, spark_outbox_snapshots to spark_outbox_worker;
 
 -- The viewer sees everything but payloads and headers. Errors and tracebacks are what an operator looks
 -- for, but they can quote a payload: who must not see even that gets spark_outbox_status alone.
@@ -72,6 +79,16 @@ grant select (
         last_error, key_is_generated
     )
     on spark_outbox_event to spark_outbox_viewer;
-grant select on spark_outbox_delivery, spark_outbox_session, spark_outbox_status to spark_outbox_viewer;
+grant select on
+    spark_outbox_delivery, spark_outbox_session, spark_outbox_events, spark_outbox_status,
+    spark_outbox_failures, spark_outbox_workers, spark_outbox_snapshots, spark_outbox_health
+    to spark_outbox_viewer;
 -- To see in pg_stat_activity what workers do, and what everybody else does, payloads included:
 -- grant pg_read_all_stats to spark_outbox_viewer;
+
+-- The operator is a viewer who also repairs: by spark_retry() and the other functions, which run with the
+-- rights of those who call them, or by an UPDATE of what these change.
+grant spark_outbox_viewer to spark_outbox_operator;
+grant update (status, available_at, finished_at, last_error) on spark_outbox_event to spark_outbox_operator;
+grant insert (event_id, handler, status, available_at), update (status, attempts, available_at)
+    on spark_outbox_delivery to spark_outbox_operator;

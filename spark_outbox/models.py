@@ -21,6 +21,7 @@ from django.db.models.lookups import GreaterThanOrEqual, LessThanOrEqual
 from spark_outbox.events.event import MAX_LENGTH
 
 EMPTY_OBJECT = RawSQL("'{}'::jsonb", ())
+EMPTY_LIST = RawSQL("'[]'::jsonb", ())
 NOW = RawSQL("statement_timestamp()", ())  # not now(): a transaction may be hours old
 
 
@@ -185,7 +186,15 @@ class WorkerSession(models.Model):
     session = models.IntegerField(primary_key=True)
     """The number of an advisory lock that the worker holds while it lives."""
     name = models.TextField()
+    """Its host and process: `host:pid`."""
     started_at = models.DateTimeField(db_default=NOW)
+    version = models.TextField(db_default="", blank=True)
+    """That of spark_outbox."""
+    backend = models.IntegerField(null=True, blank=True)
+    """The server's process of the worker's own connection; NULL if that is a pooler's."""
+    groups = models.TextField(null=True, blank=True)  # noqa: DJ001, NULL is all groups
+    handlers = models.JSONField(db_default=EMPTY_LIST)
+    """The names of its handlers."""
     event_id = models.BigIntegerField(null=True, blank=True)
     """The event of the current call, if the worker notes its calls here; else NULL, and no handler."""
     handler = models.TextField(db_default="", blank=True)

@@ -213,6 +213,16 @@ def test_functions_pin_their_search_path():
         "spark_outbox_forget_keys": ["search_path=pg_catalog, public, pg_temp"],
         "spark_outbox_ids_are_behind": ["search_path=pg_catalog, public, pg_temp"],
         "spark_outbox_close_circuit": ["search_path=pg_catalog, public, pg_temp"],
+        "spark_discard": ["search_path=pg_catalog, public, pg_temp"],
+        "spark_explain": ["search_path=pg_catalog, public, pg_temp"],
+        "spark_replay": ["search_path=pg_catalog, public, pg_temp"],
+        "spark_retry": ["search_path=pg_catalog, public, pg_temp"],
+        "spark_retry_failed": ["search_path=pg_catalog, public, pg_temp"],
+        "spark_outbox_explain_pending": ["search_path=pg_catalog, public, pg_temp"],
+        "spark_outbox_fingerprint": None,
+        "spark_outbox_id_of": ["search_path=pg_catalog, public, pg_temp"],
+        "spark_outbox_lock": ["search_path=pg_catalog, public, pg_temp"],
+        "spark_outbox_reopen": ["search_path=pg_catalog, public, pg_temp"],
         "spark_outbox_prune": ["search_path=pg_catalog, public, pg_temp"],
         "spark_outbox_refuse_pruned": ["search_path=pg_catalog, pg_temp"],
         "spark_outbox_is_same": ["search_path=pg_catalog, public, pg_temp"],
@@ -246,43 +256,6 @@ def test_deleting_events_by_sql_deletes_their_deliveries():
         cursor.execute("delete from spark_outbox_event where id = %s", [event.id])
         cursor.execute("select count(*) from spark_outbox_delivery")
         assert cursor.fetchone() == (0,)
-
-
-# The view
-
-
-@pytest.mark.django_db
-def test_the_status_view_counts_by_group():
-    for number in range(3):
-        emit("a", f"a{number}")
-    emit("a", "later", delay=3600)
-    emit("a", "due", delay=-60)
-    emit("b", "done")
-    emit("b", "failed")
-    for status in ("done", "failed"):
-        OutboxEvent.objects.filter(key=status).update(status=status)
-    with connection.cursor() as cursor:
-        cursor.execute(
-            "select event_group, pending, delayed, done, failed, unhandled, running, discarded, "
-            "oldest_pending_age from spark_outbox_status order by 1"
-        )
-        a, b = cursor.fetchall()
-    assert a[:8] == ("a", 4, 1, 0, 0, 0, 0, 0)
-    assert timedelta(seconds=60) <= a[8] < timedelta(seconds=90)
-    assert b == ("b", 0, 0, 1, 1, 0, 0, 0, None)
-
-
-@pytest.mark.django_db
-@pytest.mark.parametrize("column", ["available_at", "created_at"])
-@pytest.mark.parametrize("time", ["-infinity", "infinity"])
-def test_the_status_view_bears_whatever_times_there_are(column, time):
-    with connection.cursor() as cursor:
-        cursor.execute(
-            f"insert into spark_outbox_event (key, event_group, {column}) values ('key', 'g', %s)",
-            [time],
-        )
-        cursor.execute("select pending + delayed, oldest_pending_age from spark_outbox_status")
-        assert cursor.fetchall() == [(1, None)]
 
 
 # The demo

@@ -46,7 +46,7 @@ class OutboxCommand(BaseCommand):
     def show_progress(self, text: str) -> None:
         """Replace the last line of a terminal."""
         if self.stderr.isatty():
-            self.stderr.write(f"\r\x1b[K{text}", ending="")
+            self.stderr.write(f"\r\x1b[K{text}", ending="", style_func=str)
             self.stderr.flush()
 
     def check_database(self, alias: str) -> None:

@@ -9,6 +9,7 @@ from django.db.models.lookups import GreaterThanOrEqual, LessThanOrEqual
 from spark_outbox.migrations._postgresql import run_file
 
 EMPTY_OBJECT = RawSQL("'{}'::jsonb", ())
+EMPTY_LIST = RawSQL("'[]'::jsonb", ())
 NOW = RawSQL("statement_timestamp()", ())
 
 
@@ -204,6 +205,10 @@ class Migration(migrations.Migration):
                 ("session", models.IntegerField(primary_key=True, serialize=False)),
                 ("name", models.TextField()),
                 ("started_at", models.DateTimeField(db_default=NOW)),
+                ("version", models.TextField(blank=True, db_default="")),
+                ("backend", models.IntegerField(blank=True, null=True)),
+                ("groups", models.TextField(blank=True, null=True)),
+                ("handlers", models.JSONField(db_default=EMPTY_LIST)),
                 ("event_id", models.BigIntegerField(blank=True, null=True)),
                 ("handler", models.TextField(blank=True, db_default="")),
                 ("times", models.IntegerField(db_default=0)),
@@ -216,4 +221,6 @@ class Migration(migrations.Migration):
         run_file("0001_circuits"),
         run_file("0001_retention"),
         run_file("0001_status"),
+        run_file("0001_repair"),
+        run_file("0001_health"),
     ]

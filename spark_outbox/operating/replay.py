@@ -13,7 +13,7 @@ from django.db import connections, transaction
 
 from spark_outbox.events.event import Event
 from spark_outbox.events.references import References
-from spark_outbox.registry.handlers import Handler, Kind, Registry
+from spark_outbox.registry.handlers import Handler, Kind
 from spark_outbox.store import reading, replaying
 from spark_outbox.worker.isolation import Isolation, TransactionLost
 
@@ -75,24 +75,16 @@ class Selection:
         return bool(self.handler.pattern.search(group) and re.search(self.group, group))
 
 
-def replay(selection: Selection, registry: Registry, *, using: str) -> Iterator[int]:
+def replay(selection: Selection, *, using: str) -> Iterator[int]:
     """Make each selected event pending for the handler; yield the total after each chunk.
 
-    The deliveries of other handlers are stored as done, so these are not called again. Each chunk is
-    committed, and wakes the workers.
+    Other handlers are not called again. Each chunk is committed, and wakes the workers.
     """
-    name = selection.handler.name
     total = 0
     for ids in selection.ids(using=using):
         with transaction.atomic(using=using):
             locked = replaying.lock_done(ids, using=using)
-            others = [
-                (event_id, other.name)
-                for event_id, group in locked
-                for other in registry.handlers_for(group)
-                if other.name != name
-            ]
-            total += replaying.owe_again([row[0] for row in locked], name, others, using=using)
+            total += replaying.owe_again(locked, selection.handler.name, using=using)
         yield total
 
 

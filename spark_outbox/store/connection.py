@@ -27,7 +27,10 @@ select relnamespace::regnamespace::text from pg_class where oid = to_regclass('s
 """
 
 _schemas: "WeakKeyDictionary[Connection[Any], str]" = WeakKeyDictionary()
-_TABLE = re.compile(r"(?<![\w.])spark_outbox_(?:event|delivery|session)\b")
+_TABLE = re.compile(
+    r"(?<![\w.])spark_outbox_"
+    r"(?:event|delivery|session|events|status|failures|workers|snapshots|health)\b"
+)
 
 
 def fix_schema(*, using: str) -> None:

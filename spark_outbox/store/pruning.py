@@ -68,26 +68,9 @@ select count(*) from (
 ) as old
 """
 
-# What keeps vacuum from removing the dead rows of this database. Roles without pg_read_all_stats see
-# their own sessions only.
+# Roles without pg_read_all_stats see their own sessions only.
 OLDEST_SNAPSHOT = """
-select who, extract(epoch from statement_timestamp() - since)::float, xids
-from (
-    select
-        concat(
-            'session ', pid, ' (', concat_ws(', ', usename, nullif(application_name, ''), state), ')'
-        ),
-        xact_start, greatest(age(backend_xmin), age(backend_xid))
-    from pg_stat_activity
-    where pid <> pg_backend_pid() and (datname = current_database() or backend_type = 'walsender')
-    union all
-    select concat('prepared transaction ', quote_literal(gid)), prepared, age(transaction)
-    from pg_prepared_xacts where database = current_database()
-    union all
-    select concat('replication slot ', slot_name), null, age(xmin) from pg_replication_slots
-) as holder (who, since, xids)
-where xids is not null
-order by xids desc limit 1
+select who, extract(epoch from held_for)::float, xids from spark_outbox_snapshots limit 1
 """
 
 

@@ -22,6 +22,9 @@ EVENT_COLUMNS = """
     case when available_at is not null then least(greatest(available_at, '0001-01-02'), '9999-12-30') end
 """
 
+EVERY_OTHER = "*"
+"""In a delivery, all handlers of its event that have no delivery of their own."""
+
 HIGHEST_ID = 2**63 - 1
 LOWEST_ID = -HIGHEST_ID
 """Of all but one: PostgreSQL takes the literal of the lowest bigint for no bigint."""

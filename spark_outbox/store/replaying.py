@@ -1,9 +1,9 @@
 """Replay: make done events pending again, for one handler."""
 
 import datetime as dt
-from collections.abc import Sequence
 
-from spark_outbox.store.connection import as_columns, execute, fetch
+from spark_outbox.store.connection import execute, fetch
+from spark_outbox.store.reading import EVERY_OTHER
 
 DONE_EVENTS = """
 select id, event_group from spark_outbox_event
@@ -14,14 +14,14 @@ order by id limit %(limit)s
 """
 
 LOCK_DONE = """
-select id, event_group from spark_outbox_event
+select id from spark_outbox_event
 where id = any(%s) and status = 'done' and digest is null
 for no key update skip locked
 """
 
-OTHERS_ARE_DONE = """
+OTHERS_ARE_DONE = f"""
 insert into spark_outbox_delivery (event_id, handler, status)
-select event_id, handler, 'done' from unnest(%s::bigint[], %s::text[]) as other (event_id, handler)
+select event_id, '{EVERY_OTHER}', 'done' from unnest(%s::bigint[]) as done (event_id)
 on conflict do nothing
 """
 
@@ -61,17 +61,16 @@ def states_of_keys(keys: list[str], *, using: str) -> dict[str, tuple[str, str, 
     return {key: (group, *rest) for key, group, *rest in fetch(STATES_OF_KEYS, [keys], using=using)}
 
 
-def lock_done(ids: list[int], *, using: str) -> list[tuple[int, str]]:
-    """Lock those of these events that are still done; return their ids and groups."""
-    return fetch(LOCK_DONE, [ids], using=using)
+def lock_done(ids: list[int], *, using: str) -> list[int]:
+    """Lock those of these events that are still done; return their ids."""
+    return [event_id for (event_id,) in fetch(LOCK_DONE, [ids], using=using)]
 
 
-def owe_again(ids: list[int], handler: str, others: Sequence[tuple[int, str]], *, using: str) -> int:
-    """Reopen done events for one handler, with those of `others` done; return how many."""
+def owe_again(ids: list[int], handler: str, *, using: str) -> int:
+    """Reopen done events for one handler, and no other; return how many."""
     if not ids:
         return 0
-    if others:
-        execute(OTHERS_ARE_DONE, as_columns(others), using=using)
+    execute(OTHERS_ARE_DONE, [ids], using=using)
     execute(OWE, [handler, ids], using=using)
     return execute(REOPEN, [ids], using=using)
 

@@ -4,7 +4,9 @@ A worker holds an advisory lock on `session`, a random number, for as long as it
 can take that lock knows that the worker is gone. See worker/crashes.py for the rows.
 """
 
-from typing import NamedTuple
+import json
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 from spark_outbox.store.connection import Using, execute, fetch, fetch_value
 
@@ -30,9 +32,15 @@ def is_session_gone(session: int | None, *, using: str) -> bool:
 # Workers' rows, which tell of an unclean end: see worker/crashes.py
 
 ENLIST = """
-insert into spark_outbox_session (session, name) values (%s, %s)
+insert into spark_outbox_session (session, name, version, backend, groups, handlers)
+values (
+    %(session)s, %(name)s, %(version)s, case when %(is_direct)s then pg_backend_pid() end, %(groups)s,
+    %(handlers)s::jsonb
+)
 on conflict (session) do update
-set event_id = null, handler = '', times = 0, started_at = excluded.started_at
+set
+    event_id = null, handler = '', times = 0, started_at = excluded.started_at,
+    backend = excluded.backend
 """
 
 DISMISS = """
@@ -65,9 +73,26 @@ class FallenWorker(NamedTuple):
     times: int
 
 
-def enlist(session: int, name: str, *, using: str) -> None:
-    """Write a worker's row; it has noted no call."""
-    execute(ENLIST, [session, name], using=using)
+def enlist(
+    session: int,
+    name: str,
+    *,
+    version: str,
+    is_direct: bool,
+    groups: str | None,
+    handlers: Sequence[str],
+    using: str,
+) -> None:
+    """Write a worker's row; it has noted no call. See the model for what it says."""
+    params: dict[str, Any] = {
+        "session": session,
+        "name": name,
+        "version": version,
+        "is_direct": is_direct,
+        "groups": groups,
+        "handlers": json.dumps(handlers),
+    }
+    execute(ENLIST, params, using=using)
 
 
 def dismiss(sessions: list[int], *, using: str) -> None:

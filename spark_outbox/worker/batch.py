@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from spark_outbox.events.event import Event
 from spark_outbox.registry.handlers import Handler
+from spark_outbox.store.reading import EVERY_OTHER
 from spark_outbox.store.settling import Stored
 from spark_outbox.worker.breaker import Turn
 from spark_outbox.worker.outcome import DONE, Fate, Result
@@ -192,6 +193,17 @@ class Batch:
         self.passed.add(event.id)
         if event.ordering_key is not None:
             self.blocked.add(event.ordering_key)
+
+
+def known_deliveries(stored: dict[str, Stored], handlers: Sequence[Handler]) -> dict[str, Stored]:
+    """Return an event's deliveries by handler. That of EVERY_OTHER, which a replay has written, stands
+    for the handlers without one of their own."""
+    others = stored.get(EVERY_OTHER)
+    if others is None:
+        return stored
+    return {handler.name: others for handler in handlers} | {
+        name: each for name, each in stored.items() if name != EVERY_OTHER
+    }
 
 
 def look_again(waits: Sequence[float | None]) -> dt.timedelta | None:

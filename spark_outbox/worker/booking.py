@@ -14,7 +14,7 @@ from spark_outbox.registry.handlers import Handler, Kind, Registry
 from spark_outbox.store import claiming, detached, reading, sessions, settling, waking
 from spark_outbox.store.detached import Running
 from spark_outbox.worker import settle
-from spark_outbox.worker.batch import Work, next_attempt
+from spark_outbox.worker.batch import Work, known_deliveries, next_attempt
 from spark_outbox.worker.outcome import failure, of_a_list
 from spark_outbox.worker.refusals import Refused, persevere
 
@@ -93,12 +93,13 @@ class _Booking:
                 return not (claiming.is_unfinished(event_id, using=using) or self._is_guessed(ours))
             (row,) = reading.events_by_id([event_id], using=using)
             event = Event.from_row(row, References())
-            stored = settling.deliveries([event_id], using=using).get(event_id, {})
+            handlers = self.registry.handlers_for(event.group)
+            found = settling.deliveries([event_id], using=using).get(event_id, {})
+            stored = known_deliveries(found, handlers)
             event.attempt = next_attempt(handler, stored)
             if self.together:
                 error = of_a_list(handler, error)
             results = {handler.name: failure(handler, event, error, 0.0)}
-            handlers = self.registry.handlers_for(event.group)
             settle.write([Work(event, handlers, stored, (), results)], using=using)
             if self.session:
                 detached.sign(ours, using=using)

@@ -1,12 +1,13 @@
 """Which rows a worker locks next, and how many: of ready, due and ordered events, each in their turn."""
 
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from spark_outbox.events.event import Event
 from spark_outbox.events.references import References
 from spark_outbox.store import settling
-from spark_outbox.worker.batch import Batch
+from spark_outbox.store.settling import Stored
+from spark_outbox.worker.batch import Batch, known_deliveries
 from spark_outbox.worker.context import Context
 from spark_outbox.worker.looks import DUE, ORDERED, READY, Ask, Found, Handled, Look, kind_of
 from spark_outbox.worker.ordered import HandOver, OrderedEvents
@@ -156,12 +157,22 @@ class Claims:
         self._left_some = found.is_full
         self._was_whole = not found.rows or not (found.is_full or self.careful)
         events = Event.from_rows(found.rows[: 1 if self.careful else None], references)
-        retried = [event.id for event in events if event.attempt > 1]
-        stored = settling.deliveries(retried, using=self._context.using) if retried else {}
+        retried = [event for event in events if event.attempt > 1]
+        stored = self._stored(retried) if retried else {}
         is_mixed = found.ready < len(found.rows)
         elsewhere = sum(kind_of(event) != READY for event in events) if is_mixed else 0
         batch = Batch(events, elsewhere=elsewhere, stored=stored)
         return batch.with_killers_alone() if stored else batch
+
+    def _stored(self, events: Sequence[Event]) -> dict[int, dict[str, Stored]]:
+        """Return the deliveries of events that were tried before."""
+        found = settling.deliveries([event.id for event in events], using=self._context.using)
+        handlers_for = self._context.registry.handlers_for
+        return {
+            event.id: known_deliveries(found[event.id], handlers_for(event.group))
+            for event in events
+            if event.id in found
+        }
 
     def _look(self, first: str = "") -> Found:
         """Lock events, up to the size of a batch of each kind that has its turn."""

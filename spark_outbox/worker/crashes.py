@@ -18,6 +18,7 @@ import socket
 
 from django.db import Error, transaction
 
+import spark_outbox
 from spark_outbox.errors import WorkerDied, describe
 from spark_outbox.store import sessions
 from spark_outbox.worker import booking
@@ -57,7 +58,15 @@ class Crashes:
         if former not in (0, self._session):
             sessions.dismiss([former], using=using)
         name = f"{socket.gethostname()}:{os.getpid()}"
-        sessions.enlist(self._session, name, using=using)
+        sessions.enlist(
+            self._session,
+            name,
+            version=spark_outbox.__version__,
+            is_direct=self._context.is_direct,
+            groups=self._context.groups,
+            handlers=[handler.name for handler in self._context.registry.handlers],
+            using=using,
+        )
         with transaction.atomic(using=using):
             fallen = sessions.fallen_workers(self._session, using=using)
             counted = [each for each in fallen if each.times >= TIMES]

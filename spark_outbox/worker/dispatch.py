@@ -114,14 +114,14 @@ class Dispatch:
             batch.unhandled.append(event.id)
             return
         stored = batch.stored.get(event.id)
-        owed: Sequence[Handler] = handlers if stored is None else batch.owed(event, handlers)
+        is_first, owed = event.attempt == 1, handlers if stored is None else batch.owed(event, handlers)
         unreadable = None if event.is_simple or not owed else self._check(event, owed[0], handlers)
         results: dict[str, Result] = {}
         deferred: list[Handler] = []
         result: Result | None
         for handler in owed:
-            if stored is not None:
-                event.attempt = next_attempt(handler, stored)
+            if not is_first:
+                event.attempt = next_attempt(handler, stored or {})
             if unreadable is not None:
                 result = self._conclude(Call(handler, event, turn_of(handler, stored), unreadable))
             elif self._breakers.any and (wait := self._pause(handler, event, stored)):

@@ -73,7 +73,7 @@ def held_up(*, using: str) -> Holder | None:
     holder = pruning.oldest_snapshot(using=using)
     if holder is None:
         return None
-    is_long = holder.xids > MANY_XIDS if holder.seconds is None else holder.seconds > PATIENCE
+    is_long = holder.xids > MANY_XIDS if holder.seconds is None else holder.seconds >= PATIENCE
     return holder if is_long else None
 
 

@@ -13,7 +13,7 @@ from spark_outbox.errors import NotSettled, describe
 from spark_outbox.registry.handlers import Registry
 from spark_outbox.store import claiming, detached, settling
 from spark_outbox.store.detached import Running
-from spark_outbox.worker.batch import Call, Work
+from spark_outbox.worker.batch import Call, Work, known_deliveries
 from spark_outbox.worker.outcome import Fate, as_text
 from spark_outbox.worker.refusals import Refused, persevere
 
@@ -202,7 +202,9 @@ def _write_calls(calls: Sequence[Call], registry: Registry, using: str) -> None:
         for call in calls:
             event = call.event
             if call.result is not None and (event.id, call.handler.name) in taken:
-                work = Work(event, registry.handlers_for(event.group), stored.get(event.id, {}))
+                handlers = registry.handlers_for(event.group)
+                before = known_deliveries(stored.get(event.id, {}), handlers)
+                work = Work(event, handlers, before)
                 works.setdefault(event.id, work).results[call.handler.name] = call.result
         write(list(works.values()), using=using)
 

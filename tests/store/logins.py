@@ -13,7 +13,7 @@ from psycopg.conninfo import make_conninfo
 from tests.postgres import ROOT
 from tests.tools import conninfo
 
-ROLES = ("emitter", "worker", "viewer")
+ROLES = ("emitter", "worker", "viewer", "operator")
 ROLES_SQL = (ROOT / "deploy" / "roles.sql").read_text()
 
 # What a project grants besides: its own tables.

@@ -7,7 +7,9 @@ from django.db import ProgrammingError, connection, transaction
 from psycopg.errors import InsufficientPrivilege
 
 from spark_outbox import emit
+from spark_outbox.models import OutboxEvent
 from spark_outbox.store import claiming, detached, emitting, pruning, replaying, sessions, settling
+from spark_outbox.store.connection import run_query
 from spark_outbox.store.detached import Running
 from spark_outbox.store.emitting import NewRow
 from spark_outbox.worker.outcome import Fate, Result
@@ -112,6 +114,17 @@ DENIED = {
         "delete from spark_outbox_event",
         "set role spark_outbox_viewer",
     ],
+    "operator": [
+        *(f"select {column} from spark_outbox_event" for column in ("*", "payload", "headers")),
+        "insert into spark_outbox_event (key, event_group) values ('x', 'g')",
+        "update spark_outbox_event set attempts = 0",
+        "update spark_outbox_event set digest = null",
+        "update spark_outbox_delivery set error = ''",
+        PRUNE,
+        FORGET_KEYS,
+        EMIT_MANY,
+        "set role spark_outbox_worker",
+    ],
     "viewer": [
         *(
             f"select {column} from spark_outbox_event"
@@ -189,15 +202,28 @@ def works(event_id):
     yield partial(settling.record_results, [(event_id, "h", *result)], worker="w", session=1)
     yield partial(settling.settle, [Fate(event_id, "pending", "x")])
     yield partial(detached.take_back, [Running(event_id, "h", 1)], to_settle=False)
-    yield partial(replaying.owe_again, [event_id], "h", [(event_id, "other")])
-    yield partial(sessions.enlist, 1, "w")
+    yield partial(replaying.owe_again, [event_id], "h")
+    yield partial(sessions.enlist, 1, "w", version="1", is_direct=True, groups=None, handlers=["h"])
     yield partial(sessions.fallen_workers, 2)
     yield partial(sessions.note_call, [1], event_id, "h", 1)
     yield partial(sessions.dismiss, [1])
     yield partial(pruning.oldest, ["done"])
+    yield pruning.oldest_snapshot
     yield partial(pruning.prune, "done", "g", seconds=1, most=1)
     yield partial(pruning.forget_keys, 0, seconds=1, most=1)
     yield from emits()
+
+
+def looks():
+    for view in ("events", "status", "failures", "workers", "snapshots", "health"):
+        yield partial(run_query, f"select * from spark_outbox_{view}")
+    yield partial(run_query, "select * from spark_outbox_delivery, spark_outbox_session")
+    yield partial(run_query, "select spark_explain('key')")
+
+
+def repairs():
+    for call in ("retry('key')", "retry_failed()", "discard('key', 'why')", "replay('done', 'h')"):
+        yield partial(run_query, f"select spark_{call}")
 
 
 PRIVILEGES = """
@@ -216,6 +242,8 @@ select roleid::regrole::text from pg_auth_members where member = %(role)s::regro
 
 def test_each_privilege_of_the_emitter_and_the_worker_is_needed(logins):
     event = emit("g", "key")
+    emit("g", "done")
+    OutboxEvent.objects.filter(key="done").update(status="done")
 
     def is_denied(act):
         try:
@@ -227,7 +255,17 @@ def test_each_privilege_of_the_emitter_and_the_worker_is_needed(logins):
             return True
         return False
 
-    for kind, acts in (("emitter", list(emits())), ("worker", list(works(event.id)))):
+    columns = (
+        "id, key, event_group, status, attempts, available_at, ordering_key, created_at, finished_at, "
+        "last_error, key_is_generated"
+    )
+    sees = partial(run_query, f"select {columns} from spark_outbox_event")
+    for kind, acts in (
+        ("emitter", list(emits())),
+        ("worker", [*works(event.id), *repairs()]),
+        ("viewer", [sees, *looks()]),
+        ("operator", list(repairs())),
+    ):
         role = f"spark_outbox_{kind}"
         with connection.cursor() as cursor:
             cursor.execute(PRIVILEGES, {"role": role})

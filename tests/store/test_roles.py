@@ -79,7 +79,7 @@ def test_an_emit_by_the_emitter_wakes_a_sleeping_worker(logins):
 def test_everybody_may_do_with_the_readme_s_sql_what_their_role_is_for(logins):
     emit("order_paid", "order_paid_1")
     for sql in blocks("sql"):
-        kind = "emitter" if "insert" in sql else "worker" if "update" in sql else "viewer"
+        kind = "emitter" if "insert" in sql else "operator"
         with logins.connect(kind) as mine:
             for statement in filter(str.strip, sql.split(";\n")):
                 mine.execute(statement)

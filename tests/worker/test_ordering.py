@@ -1,5 +1,6 @@
 """Events that share an ordering key: one at a time, in the order of their ids, whatever happens."""
 
+import math
 import threading
 from collections import defaultdict
 
@@ -345,6 +346,7 @@ def test_after_a_look_at_many_keys_that_are_blocked_a_worker_comes_to_rest(own_r
 
     worker = Worker(clock=clock, poll_interval=HOUR)
     worker._wake.wait = wait
+    worker._retention._next_at = math.inf
     worker.run()
     assert handled() == ["key"]
     assert waits[-1] == HOUR

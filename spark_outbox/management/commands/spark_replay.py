@@ -72,7 +72,7 @@ class Command(OutboxCommand):
 
     def _replay(self, selection: Selection, using: str) -> None:
         total = 0
-        for total in replay(selection, registry, using=using):
+        for total in replay(selection, using=using):
             if self.stderr.isatty():
                 self.stderr.write(f"\r{total} events", ending="")
         if self.stderr.isatty():

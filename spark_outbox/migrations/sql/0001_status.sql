@@ -1,28 +1,269 @@
--- The state of the outbox, by group.
+-- What people look at: views that read a bounded number of rows, whatever the size of the tables.
+--
+-- Each looks at no more than 10,000 events or deliveries of a kind, at 1,000 groups and at 1,000 kinds
+-- of failures. So a count of 10,000 means that or more. What is done in an hour is estimated above that,
+-- from the latest 10,000.
+
+-- Events without what only their handlers should see. `locked_by` is the transaction that has locked it,
+-- or was the last to do so.
+create view spark_outbox_events as
+select
+    id, key, event_group, status, attempts, available_at, ordering_key, created_at, finished_at,
+    last_error, digest is not null as is_pruned, xmax as locked_by
+from spark_outbox_event;
+
+comment on view spark_outbox_events is 'Events without payloads and headers.';
+
+
+-- What an error is about: its type and message, with what differs from one event to the next left out.
+create function spark_outbox_fingerprint(error text) returns text
+language sql immutable parallel safe as $body$
+    select pg_catalog.left(
+        pg_catalog.regexp_replace(
+            pg_catalog.regexp_replace(
+                pg_catalog.regexp_replace(
+                    pg_catalog.left(pg_catalog.split_part($1, E'\n', 1), 500),
+                    $$'[^']*'|"[^"]*"|`[^`]*`$$, '*', 'g'
+                ),
+                '\m[0-9a-fA-F-]{8,}\M', '#', 'g'
+            ),
+            '[0-9]+', '#', 'g'
+        ),
+        200
+    )
+$body$;
+
+comment on function spark_outbox_fingerprint(text) is
+    'The first line of an error, without numbers, ids and quoted text.';
+
+-- Only what fails pays for it.
+create index spark_outbox_delivery_failing
+    on spark_outbox_delivery (handler, spark_outbox_fingerprint(error), attempted_at)
+    where status in ('pending', 'failed') and error <> '';
+
 
 create view spark_outbox_status as
+with recursive pending as (
+    -- Each from an index of its own, the oldest first.
+    (
+        select event_group, created_at, null::timestamptz as available_at, attempts
+        from spark_outbox_event
+        where status = 'pending' and available_at is null and ordering_key is null
+        order by id limit 10000
+    )
+    union all
+    (
+        select event_group, created_at, null::timestamptz as available_at, attempts
+        from spark_outbox_event
+        where status = 'pending' and available_at is null and ordering_key is not null
+        order by id limit 10000
+    )
+    union all
+    (
+        select event_group, created_at, available_at, attempts from spark_outbox_event
+        where status = 'pending' and available_at <= statement_timestamp() and ordering_key is null
+        order by available_at, id limit 10000
+    )
+    union all
+    (
+        select event_group, created_at, available_at, attempts from spark_outbox_event
+        where status = 'pending' and available_at <= statement_timestamp() and ordering_key is not null
+        order by available_at, id limit 10000
+    )
+    union all
+    (
+        select event_group, created_at, available_at, attempts from spark_outbox_event
+        where status = 'pending' and available_at > statement_timestamp() and ordering_key is null
+        order by available_at, id limit 10000
+    )
+    union all
+    (
+        select event_group, created_at, available_at, attempts from spark_outbox_event
+        where status = 'pending' and available_at > statement_timestamp() and ordering_key is not null
+        order by available_at, id limit 10000
+    )
+),
+waiting as (
+    select
+        event_group,
+        least(count(*) filter (where is_ready), 10000) as ready,
+        least(count(*) filter (where not is_ready and attempts <= 0), 10000) as delayed,
+        least(count(*) filter (where not is_ready and attempts > 0), 10000) as retrying,
+        statement_timestamp() - min(coalesce(available_at, created_at)) filter (
+            where is_ready and isfinite(coalesce(available_at, created_at))
+        ) as oldest_ready_age,
+        statement_timestamp() - min(created_at) filter (where isfinite(created_at)) as oldest_pending_age
+    from pending cross join lateral (
+        select available_at is null or available_at <= statement_timestamp()
+    ) as of_it (is_ready)
+    group by event_group
+),
+-- From one status and group to the next, so not through all of their events.
+aside (status, event_group) as (
+    (
+        select status, event_group from spark_outbox_event
+        where status in ('running', 'unhandled', 'failed')
+        order by status, event_group limit 1
+    )
+    union all
+    select following.* from aside cross join lateral (
+        select event.status, event.event_group from spark_outbox_event as event
+        where event.status in ('running', 'unhandled', 'failed')
+            and (event.status, event.event_group) > (aside.status, aside.event_group)
+        order by event.status, event.event_group limit 1
+    ) as following
+),
+put_aside as (
+    select
+        event_group,
+        max(amount) filter (where status = 'running') as running,
+        max(amount) filter (where status = 'failed') as failed,
+        max(amount) filter (where status = 'unhandled') as unhandled
+    from (select * from aside limit 3000) as named cross join lateral (
+        select count(*) from (
+            select from spark_outbox_event as event
+            where event.status in ('running', 'unhandled', 'failed') and event.status = named.status
+                and event.event_group = named.event_group
+            limit 10000
+        ) as first
+    ) as of_it (amount)
+    group by event_group
+),
+failing (handler) as (
+    (
+        select handler from spark_outbox_delivery
+        where status in ('pending', 'failed') and error <> '' order by handler limit 1
+    )
+    union all
+    select following.handler from failing cross join lateral (
+        select delivery.handler from spark_outbox_delivery as delivery
+        where delivery.status in ('pending', 'failed') and delivery.error <> ''
+            and delivery.handler > failing.handler
+        order by delivery.handler limit 1
+    ) as following
+),
+circuits as (
+    select event_group, least(count(distinct id), 10000) as waits_for_circuit
+    from (select * from failing limit 1000) as named
+    cross join lateral (
+        select delivery.event_id from spark_outbox_delivery as delivery
+        where delivery.status in ('pending', 'failed') and delivery.error <> ''
+            and delivery.handler = named.handler
+            and spark_outbox_fingerprint(delivery.error)
+                = 'spark_outbox: not called, its circuit is open'
+        limit 10000
+    ) as waiting
+    join spark_outbox_event as event on event.id = waiting.event_id
+    where event.status = 'pending'
+    group by event_group
+),
+done_group (event_group) as (
+    (
+        select event_group from spark_outbox_event where status = 'done' and digest is null
+        order by event_group limit 1
+    )
+    union all
+    select following.event_group from done_group cross join lateral (
+        select event.event_group from spark_outbox_event as event
+        where event.status = 'done' and event.digest is null
+            and event.event_group > done_group.event_group
+        order by event.event_group limit 1
+    ) as following
+),
+ended as (
+    select
+        event_group,
+        case
+            when amount < 10000 then amount
+            else (
+                10000 * 3600 / greatest(extract(epoch from statement_timestamp() - earliest), 1)
+            )::bigint
+        end as done_last_hour
+    from (select * from done_group limit 1000) as named cross join lateral (
+        select count(*), min(finished_at) from (
+            select event.finished_at from spark_outbox_event as event
+            where event.status = 'done' and event.digest is null
+                and event.event_group = named.event_group
+                and event.finished_at > statement_timestamp() - interval '1 hour'
+                and event.finished_at < 'infinity'
+            order by event.finished_at desc limit 10000
+        ) as latest
+    ) as of_it (amount, earliest)
+)
 select
     event_group,
-    count(*) filter (
-        where status = 'pending' and (available_at is null or available_at <= statement_timestamp())
-    ) as pending,
-    count(*) filter (
-        where status = 'pending' and available_at > statement_timestamp()
-    ) as delayed,
-    count(*) filter (where status = 'running') as running,
-    count(*) filter (where status = 'done') as done,
-    count(*) filter (where status = 'failed') as failed,
-    count(*) filter (where status = 'unhandled') as unhandled,
-    count(*) filter (where status = 'discarded') as discarded,
-    -- SQL may have written -infinity. Before PostgreSQL 17, subtracting it is an error.
-    statement_timestamp() - min(coalesce(available_at, created_at)) filter (
-        where status = 'pending' and (available_at is null or available_at <= statement_timestamp())
-            and isfinite(coalesce(available_at, created_at))
-    ) as oldest_pending_age,
-    count(waits.event_id) filter (where status = 'pending') as waits_for_circuit
-from spark_outbox_event as event
-left join (
-    select distinct event_id from spark_outbox_delivery
-    where status = 'pending' and error = 'spark_outbox: not called, its circuit is open'
-) as waits on waits.event_id = event.id
-group by event_group;
+    coalesce(ready, 0) as ready,
+    coalesce(delayed, 0) as delayed,
+    coalesce(retrying, 0) as retrying,
+    coalesce(running, 0) as running,
+    coalesce(failed, 0) as failed,
+    coalesce(unhandled, 0) as unhandled,
+    coalesce(done_last_hour, 0) as done_last_hour,
+    coalesce(waits_for_circuit, 0) as waits_for_circuit,
+    oldest_ready_age,
+    oldest_pending_age
+from waiting
+full join put_aside using (event_group)
+full join ended using (event_group)
+full join circuits using (event_group)
+order by event_group;
+
+comment on view spark_outbox_status is
+    'The state of the outbox, by group. A count of 10000 means that or more.';
+
+
+create view spark_outbox_failures as
+with recursive kind (handler, fingerprint) as (
+    (
+        select handler, spark_outbox_fingerprint(error) from spark_outbox_delivery
+        where status in ('pending', 'failed') and error <> ''
+        order by handler, spark_outbox_fingerprint(error) limit 1
+    )
+    union all
+    select following.* from kind cross join lateral (
+        select delivery.handler, spark_outbox_fingerprint(delivery.error)
+        from spark_outbox_delivery as delivery
+        where delivery.status in ('pending', 'failed') and delivery.error <> ''
+            and (delivery.handler, spark_outbox_fingerprint(delivery.error))
+                > (kind.handler, kind.fingerprint)
+        order by delivery.handler, spark_outbox_fingerprint(delivery.error) limit 1
+    ) as following
+)
+select
+    handler, fingerprint, of_it.failed, of_it.retrying,
+    (
+        select min(delivery.attempted_at) from spark_outbox_delivery as delivery
+        where delivery.status in ('pending', 'failed') and delivery.error <> ''
+            and delivery.handler = named.handler
+            and spark_outbox_fingerprint(delivery.error) = named.fingerprint
+    ) as first_at,
+    (
+        select max(delivery.attempted_at) from spark_outbox_delivery as delivery
+        where delivery.status in ('pending', 'failed') and delivery.error <> ''
+            and delivery.handler = named.handler
+            and spark_outbox_fingerprint(delivery.error) = named.fingerprint
+    ) as last_at,
+    (
+        select event.key from spark_outbox_delivery as delivery
+        join spark_outbox_event as event on event.id = delivery.event_id
+        where delivery.status in ('pending', 'failed') and delivery.error <> ''
+            and delivery.handler = named.handler
+            and spark_outbox_fingerprint(delivery.error) = named.fingerprint
+        order by delivery.attempted_at desc limit 1
+    ) as example_key
+from (select * from kind limit 1000) as named cross join lateral (
+    select
+        count(*) filter (where status = 'failed') as failed,
+        count(*) filter (where status = 'pending') as retrying
+    from (
+        select delivery.status from spark_outbox_delivery as delivery
+        where delivery.status in ('pending', 'failed') and delivery.error <> ''
+            and delivery.handler = named.handler
+            and spark_outbox_fingerprint(delivery.error) = named.fingerprint
+        limit 10000 -- without an order: to sort them would read them all
+    ) as first
+) as of_it
+order by last_at desc;
+
+comment on view spark_outbox_failures is
+    'What fails, or is to be tried again after it has failed: by handler and kind of error.';
