@@ -2,7 +2,7 @@
 
 import difflib
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from datetime import timedelta
 from functools import cache
@@ -94,6 +94,10 @@ class Settings:
     """How long a key is a duplicate after its event was emitted, if the event is pruned; None: for
     ever. A source that yields the key later is handled again."""
 
+    REDACT: str | Sequence[str] = ()
+    """What no command and no page shows: the names of values in payloads and headers, at any depth; or
+    the dotted path of a function that gets a payload, or headers, and returns what may be shown."""
+
     LISTEN_DATABASE: str | Mapping[str, str | None] | None = ""
     """Alias of a direct connection for LISTEN, for workers behind a transaction pooler.
     "" means the worker's own connection. None means no LISTEN: the worker polls.
@@ -116,6 +120,10 @@ class Settings:
             _whole_number(name, getattr(self, name))
         if self.BREAK_AFTER is not None:
             _whole_number("BREAK_AFTER", self.BREAK_AFTER)
+        if not isinstance(self.REDACT, str | list | tuple) or not all(
+            isinstance(name, str) for name in self.REDACT
+        ):
+            raise _error("REDACT", self.REDACT, "a list of names, or the dotted path of a function")
         given = self.LISTEN_DATABASE
         each = [*given, *given.values()] if isinstance(given, Mapping) else [given]
         if not all(alias is None or isinstance(alias, str) for alias in each):

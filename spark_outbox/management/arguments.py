@@ -13,9 +13,10 @@ def whole_number(text: str) -> int:
     return int(text)
 
 
-def add_common_arguments(parser: CommandParser) -> None:
+def add_common_arguments(parser: CommandParser, *, asks: bool = True) -> None:
     """Those of each command that people use to look at events, or to change them."""
-    parser.add_argument("--yes", action="store_true", help="don't ask")
+    if asks:
+        parser.add_argument("--yes", action="store_true", help="don't ask")
     parser.add_argument("--json", action="store_true", help="print one JSON document")
     parser.add_argument(
         "--database", default=DEFAULT_DB_ALIAS, metavar="ALIAS", help="default: %(default)s"

@@ -1,8 +1,57 @@
-"""What commands print: tables, durations, counts that have a bound."""
+"""What commands print: tables, durations, counts that have a bound. With rich, if it is there, on a
+terminal; else as plain text."""
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 from spark_outbox.management.arguments import UNITS
+
+Cells = Sequence[object]
+
+
+def table(header: Sequence[str], rows: Iterable[Cells]) -> str:
+    """Return columns of plain text; numbers are set to the right."""
+    lines = [[str(cell) for cell in row] for row in (header, *rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    is_number = [is_numeric(column[1:]) for column in zip(*lines, strict=True)]
+    return "\n".join(
+        "  ".join(
+            cell.rjust(width) if right else cell.ljust(width)
+            for cell, width, right in zip(line, widths, is_number, strict=True)
+        ).rstrip()
+        for line in lines
+    )
+
+
+def print_table(stream: Any, header: Sequence[str], rows: Iterable[Cells]) -> None:
+    """Print a table on a command's stream."""
+    rows = list(rows)
+    try:
+        from rich import box
+        from rich.console import Console
+        from rich.table import Table
+    except ImportError:
+        stream.write(table(header, rows))
+        return
+    if not stream.isatty():
+        stream.write(table(header, rows))
+        return
+    shown = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    columns = zip(*([str(cell) for cell in row] for row in rows), strict=True) if rows else ()
+    numeric = [is_numeric(column) for column in columns] or [False] * len(header)
+    for name, right in zip(header, numeric, strict=True):
+        shown.add_column(name, justify="right" if right else "left", overflow="fold")
+    for row in rows:
+        shown.add_row(*(str(cell) for cell in row))
+    Console(file=stream._out, markup=False, highlight=False).print(shown)
+
+
+def is_numeric(cells: Iterable[str]) -> bool:
+    return all(
+        cell.replace(",", "").replace(".", "").rstrip("smhdw%") in {"", "-"}
+        or cell.replace(",", "").replace(".", "").rstrip("smhdw% ").isdecimal()
+        for cell in cells
+    )
 
 
 def as_duration(value: float) -> str:
@@ -13,20 +62,23 @@ def as_duration(value: float) -> str:
     return f"{value:,.0f}s"
 
 
-def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """Return columns of text; numbers are set to the right."""
-    lines = [header, *rows]
-    widths = [max(len(str(line[place])) for line in lines) for place in range(len(header))]
-    is_number = [
-        all(isinstance(row[place], int | float) for row in lines[1:]) for place in range(len(header))
-    ]
-    return "\n".join(
-        "  ".join(
-            str(cell).rjust(width) if right else str(cell).ljust(width)
-            for cell, width, right in zip(line, widths, is_number, strict=True)
-        ).rstrip()
-        for line in lines
-    )
+def as_age(seconds: float | None) -> str:
+    """Return roughly how long ago something was."""
+    if seconds is None:
+        return ""
+    for unit in ("d", "h", "m"):
+        if seconds >= 2 * UNITS[unit]:
+            return f"{seconds / UNITS[unit]:,.0f}{unit}"
+    return f"{max(seconds, 0):.0f}s"
+
+
+def as_time(text: str | None) -> str:
+    """Return a time of PostgreSQL's JSON to the second."""
+    if text is None:
+        return ""
+    moment, _, rest = text.partition(".")
+    zone = rest.lstrip("0123456789") if rest else ""
+    return moment.replace("T", " ") + zone
 
 
 def bounded(count: int, bound: int) -> str:

@@ -1,1 +1,1 @@
-"""The functions behind the commands for operators."""
+"""What people do to the outbox: look, retry, discard, replay, prune. Commands are thin over it."""

@@ -16,7 +16,7 @@ from django.db import connections
 from django.db.backends.base.base import BaseDatabaseWrapper
 from psycopg import Connection
 from psycopg.adapt import Transformer
-from psycopg.errors import error_from_result
+from psycopg.errors import Diagnostic, error_from_result
 from psycopg.pq import ExecStatus
 from psycopg.pq.abc import PGconn, PGresult
 
@@ -88,6 +88,22 @@ def fetch_here(sql: str, params: Any = None, *, using: Using) -> list[Any]:
     with _connection(using).cursor() as cursor:
         cursor.execute(sql, params)
         return list(cursor.fetchall())
+
+
+def fetch_noticed(sql: str, params: Any = None, *, using: str) -> tuple[list[Any], list[str]]:
+    """Run a query; return its rows, and what its functions say in NOTICEs."""
+    notices: list[str] = []
+
+    def note(notice: Diagnostic) -> None:
+        notices.append(notice.message_primary or "")
+
+    connections[using].ensure_connection()
+    raw = connections[using].connection
+    raw.add_notice_handler(note)
+    try:
+        return fetch(sql, params, using=using), notices
+    finally:
+        raw.remove_notice_handler(note)
 
 
 def fetch_value(sql: str, params: Any = None, *, using: Using) -> Any:

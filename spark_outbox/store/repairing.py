@@ -1,6 +1,8 @@
 """Make events pending again: running ones without a delivery, and unhandled ones."""
 
-from spark_outbox.store.connection import execute, fetch
+from typing import Any, NamedTuple
+
+from spark_outbox.store.connection import execute, fetch, fetch_noticed, fetch_value
 from spark_outbox.store.filtering import with_groups
 
 # Not found in a race: an event and its delivery begin to run, and stop, in one transaction.
@@ -82,3 +84,81 @@ def put_back(matched: list[str], *, limit: int, using: str) -> int:
     They are ready, or due when what they owe is: another release may have tried them.
     """
     return execute(PUT_BACK, {"matched": matched, "limit": limit}, using=using)
+
+
+# By hand: through the functions of the migration, so that SQL and commands do the same
+
+RETRY = "select key from spark_retry(%s)"
+
+DISCARD = "select key from spark_discard(%s, %s)"
+
+RETRY_FAILED = """
+select key from spark_retry_failed(%(handler)s, %(since)s, %(fingerprint)s, %(most)s)
+"""
+
+_FAILED = """
+    select distinct delivery.event_id from spark_outbox_delivery as delivery
+    where delivery.status = 'failed' and delivery.error <> ''
+        and (%(handler)s::text is null or delivery.handler = %(handler)s)
+        and (
+            %(fingerprint)s::text is null
+            or spark_outbox_fingerprint(delivery.error) = %(fingerprint)s
+        )
+        and delivery.attempted_at >= %(since)s
+    limit %(most)s
+"""
+
+COUNT_FAILED = f"select count(*) from ({_FAILED}) as failed"
+
+DISCARD_FAILED = f"""
+select discarded.key
+from ({_FAILED}) as failed join spark_outbox_events as event on event.id = failed.event_id
+cross join lateral spark_discard(event.key, %(why)s) as discarded
+"""
+
+
+CLOSE_CIRCUIT = "select spark_outbox_close_circuit(%s)"
+
+
+def close_circuit(handler: str, *, using: str) -> int:
+    return int(fetch_value(CLOSE_CIRCUIT, [handler], using=using))
+
+
+class Failed(NamedTuple):
+    """Which events that have failed for good; what is None does not count."""
+
+    handler: str | None = None
+    fingerprint: str | None = None
+    since: str = "-infinity"
+    """When they were tried last, as PostgreSQL reads it."""
+
+
+Changed = tuple[list[str], list[str]]
+"""The keys of the events that were changed, and why others were left out."""
+
+
+def retry(key: str, *, using: str) -> Changed:
+    return _changed(RETRY, [key], using)
+
+
+def discard(key: str, why: str, *, using: str) -> Changed:
+    return _changed(DISCARD, [key, why], using)
+
+
+def retry_failed(failed: Failed, *, most: int, using: str) -> Changed:
+    """Make up to `most` failed events pending, the oldest first."""
+    return _changed(RETRY_FAILED, {**failed._asdict(), "most": most}, using)
+
+
+def discard_failed(failed: Failed, why: str, *, most: int, using: str) -> Changed:
+    return _changed(DISCARD_FAILED, {**failed._asdict(), "why": why, "most": most}, using)
+
+
+def count_failed(failed: Failed, *, most: int, using: str) -> int:
+    """Count failed events, up to `most`."""
+    return int(fetch_value(COUNT_FAILED, {**failed._asdict(), "most": most}, using=using))
+
+
+def _changed(sql: str, params: Any, using: str) -> Changed:
+    found, notices = fetch_noticed(sql, params, using=using)
+    return [key for (key,) in found], notices

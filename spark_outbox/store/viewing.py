@@ -1,0 +1,144 @@
+"""Read what people look at: the views of the migration, and single events. Bounded, as these are.
+
+Rows come as JSON, in which times are text: SQL may have written times that Python does not know. Ages
+are seconds.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from spark_outbox.store.connection import fetch
+
+Row = dict[str, Any]
+
+STATUS = """
+select
+    event_group as "group", ready, delayed, retrying, running, failed, unhandled, done_last_hour,
+    waits_for_circuit, extract(epoch from oldest_ready_age)::float as oldest_ready_age,
+    extract(epoch from oldest_pending_age)::float as oldest_pending_age
+from spark_outbox_status
+order by oldest_ready_age desc nulls last, event_group
+"""
+
+WORKERS = """
+select
+    host, pid, started_at, state, extract(epoch from state_for)::float as state_for, groups, handlers,
+    version, backend
+from spark_outbox_workers
+"""
+
+FAILURES = "select * from spark_outbox_failures"
+
+HEALTH = "select * from spark_outbox_health"
+
+LAG = "select extract(epoch from max(oldest_ready_age))::float as lag from spark_outbox_status"
+
+EXPLANATION = "select sentence from spark_explain(%(key)s) as said (sentence)"
+
+LOOKED_AT = 10_000
+"""How many events of a state are looked at, for those that somebody wants to see."""
+
+_COLUMNS = """
+    id, key, event_group as "group", status, attempts, available_at, ordering_key, created_at,
+    finished_at,
+    split_part(last_error, E'\\n', 1) as error
+"""
+
+_LATEST = f"select * from spark_outbox_events order by id desc limit {LOOKED_AT}"
+_ANY = (
+    f"select * from spark_outbox_events where status = '{{state}}' and not is_pruned limit {LOOKED_AT}"
+)
+_PENDING = " union all ".join(
+    f"""(
+        select * from spark_outbox_events
+        where status = 'pending' and available_at is {time} and ordering_key is {order}
+        order by {place} desc limit {LOOKED_AT}
+    )"""
+    for order in ("null", "not null")
+    for time, place in (("null", "id"), ("not null", "available_at"))
+)
+_SOURCES: dict[str | None, str] = {
+    None: _LATEST,
+    "done": _LATEST,
+    "pending": _PENDING,
+    **{state: _ANY.format(state=state) for state in ("failed", "unhandled", "running", "discarded")},
+}
+
+_FAILING = f"""
+select event.* from (
+    select distinct event_id from (
+        select event_id from spark_outbox_delivery
+        where status in ('pending', 'failed') and error <> ''
+            and (%(handler)s = '' or handler = %(handler)s)
+            and (%(fingerprint)s = '' or spark_outbox_fingerprint(error) = %(fingerprint)s)
+        limit {LOOKED_AT}
+    ) as delivery
+) as failing join spark_outbox_events as event on event.id = failing.event_id
+"""
+
+# Each source reads one index, from an end of it: so none reads more than LOOKED_AT events.
+EVENTS = f"""
+select {_COLUMNS} from ({{source}}) as seen
+where not is_pruned
+    and (%(state)s::text is null or status = %(state)s)
+    and (%(group)s = '' or event_group ~ %(group)s)
+    and (%(prefix)s = '' or left(key, length(%(prefix)s)) = %(prefix)s)
+    and (
+        %(seconds)s::float is null
+        or created_at < statement_timestamp() - make_interval(secs => %(seconds)s)
+    )
+order by id desc limit %(limit)s
+"""
+
+EVENT = """
+select
+    id, key, event_group as "group", status, attempts, available_at, ordering_key, created_at,
+    finished_at,
+    last_error, digest is not null as is_pruned, payload, headers
+from spark_outbox_event where key = %(key)s
+"""
+
+EVENT_WITHOUT_PAYLOAD = f"""
+select {_COLUMNS}, last_error, is_pruned, null as payload, null as headers
+from spark_outbox_events where key = %(key)s
+"""
+
+DELIVERIES = """
+select
+    handler, status, attempts, available_at, attempted_at,
+    extract(epoch from duration)::float as duration, worker, error, traceback
+from spark_outbox_delivery
+where event_id = (select id from spark_outbox_event where key = %(key)s)
+order by id
+"""
+
+
+def rows(sql: str, params: Mapping[str, Any] | None = None, *, using: str) -> list[Row]:
+    """Run one of the queries above."""
+    found = fetch(f"select to_jsonb(seen)::text from ({sql}) as seen", params, using=using)
+    return [json.loads(text) for (text,) in found]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Filter:
+    """Which events somebody wants to see; what is empty does not count."""
+
+    state: str | None = None
+    group: str = ""
+    """A regular expression of PostgreSQL's."""
+    handler: str = ""
+    """That fails on the event, or has failed for good."""
+    fingerprint: str = ""
+    prefix: str = ""
+    """Of the key."""
+    seconds: float | None = None
+    """Since it was emitted, at least."""
+
+
+def events(wanted: Filter, *, limit: int, using: str) -> list[Row]:
+    """Return the latest events among the first LOOKED_AT of their state; or that a handler fails on."""
+    failing = wanted.handler or wanted.fingerprint
+    sql = EVENTS.format(source=_FAILING if failing else _SOURCES[wanted.state])
+    return rows(sql, {**asdict(wanted), "limit": limit}, using=using)
