@@ -153,11 +153,12 @@ def prepare(event: Event) -> NewRow:
     )
 
 
-def write(rows: Sequence[NewRow], *, using: str) -> int:
-    """Write prepared rows in one statement, in the order given; return how many were new."""
+def write(rows: Sequence[NewRow], *, as_done: bool = False, using: str) -> int:
+    """Write prepared rows in one statement, in the order given; return how many were new. With `as_done`
+    nobody handles them."""
     with _uncommittable_if_lost(using):
-        new = emitting.insert_many(rows, using=using)
-    if new:
+        new = emitting.insert_many(rows, as_done=as_done, using=using)
+    if new and not as_done:
         _announce(using)
     return new
 

@@ -86,12 +86,14 @@ def sweep(
     using: str,
     chunk_size: int,
     dry_run: bool,
+    as_done: bool = False,
     on_error: Callable[[Model, SourceFunction, Exception], None],
 ) -> Iterator[Sweep]:
     """Pass every instance of `model` to `sources`; yield the counts after each chunk.
 
-    Keeps one chunk in memory, and no transaction or cursor open between chunks. The exception of one
-    call goes to `on_error`, and costs only the events of that call.
+    Keeps one chunk in memory, and no transaction or cursor open between chunks. With `as_done` the
+    events are not handled, but their keys are known from then on. The exception of one call goes to
+    `on_error`, and costs only the events of that call.
     """
     count = Sweep()
     known = sources_of(model)
@@ -110,7 +112,7 @@ def sweep(
         count.events += len(rows)
         if rows:
             with transaction.atomic(using=using):
-                count.new += write(rows, using=using)
+                count.new += write(rows, as_done=as_done, using=using)
                 transaction.set_rollback(dry_run, using=using)
         yield count
 

@@ -48,7 +48,7 @@ INSERT_MANY = """
 select spark_outbox_emit_many(
     'spark_outbox_event'::regclass,
     %s::text[], %s::text[], %s::text, %s::text, %s::text[], %s::timestamptz[], %s::interval[],
-    %s::boolean[]
+    %s::boolean[], %s
 )
 """
 
@@ -68,13 +68,13 @@ def insert(row: NewRow, *, using: str) -> tuple[int, int] | None:
     return stored[0] if stored else None
 
 
-def insert_many(rows: Sequence[NewRow], *, using: str) -> int:
+def insert_many(rows: Sequence[NewRow], *, as_done: bool = False, using: str) -> int:
     """Write events in one statement, all or none of them; return how many were new.
 
-    Ids follow the order of `rows`. Raises IdCollision.
+    Ids follow the order of `rows`. With `as_done` they are not to be handled. Raises IdCollision.
     """
     with _collisions():
-        return int(fetch_here(INSERT_MANY, _columns(rows), using=using)[0][0])
+        return int(fetch_here(INSERT_MANY, [*_columns(rows), as_done], using=using)[0][0])
 
 
 def _columns(rows: Sequence[NewRow]) -> list[Any]:

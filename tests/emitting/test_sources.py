@@ -1,5 +1,6 @@
 """Sources: on every save, and in the sweep of process_spark_sources."""
 
+import contextlib
 import io
 import os
 import pty
@@ -16,7 +17,7 @@ from spark_outbox import Event, source
 from spark_outbox.emitting.sources import emit_on_save, sweep
 from spark_outbox.errors import InvalidEvent
 from spark_outbox.models import OutboxEvent
-from spark_outbox.testing import emitted
+from spark_outbox.testing import drain, emitted
 from tests.challenges.models import Challenge, Donation
 from tests.probe.models import Basket, Crate, Express, Letter, Line, Pallet, Parcel, Tracked
 from tests.tools import connect, conninfo, make_challenge, manage
@@ -346,3 +347,64 @@ def test_a_progress_bar_is_shown_on_a_terminal_and_only_there(tmp_path):
     assert "██" in shown.decode()
     assert "2/5" in shown.decode()
     assert "5/5" in shown.decode()
+
+
+# Adopting the outbox in a project that is there already
+
+
+@pytest.mark.django_db(transaction=True)
+def test_what_was_there_before_is_written_as_done_and_never_handled(own_registry):
+    calls = []
+    for number in range(5):
+        make_challenge(f"{number}")
+
+    @source(Challenge)
+    def placed(challenge):
+        yield {"group": "placed", "key": f"placed_{challenge.pk}", "challenge": challenge}
+
+    own_registry.add_handler(lambda event: calls.append(event.key), group="", name="h")
+    assert "5 instances, 5 events, 5 new, as done" in run("--as-done")[0]
+    assert set(OutboxEvent.objects.values_list("status", flat=True)) == {"done"}
+    assert not OutboxEvent.objects.filter(finished_at=None).exists()
+    assert "5 events, 0 new" in run()[0]
+    new = make_challenge("new")
+    drain()
+    assert calls == [f"placed_{new.pk}"]
+
+
+@pytest.mark.django_db(transaction=True)
+@pytest.mark.parametrize(
+    ("answer", "options", "emitted"),
+    [
+        ("n", [], 0),
+        ("y", [], 5),
+        (None, ["--yes"], 5),
+        (None, ["--as-done"], 5),
+        (None, ["--dry-run"], 0),
+    ],
+)
+def test_the_first_sweep_asks_on_a_terminal(answer, options, emitted):
+    for number in range(5):
+        make_challenge(f"{number}")
+    OutboxEvent.objects.all().delete()
+    leader, follower = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, settings.BASE_DIR / "manage.py", "process_spark_sources", *options],
+        env={**os.environ, "DATABASE_URL": conninfo(), "DJANGO_SETTINGS_MODULE": "tests.settings"},
+        stdin=follower,
+        stdout=follower,
+        stderr=follower,
+    )
+    os.close(follower)
+    said = ""
+    with contextlib.suppress(OSError):  # the other side is closed
+        while block := os.read(leader, 4096):
+            said += block.decode()
+            if answer and "[y/N]" in said and "\n" not in said.partition("[y/N]")[2]:
+                os.write(leader, f"{answer}\n".encode())
+    os.close(leader)
+    assert process.wait() == (1 if answer == "n" else 0)
+    assert ("give --as-done" in said.replace("\r\n", " ")) == bool(answer)
+    assert OutboxEvent.objects.count() == emitted
+    if emitted and answer:  # now they are known
+        assert "[y/N]" not in manage("process_spark_sources").stdout

@@ -1,7 +1,7 @@
 """Pass all instances of models to their sources, for events that depend on time, and for repairs."""
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from traceback import format_exception
 from typing import Any
 
@@ -16,6 +16,12 @@ from spark_outbox.errors import IdCollision, UnstorableValue, describe
 from spark_outbox.management.command import OutboxCommand
 from spark_outbox.registry.callables import path_of
 from spark_outbox.registry.handlers import SourceFunction
+
+FIRST_SWEEP = (
+    "No event of the first {label} is known. Handlers will get the events of all {total} of them, "
+    "however old these are. To have only what comes from now on handled, stop here, and give --as-done "
+    "once. Go on?"
+)
 
 
 class Command(OutboxCommand):
@@ -44,6 +50,12 @@ class Command(OutboxCommand):
             help="instances in memory at once (default: %(default)s)",
         )
         parser.add_argument("--dry-run", action="store_true", help="emit nothing, only count")
+        parser.add_argument(
+            "--as-done",
+            action="store_true",
+            help="write the events as done: nothing is handled that was there before the outbox",
+        )
+        parser.add_argument("--yes", action="store_true", help="don't ask before a first sweep")
         parser.add_argument(
             "--database", metavar="ALIAS", help="default: where the router writes each model"
         )
@@ -104,20 +116,24 @@ class Command(OutboxCommand):
             if options["traceback"]:
                 self.stderr.write("".join(format_exception(error)))
 
+        def swept(**how: Any) -> Iterator[Sweep]:
+            size = options["chunk_size"]
+            return sweep(model, sources, using=using, chunk_size=size, **how)
+
+        asks = not (options["yes"] or options["as_done"] or options["dry_run"])
+        if total and asks and sys.stdin.isatty():
+            first = next(swept(dry_run=True, on_error=lambda *_: None), Sweep())
+            if first.events == first.new > 0:
+                self.confirm(FIRST_SWEEP.format(label=label, total=total), yes=False)
         count = Sweep()
-        for count in sweep(
-            model,
-            sources,
-            using=using,
-            chunk_size=options["chunk_size"],
-            dry_run=options["dry_run"],
-            on_error=report,
-        ):
+        how = {"dry_run": options["dry_run"], "as_done": options["as_done"], "on_error": report}
+        for count in swept(**how):
             if total:
                 self._show_progress(label, count.instances, total)
         self.stdout.write(
             f"{label}: {count.instances} instances, {count.events} events, {count.new} new"
             + (" (dry run: nothing was emitted)" if options["dry_run"] else "")
+            + (", as done" if options["as_done"] else "")
         )
         return count.errors
 

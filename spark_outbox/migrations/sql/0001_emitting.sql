@@ -76,10 +76,12 @@ comment on function spark_emit(text, text, jsonb) is
 -- transactions with the same keys can't deadlock.
 --
 -- Payloads and headers are JSON objects, one a line: a jsonb[] takes twice as long to read. If no event
--- has headers, an ordering key, a time, a delay or a generated key, that argument is NULL.
+-- has headers, an ordering key, a time, a delay or a generated key, that argument is NULL. Events `as_done`
+-- are not to be handled, and their keys are known.
 create function spark_outbox_emit_many(
     outbox regclass, keys text[], groups text[], payloads text, header_objects text,
-    ordering_keys text[], times timestamptz[], delays interval[], generated boolean[]
+    ordering_keys text[], times timestamptz[], delays interval[], generated boolean[],
+    as_done boolean default false
 ) returns bigint
 language plpgsql security definer as $body$
 declare
@@ -89,10 +91,15 @@ begin
     perform spark_outbox_check_home(outbox);
     ids := pg_get_serial_sequence('spark_outbox_event', 'id');
     insert into spark_outbox_event
-        (id, key, event_group, payload, headers, ordering_key, available_at, key_is_generated)
+        (
+            id, key, event_group, payload, headers, ordering_key, available_at, key_is_generated,
+            status, finished_at
+        )
     select
         id, key, event_group, payload::jsonb, coalesce(headers::jsonb, '{}'), ordering_key,
-        coalesce(available_at, statement_timestamp() + delay), coalesce(key_is_generated, false)
+        coalesce(available_at, statement_timestamp() + delay), coalesce(key_is_generated, false),
+        case when as_done then 'done' else 'pending' end,
+        case when as_done then statement_timestamp() end
     from (
         select nextval(ids) as id, given.*
         from unnest(
@@ -181,7 +188,7 @@ begin
         'spark_outbox_check_keys(regclass, text[])',
         'spark_emit(text, text, jsonb)',
         'spark_outbox_emit_many('
-            'regclass, text[], text[], text, text, text[], timestamptz[], interval[], boolean[])',
+            'regclass, text[], text[], text, text, text[], timestamptz[], interval[], boolean[], boolean)',
         'spark_outbox_is_same(regclass, text, text, jsonb)',
         'spark_outbox_ids_are_behind()'
     ]::regprocedure[] loop
