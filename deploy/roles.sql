@@ -89,6 +89,17 @@ grant select on
 -- The operator is a viewer who also repairs: by spark_retry() and the other functions, which run with the
 -- rights of those who call them, or by an UPDATE of what these change.
 grant spark_outbox_viewer to spark_outbox_operator;
-grant update (status, available_at, finished_at, last_error) on spark_outbox_event to spark_outbox_operator;
+grant update (status, attempts, available_at, finished_at, last_error)
+    on spark_outbox_event to spark_outbox_operator;
 grant insert (event_id, handler, status, available_at), update (status, attempts, available_at)
     on spark_outbox_delivery to spark_outbox_operator;
+
+-- For databases in which functions are not for everybody by default.
+grant execute on function spark_emit to spark_outbox_emitter;
+grant execute on function
+    spark_outbox_close_circuit, spark_outbox_id_of, spark_outbox_lock, spark_outbox_lock_failed,
+    spark_outbox_reopen, spark_outbox_give_up, spark_retry, spark_retry_failed, spark_discard,
+    spark_replay
+    to spark_outbox_worker, spark_outbox_operator;
+grant execute on function spark_explain, spark_outbox_explain_pending to spark_outbox_viewer;
+grant execute on function spark_outbox_fingerprint to spark_outbox_worker, spark_outbox_viewer;

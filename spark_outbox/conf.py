@@ -15,6 +15,9 @@ from spark_outbox.errors import SettingsError
 
 FINAL_STATES = ("done", "discarded", "failed", "unhandled")
 
+LONGEST_RETENTION = 10**10
+"""Seconds: about three centuries."""
+
 Seconds = float | None
 """None means for ever."""
 
@@ -109,7 +112,8 @@ class Settings:
         if self.TIMEOUT is not None:
             object.__setattr__(self, "TIMEOUT", _seconds("TIMEOUT", self.TIMEOUT))
         if self.KEYS_RETENTION is not None:
-            object.__setattr__(self, "KEYS_RETENTION", _seconds("KEYS_RETENTION", self.KEYS_RETENTION))
+            seconds = _seconds("KEYS_RETENTION", self.KEYS_RETENTION, most=LONGEST_RETENTION)
+            object.__setattr__(self, "KEYS_RETENTION", seconds)
         object.__setattr__(self, "RETENTION", _retention(self.RETENTION))
         _one_of("WAKE", self.WAKE, "gated", "always", "never")
         _one_of("FAILED_HEAD", self.FAILED_HEAD, "block", "skip")
@@ -177,11 +181,11 @@ def use_tz() -> bool:
     return bool(django_settings.USE_TZ)
 
 
-def _seconds(name: str, value: object) -> float:
+def _seconds(name: str, value: object, *, most: float = 10**8) -> float:
     if isinstance(value, timedelta):
         value = value.total_seconds()
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 10**8:
-        raise _error(name, value, "a number of seconds above 0, or a timedelta")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < most:
+        raise _error(name, value, f"a number of seconds above 0 and below {most:,.0f}, or a timedelta")
     return float(value)
 
 
@@ -199,7 +203,7 @@ def _retention(given: object) -> Retention:
     groups = []
     for pattern, value in patterns.items():
         try:
-            re.compile(pattern)
+            re.compile(pattern).search("")
         except (TypeError, re.error) as error:
             raise _error(
                 "RETENTION", given, f"a dict of regular expressions: {pattern!r}: {error}"
@@ -215,7 +219,7 @@ def _durations(states: Mapping[str, object]) -> tuple[tuple[str, Seconds], ...]:
         if state not in FINAL_STATES:
             raise _error("RETENTION", dict(states), f"by state: {', '.join(FINAL_STATES)}")
     return tuple(
-        (state, None if value is None else _seconds("RETENTION", value))
+        (state, None if value is None else _seconds("RETENTION", value, most=LONGEST_RETENTION))
         for state, value in states.items()
     )
 

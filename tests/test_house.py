@@ -193,6 +193,9 @@ def test_the_triggers_of_the_setting_are_those_of_the_migration(wake_mode):
     assert waking.wake_mode(using="default") == "never"  # so that `migrate` brings it back
 
 
+REPAIRS = ["search_path=pg_catalog, public, pg_temp", "client_min_messages=notice"]
+
+
 @pytest.mark.django_db
 def test_functions_pin_their_search_path():
     with connection.cursor() as cursor:
@@ -210,20 +213,23 @@ def test_functions_pin_their_search_path():
         "spark_outbox_check_keys": ["search_path=pg_catalog, public, pg_temp"],
         "spark_outbox_digest": None,
         "spark_outbox_emit_many": ["search_path=pg_catalog, public, pg_temp"],
-        "spark_outbox_forget_keys": ["search_path=pg_catalog, public, pg_temp"],
+        "spark_outbox_forget_keys": ["search_path=pg_catalog, public, pg_temp", "lock_timeout=1s"],
         "spark_outbox_ids_are_behind": ["search_path=pg_catalog, public, pg_temp"],
         "spark_outbox_close_circuit": ["search_path=pg_catalog, public, pg_temp"],
-        "spark_discard": ["search_path=pg_catalog, public, pg_temp"],
+        "spark_discard": REPAIRS,
         "spark_explain": ["search_path=pg_catalog, public, pg_temp"],
-        "spark_replay": ["search_path=pg_catalog, public, pg_temp"],
-        "spark_retry": ["search_path=pg_catalog, public, pg_temp"],
-        "spark_retry_failed": ["search_path=pg_catalog, public, pg_temp"],
+        "spark_replay": REPAIRS,
+        "spark_retry": REPAIRS,
+        "spark_retry_failed": REPAIRS,
         "spark_outbox_explain_pending": ["search_path=pg_catalog, public, pg_temp"],
         "spark_outbox_fingerprint": None,
-        "spark_outbox_id_of": ["search_path=pg_catalog, public, pg_temp"],
-        "spark_outbox_lock": ["search_path=pg_catalog, public, pg_temp"],
-        "spark_outbox_reopen": ["search_path=pg_catalog, public, pg_temp"],
-        "spark_outbox_prune": ["search_path=pg_catalog, public, pg_temp"],
+        "spark_outbox_id_of": REPAIRS,
+        "spark_outbox_lock": REPAIRS,
+        "spark_outbox_reopen": REPAIRS,
+        "spark_outbox_give_up": REPAIRS,
+        "spark_outbox_lock_failed": REPAIRS,
+        "spark_outbox_prune": ["search_path=pg_catalog, public, pg_temp", "lock_timeout=1s"],
+        "spark_outbox_referenced": ["search_path=pg_catalog, public, pg_temp", "lock_timeout=1s"],
         "spark_outbox_refuse_pruned": ["search_path=pg_catalog, pg_temp"],
         "spark_outbox_is_same": ["search_path=pg_catalog, public, pg_temp"],
         "spark_outbox_wake": ["search_path=pg_catalog, pg_temp"],

@@ -53,6 +53,7 @@ class Event(Mapping[str, Any]):
 
     __slots__ = (
         "_created_at",
+        "_generated",
         "_payload",
         "_references",
         "_text",
@@ -64,7 +65,6 @@ class Event(Mapping[str, Any]):
         "id",
         "is_simple",
         "key",
-        "key_is_generated",
         "ordering_key",
     )
 
@@ -84,9 +84,8 @@ class Event(Mapping[str, Any]):
         **payload: Any,
     ) -> None:
         self.group = check_text("group", group)
-        self.key_is_generated = key is None
-        """Nobody can emit this key again, so that it need not be kept; False for a stored event."""
-        self.key = time_ordered_key() if key is None else check_text("key", key)
+        self._generated = time_ordered_key() if key is None else ""
+        self.key = self._generated or check_text("key", key)
         self.ordering_key = None if ordering_key is None else check_text("ordering_key", ordering_key)
         if available_at is not None and delay is not None:
             raise InvalidEvent("Give available_at or delay, not both.")
@@ -119,7 +118,7 @@ class Event(Mapping[str, Any]):
             event._created_at,
             event.available_at,
         ) = row
-        event.key_is_generated = False
+        event._generated = ""
         event._payload = None
         event._references = references
         event.headers = NO_HEADERS if headers == "{}" else LazyPayload(headers, references, "headers")
@@ -134,6 +133,11 @@ class Event(Mapping[str, Any]):
         events = [cls.from_row(row, references) for row in rows]
         references.add(events)
         return events
+
+    @property
+    def key_is_generated(self) -> bool:
+        """Nobody has chosen the key, so that it need not be kept; False for an event that was stored."""
+        return self.key == self._generated
 
     @property
     def payload(self) -> Mapping[str, Any]:

@@ -40,7 +40,9 @@ class OutboxCommand(BaseCommand):
             return
         if not sys.stdin.isatty():
             raise CommandError("There is no terminal to ask on: give --yes, or --dry-run.")
-        if input(f"{question} [y/N] ").strip().lower() not in {"y", "yes"}:
+        self.stderr.write(f"{question} [y/N] ", ending="", style_func=str)
+        self.stderr.flush()
+        if input().strip().lower() not in {"y", "yes"}:
             raise CommandError("Nothing was changed.")
 
     def show_progress(self, text: str) -> None:

@@ -62,35 +62,43 @@ class RepairCommand(OutboxCommand):
         if bool(keys) == chooses:
             raise CommandError("Give keys, or --failed, --handler, --fingerprint or --since.")
         if keys:
-            self._report(options, each(keys), total=len(keys), count=len(keys))
+            changed = self._report(options, each(keys), total=len(keys), count=len(keys))
+            if not (changed or options["dry_run"]):
+                raise CommandError("Nothing was changed.")
             return
         since = "-infinity"
         if options["since"] is not None:
             since = (timezone.now() - timedelta(seconds=options["since"])).isoformat()
         failed = Failed(options["handler"], options["fingerprint"], since)
         count = min(repair.count(failed, using=using), options["max"])
-        if not options["json"]:
-            self.stdout.write(f"{bounded(count, repair.COUNTED)} events have failed so.")
+        self.stderr.write(f"{bounded(count, repair.COUNTED)} events have failed so.", style_func=str)
         if count and not options["dry_run"]:
             self.confirm(question, yes=options["yes"])
         self._report(options, all_failed(failed, options["max"]), total=count, count=count)
 
     def _report(
         self, options: dict[str, Any], changes: Iterator[Changed], *, total: int, count: int
-    ) -> None:
+    ) -> int:
+        """Make the changes, unless it is a dry run, and say what they are; return how many events."""
         changed: list[str] = []
         left_out: list[str] = []
-        if not options["dry_run"]:
-            for keys, reasons in changes:
+        is_interrupted = False
+        try:
+            for keys, reasons in () if options["dry_run"] else changes:
                 changed += keys
                 left_out += reasons
                 self.show_progress(f"{len(changed):,} of {bounded(total, repair.COUNTED)}")
-            self.show_progress("")
+        except KeyboardInterrupt:
+            is_interrupted = True
+        self.show_progress("")
         if options["json"]:
             report = {"events": count, "changed": changed, "left_out": left_out}
             self.stdout.write(json.dumps({**report, "dry_run": options["dry_run"]}, indent=2))
-            return
-        for reason in left_out:
-            self.stderr.write(reason)
-        if not options["dry_run"]:
-            self.stdout.write(self.done.format(count=len(changed)))
+        else:
+            for reason in left_out:
+                self.stderr.write(reason)
+            said = f"{count:,} events are named." if options["dry_run"] else self.done
+            self.stdout.write(said.format(count=len(changed)))
+        if is_interrupted:
+            raise CommandError("Stopped; run it again to go on.", returncode=130)
+        return len(changed)

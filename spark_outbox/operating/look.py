@@ -8,7 +8,7 @@ from django.utils.module_loading import import_string
 from psycopg.errors import InsufficientPrivilege
 
 from spark_outbox import conf
-from spark_outbox.store import repairing, viewing
+from spark_outbox.store import repairing, viewing, waking
 from spark_outbox.store.viewing import Filter, Row
 
 REDACTED = "[redacted]"
@@ -18,21 +18,34 @@ BY_SEVERITY = ("ok", "warning", "critical")
 
 def status(*, failures: bool = False, using: str) -> dict[str, list[Row]]:
     """Return the groups, the workers, and the checks of health; and what fails, if asked."""
-    queries = {"groups": viewing.STATUS, "workers": viewing.WORKERS, "health": viewing.HEALTH}
+    found = {
+        "groups": viewing.rows(viewing.STATUS, using=using),
+        "workers": viewing.rows(viewing.WORKERS, using=using),
+        "health": health(using=using),
+    }
     if failures:
-        queries["failures"] = viewing.FAILURES
-    return {name: viewing.rows(sql, using=using) for name, sql in queries.items()}
+        found["failures"] = viewing.rows(viewing.FAILURES, using=using)
+    return found
 
 
 def health(*, max_lag: float | None = None, using: str) -> list[Row]:
-    """Return the checks; with `max_lag`, in seconds, that is where the lag becomes critical."""
-    found = viewing.rows(viewing.HEALTH, using=using)
+    """Return the checks, as the settings see them; with `max_lag`, in seconds, that is where the lag
+    becomes critical."""
+    found = {check["name"]: check for check in viewing.rows(viewing.HEALTH, using=using)}
     if max_lag is not None:
         lag = viewing.rows(viewing.LAG, using=using)[0]["lag"] or 0.0
-        for check in found:
-            if check["name"] == "lag":
-                check["status"] = "critical" if lag > max_lag else "ok"
-    return found
+        found["lag"]["status"] = "critical" if lag > max_lag else "ok"
+    settings = conf.current()
+    mode = waking.wake_mode(using=using)
+    if mode == settings.WAKE == "never":
+        found["trigger"] |= {"status": "ok", "detail": "Workers poll, as the setting WAKE says."}
+    elif mode != settings.WAKE:
+        detail = f"The triggers are in mode {mode!r}, and the setting WAKE is {settings.WAKE!r}."
+        found["trigger"] |= {"status": "warning", "detail": detail}
+    if settings.DISPATCH == "on_commit" or settings.direct(using) is None:
+        detail = "Workers without a session that lasts, and DISPATCH = 'on_commit', can't be seen."
+        found["workers"] |= {"status": "ok", "detail": detail}
+    return list(found.values())
 
 
 def worst(checks: Sequence[Row]) -> int:
@@ -77,6 +90,8 @@ def close_circuit(handler: str, *, using: str) -> int:
 def redacted(document: Any) -> Any:
     """Return a payload or headers as SPARK_OUTBOX["REDACT"] lets them be shown."""
     redact = conf.current().REDACT
+    if document is None:  # this role may not see it
+        return None
     if isinstance(redact, str):
         return import_string(redact)(document)
     return _without(frozenset(redact), document) if redact else document

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 from spark_outbox import conf
 from spark_outbox.store import pruning
@@ -25,23 +26,28 @@ class Choice:
     group: str = ""
     """A regular expression."""
     older_than: float | None = None
-    """Seconds since they ended. It replaces what RETENTION says, but for events which that keeps for
-    ever: for these, name their state or group as well."""
+    """Seconds since they ended. It replaces what RETENTION says. States that RETENTION keeps for ever
+    must be named for that, and groups that it keeps for ever too."""
 
     def portions(self, *, using: str) -> list[Portion]:
         """Return what there is to prune, by state and group."""
         retention = conf.current().RETENTION
         found = []
-        for ended in pruning.oldest(list(self.states or retention.prunes), using=using):
-            seconds = self._seconds(retention.seconds(ended.state, ended.group))
+        states = self.states or retention.prunes or ("done", "discarded")
+        for ended in pruning.oldest(list(states), using=using):
+            seconds = self._seconds(retention, ended.state, ended.group)
             if seconds is not None and ended.age > seconds and re.search(self.group, ended.group):
                 found.append(Portion(ended.state, ended.group, seconds))
         return found
 
-    def _seconds(self, by_setting: float | None) -> float | None:
-        is_named = bool(self.states or self.group)
-        if self.older_than is None or (by_setting is None and not is_named):
+    def _seconds(self, retention: conf.Retention, state: str, group: str) -> float | None:
+        by_setting = retention.seconds(state, group)
+        if self.older_than is None:
             return by_setting
+        if by_setting is None and not self.group:
+            keeps_state = dict(retention.states).get(state) is None
+            if not (keeps_state and state in self.states):
+                return None
         return self.older_than
 
 
@@ -58,7 +64,8 @@ def count_keys(seconds: float, *, using: str) -> int:
 
 def prune(portions: Sequence[Portion], *, using: str) -> Iterator[Pruned | Holder]:
     """Prune events; yield what each chunk did, or who holds a snapshot, as long as somebody does."""
-    return _chunks(using).prune(portions)
+    chunks = _chunks(using)
+    return chain.from_iterable(map(chunks.prune, portions))
 
 
 def forget_keys(seconds: float, *, using: str) -> Iterator[Pruned | Holder]:

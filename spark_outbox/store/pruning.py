@@ -70,7 +70,9 @@ select count(*) from (
 
 # Roles without pg_read_all_stats see their own sessions only.
 OLDEST_SNAPSHOT = """
-select who, extract(epoch from held_for)::float, xids from spark_outbox_snapshots limit 1
+select who, extract(epoch from held_for)::float, xids from spark_outbox_snapshots
+where held_for >= make_interval(secs => %s) or held_for is null and xids > %s
+limit 1
 """
 
 
@@ -138,7 +140,8 @@ def count_keys(*, seconds: float, most: int, using: str) -> int:
     return int(fetch(COUNT_KEYS, [seconds, most], using=using)[0][0])
 
 
-def oldest_snapshot(*, using: str) -> Holder | None:
-    """Return what keeps vacuum from removing dead rows; None if nothing does, or we may not see it."""
-    found = fetch(OLDEST_SNAPSHOT, using=using)
+def oldest_snapshot(*, seconds: float, xids: int, using: str) -> Holder | None:
+    """Return what has kept vacuum from removing dead rows for so many seconds; or, if nobody knows for
+    how long, for so many transactions. None if nothing has, or we may not see it."""
+    found = fetch(OLDEST_SNAPSHOT, [seconds, xids], using=using)
     return Holder(*found[0]) if found else None

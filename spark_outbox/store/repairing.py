@@ -96,26 +96,16 @@ RETRY_FAILED = """
 select key from spark_retry_failed(%(handler)s, %(since)s, %(fingerprint)s, %(most)s)
 """
 
-_FAILED = """
-    select distinct delivery.event_id from spark_outbox_delivery as delivery
-    where delivery.status = 'failed' and delivery.error <> ''
-        and (%(handler)s::text is null or delivery.handler = %(handler)s)
-        and (
-            %(fingerprint)s::text is null
-            or spark_outbox_fingerprint(delivery.error) = %(fingerprint)s
-        )
-        and delivery.attempted_at >= %(since)s
-    limit %(most)s
+DISCARD_FAILED = """
+select key from spark_outbox_give_up(
+    spark_outbox_lock_failed(%(handler)s, %(since)s, %(fingerprint)s, %(most)s), %(why)s
+)
 """
 
-COUNT_FAILED = f"select count(*) from ({_FAILED}) as failed"
-
-DISCARD_FAILED = f"""
-select discarded.key
-from ({_FAILED}) as failed join spark_outbox_events as event on event.id = failed.event_id
-cross join lateral spark_discard(event.key, %(why)s) as discarded
+# It locks them, as the functions do, until this query ends.
+COUNT_FAILED = """
+select cardinality(spark_outbox_lock_failed(%(handler)s, %(since)s, %(fingerprint)s, %(most)s))
 """
-
 
 CLOSE_CIRCUIT = "select spark_outbox_close_circuit(%s)"
 

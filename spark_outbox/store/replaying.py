@@ -38,7 +38,10 @@ set status = 'pending', attempts = 0, available_at = excluded.available_at
 """
 
 REOPEN = """
-update spark_outbox_event set status = 'pending', available_at = null, finished_at = null
+update spark_outbox_event
+set
+    status = 'pending', available_at = null, finished_at = null,
+    attempts = greatest(attempts, 1) -- or its deliveries would not be read
 where id = any(%s) and status = 'done'
 """
 

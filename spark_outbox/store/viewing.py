@@ -5,8 +5,10 @@ are seconds.
 """
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from decimal import Decimal
 from typing import Any
 
 from spark_outbox.store.connection import fetch
@@ -17,7 +19,7 @@ STATUS = """
 select
     event_group as "group", ready, delayed, retrying, running, failed, unhandled, done_last_hour,
     waits_for_circuit, extract(epoch from oldest_ready_age)::float as oldest_ready_age,
-    extract(epoch from oldest_pending_age)::float as oldest_pending_age
+    extract(epoch from oldest_pending_age)::float as oldest_pending_age, more
 from spark_outbox_status
 order by oldest_ready_age desc nulls last, event_group
 """
@@ -59,9 +61,32 @@ _PENDING = " union all ".join(
     for order in ("null", "not null")
     for time, place in (("null", "id"), ("not null", "available_at"))
 )
+
+# The latest of each group, from one group to the next.
+_DONE = f"""
+with recursive done_group (event_group) as (
+    (
+        select event_group from spark_outbox_events where status = 'done' and not is_pruned
+        order by event_group limit 1
+    )
+    union all
+    select following.event_group from done_group cross join lateral (
+        select event.event_group from spark_outbox_events as event
+        where event.status = 'done' and not event.is_pruned
+            and event.event_group > done_group.event_group
+        order by event.event_group limit 1
+    ) as following
+)
+select latest.* from (select * from done_group limit 1000) as named cross join lateral (
+    select event.* from spark_outbox_events as event
+    where event.status = 'done' and not event.is_pruned and event.event_group = named.event_group
+    order by event.finished_at desc limit {LOOKED_AT // 10}
+) as latest
+"""
+
 _SOURCES: dict[str | None, str] = {
     None: _LATEST,
-    "done": _LATEST,
+    "done": _DONE,
     "pending": _PENDING,
     **{state: _ANY.format(state=state) for state in ("failed", "unhandled", "running", "discarded")},
 }
@@ -118,7 +143,18 @@ order by id
 def rows(sql: str, params: Mapping[str, Any] | None = None, *, using: str) -> list[Row]:
     """Run one of the queries above."""
     found = fetch(f"select to_jsonb(seen)::text from ({sql}) as seen", params, using=using)
-    return [json.loads(text) for (text,) in found]
+    return [json.loads(text, parse_int=_whole, parse_float=_decimal) for (text,) in found]
+
+
+def _whole(text: str) -> int | str:
+    """Return a number of a payload; as text, if it is longer than Python converts."""
+    return int(text) if len(text) < 1000 else text
+
+
+def _decimal(text: str) -> float | str:
+    """Return a number of a payload; as text, if a float would be another one."""
+    number = float(text)
+    return number if math.isfinite(number) and Decimal(repr(number)) == Decimal(text) else text
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

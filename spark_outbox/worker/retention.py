@@ -7,8 +7,7 @@ database: others leave it alone until their next look. `spark_prune` does the sa
 import logging
 import random
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from spark_outbox import conf
@@ -70,11 +69,7 @@ def due(retention: conf.Retention, *, using: str) -> list[Portion]:
 
 def held_up(*, using: str) -> Holder | None:
     """Return who holds a snapshot for so long that pruning has to wait."""
-    holder = pruning.oldest_snapshot(using=using)
-    if holder is None:
-        return None
-    is_long = holder.xids > MANY_XIDS if holder.seconds is None else holder.seconds >= PATIENCE
-    return holder if is_long else None
+    return pruning.oldest_snapshot(seconds=PATIENCE, xids=MANY_XIDS, using=using)
 
 
 class Chunks:
@@ -101,31 +96,37 @@ class Chunks:
         self._size = self.SMALLEST
         self._looks_at = clock()
 
-    def prune(self, portions: Sequence[Portion]) -> Iterator[Pruned | Holder]:
-        """Prune events."""
-        for state, group, seconds in portions:
-            goes_on = True
-            while goes_on:
-                yield from self._holders()
-                most = self._size
-                with self._timed():
-                    pruned = pruning.prune(state, group, seconds=seconds, most=most, using=self._using)
-                if pruned is None and not self._insists:
-                    return
-                yield pruned or NOTHING
-                goes_on = pruned is None or pruned.total == most
+    def prune(self, portion: Portion) -> Iterator[Pruned | Holder]:
+        """Prune events of a state and group."""
+        state, group, seconds = portion
+        self._size, goes_on = self.SMALLEST, True
+        while goes_on:
+            yield from self._holders()
+            most, start = self._size, self._clock()
+            self._size = self.SMALLEST  # if this fails
+            pruned = pruning.prune(state, group, seconds=seconds, most=most, using=self._using)
+            if pruned is None and not self._insists:
+                return
+            done = pruned or NOTHING
+            self._fit(most, done.total, start)
+            yield done
+            goes_on = pruned is None or pruned.total == most
 
     def forget_keys(self, seconds: float, *, after: int = LOWEST_ID) -> Iterator[Pruned | Holder]:
         """Delete the keys of pruned events that were emitted so many seconds ago."""
         reached: int | None = after
+        self._size = self.SMALLEST
         while reached is not None:
             yield from self._holders()
-            most = self._size * KEYS_PIECE
-            with self._timed():
-                found = pruning.forget_keys(reached, seconds=seconds, most=most, using=self._using)
+            most, start = self._size, self._clock()
+            self._size = self.SMALLEST
+            found = pruning.forget_keys(
+                reached, seconds=seconds, most=most * KEYS_PIECE, using=self._using
+            )
             if found is None and not self._insists:
                 return
             deleted, reached = found or (0, reached)
+            self._fit(most, most, start)
             yield Pruned(0, deleted)
 
     def _holders(self) -> Iterator[Holder]:
@@ -135,14 +136,12 @@ class Chunks:
             else:
                 self._looks_at = self._clock() + HOLDER_INTERVAL
 
-    @contextmanager
-    def _timed(self) -> Iterator[None]:
-        """Fit the size of the next chunk to the time that this one takes."""
-        start = self._clock()
-        yield
+    def _fit(self, size: int, done: int, start: float) -> None:
+        """Fit the next chunk to the time that one has taken since `start`. A chunk that found less to do
+        than it was allowed says nothing about larger ones."""
         share = (self._clock() - start) / self._seconds
-        fitting = self._size * min(2.0, 1 / max(share, 0.01))
-        self._size = max(self.SMALLEST, min(self.LARGEST, int(fitting)))
+        fitting = int(size * min(2.0, 1 / max(share, 0.01)))
+        self._size = max(self.SMALLEST, min(self.LARGEST, fitting, 2 * done))
 
 
 class Retention:
@@ -151,7 +150,8 @@ class Retention:
     def __init__(self, context: Context) -> None:
         self._context = context
         self._chunks = Chunks(seconds=POLL, using=context.using, clock=context.clock)
-        self._pass: Iterator[Pruned | Holder] | None = None
+        self._left: list[Iterator[Pruned | Holder]] | None = None
+        """What is left of the pass that is under way."""
         self._count = 0
         self._next_at = context.clock() + random.uniform(*FIRST_LOOK)  # noqa: S311, no secret
         self._keys_at = self._next_at
@@ -167,32 +167,41 @@ class Retention:
         if start < self._next_at:
             return
         self._next_at = start + LOOK_INTERVAL  # also after an outage
+        left, self._left = self._left, None
         try:
             with refusals(using=self._context.using):
-                if self._pass is None:
-                    self._pass = self._begin()
-                done = next(self._pass, None)
+                if left is None:
+                    left = self._begin()
+                done = next(left[0], None) if left else None
         except Refused as refused:
             details: dict[str, object] = {"error": describe(refused.error)}
             logger.warning("Events can't be pruned (%(error)s).", details, extra=details)
             done = None
         if isinstance(done, Pruned):
             self._count += done.total
-            took = self._context.clock() - start
-            self._next_at = start + took * (1 + (BUSY if is_busy else 1))
-        else:
+        elif left:
+            left.pop(0)
+        if isinstance(done, Holder) or not left:
             self._end(done)
+            return
+        self._left = left
+        took = self._context.clock() - start
+        self._next_at = start + took * (1 + (BUSY if is_busy else 1))
 
-    def _begin(self) -> Iterator[Pruned | Holder]:
+    def _begin(self) -> list[Iterator[Pruned | Holder]]:
+        """Return what there is to do, one thing after the other: a refusal ends only one of them."""
         settings, now = self._context.settings, self._context.clock()
-        yield from self._chunks.prune(due(settings.RETENTION, using=self._context.using))
+        left = [
+            self._chunks.prune(portion) for portion in due(settings.RETENTION, using=self._context.using)
+        ]
         if settings.KEYS_RETENTION is not None and now >= self._keys_at:
-            yield from self._chunks.forget_keys(settings.KEYS_RETENTION)
+            left.append(self._chunks.forget_keys(settings.KEYS_RETENTION))
             self._keys_at = now + KEYS_INTERVAL
+        return left
 
-    def _end(self, holder: Holder | None) -> None:
-        if holder is not None:
-            details: dict[str, object] = {"holder": holder.who, "seconds": holder.seconds}
+    def _end(self, done: Pruned | Holder | None) -> None:
+        if isinstance(done, Holder):
+            details: dict[str, object] = {"holder": done.who, "seconds": done.seconds}
             logger.warning(
                 "Nothing is pruned: %(holder)s holds a snapshot, so that vacuum could not clean up.",
                 details,
@@ -201,4 +210,4 @@ class Retention:
         if self._count:
             details = {"events": self._count}
             logger.info("Pruned %(events)s events.", details, extra=details)
-        self._pass, self._count = None, 0
+        self._count = 0

@@ -136,11 +136,10 @@ class Sleep:
                 reason = "notification" if is_over else ""
             elif is_woken:
                 reason = "notification"
-            elif look.reason in {"poll", "retention"}:
-                self._retention.turn(is_busy=False)
+            elif look.reason == "poll":
                 outlook = self._wake.look()
                 is_over = outlook.has_events or not self._wake.guards(outlook.oid)
-                reason = look.reason if is_over else ""
+                reason = "poll" if is_over else ""
             else:
                 reason = look.reason
         return reason or "stop"

@@ -203,6 +203,19 @@ def test_an_event_is_shown_whole(various):
     assert code == 1
 
 
+@pytest.mark.parametrize(
+    "number", ["123456789.123456789123456789", "1e5000", f"{'9' * 5000}", "0.1", "12"]
+)
+def test_numbers_are_shown_as_they_are(own_registry, number):
+    with connect() as other:
+        other.execute(
+            "insert into spark_outbox_event (key, event_group, payload) "
+            f"values ('key', 'g', '{{\"n\": {number}}}')"
+        )
+        ((stored,),) = other.execute("select payload ->> 'n' from spark_outbox_event").fetchall()
+    assert str(json.loads(run("spark_events", "key", "--json")[0])["payload"]["n"]) == stored
+
+
 def hide(document):
     return {"hidden": len(document)}
 
@@ -267,6 +280,19 @@ def test_a_database_that_is_away_is_critical():
     assert json.loads(done.stdout)[0]["name"] == "database"
 
 
+def test_what_can_not_be_seen_is_no_alarm(own_registry, settings, wake_mode):
+    def checks():
+        found = json.loads(run("spark_health", "--json")[0])
+        return {check["name"]: check["status"] for check in found}
+
+    settings.SPARK_OUTBOX = {"LISTEN_DATABASE": None}
+    assert checks()["workers"] == "ok"
+    settings.SPARK_OUTBOX = {"WAKE": "always"}
+    assert checks()["trigger"] == "warning"
+    wake_mode("never")
+    assert checks()["trigger"] == "ok"
+
+
 # spark_retry and spark_discard
 
 
@@ -306,11 +332,11 @@ def test_all_that_failed_alike_are_changed(failed, monkeypatch, verb, options, k
     monkeypatch.setattr(repair, "CHUNK_SIZE", 2)
     if verb == "discard":
         options = [*options, "--why", "a test"]
-    out, errors, code = run(f"spark_{verb}", *options, "--dry-run")
-    assert (out, errors, code) == (f"{len(keys)} events have failed so.\n", "", 0)
+    _, errors, code = run(f"spark_{verb}", *options, "--dry-run")
+    assert (errors, code) == (f"{len(keys)} events have failed so.\n", 0)
     assert set(statuses().values()) == {"failed"}
-    out, errors, code = run(f"spark_{verb}", *options, "--yes", "--json")
-    assert (errors, code) == ("", 0)
+    out, _, code = run(f"spark_{verb}", *options, "--yes", "--json")
+    assert code == 0
     found = json.loads(out)
     assert (found["events"], set(found["changed"])) == (len(keys), keys)
     wanted = {"retry": "pending", "discard": "discarded"}[verb]
@@ -324,12 +350,36 @@ def test_events_are_given_up_with_a_reason(failed):
     assert "a test order" in run("spark_events", "1")[0]
 
 
-def test_what_a_worker_holds_ends_the_work(failed):
+def test_what_a_worker_holds_is_passed_over(failed):
     with connect(autocommit=False) as other:
-        other.execute("select id from spark_outbox_event where key <> '0' for no key update")
-        out, errors, _ = run("spark_retry", "--failed", "--yes")
-    assert "1 events are to be handled now." in out
-    assert "The event '1' is left out: a worker has it in hand." in errors
+        other.execute("select id from spark_outbox_event where key in ('0', '1') for no key update")
+        out, _, _ = run("spark_retry", "--failed", "--yes")
+    assert out == "4 events are to be handled now.\n"
+    assert [key for key, value in statuses().items() if value == "failed"] == ["0", "1"]
+
+
+def test_only_what_has_failed_is_given_up_and_nothing_stops_at_others(failed, monkeypatch):
+    """Events that are pending again, or that SQL has ended, came first and were changed, or were all."""
+    monkeypatch.setattr(repair, "CHUNK_SIZE", 2)
+    OutboxEvent.objects.filter(key__in=["0", "1"]).update(status="pending")
+    OutboxEvent.objects.filter(key="2").update(status="done")
+    out, errors, _ = run("spark_discard", "--handler", "shop.mail", "--why", "x", "--yes")
+    assert (out, errors) == ("3 events are given up.\n", "3 events have failed so.\n")
+    assert statuses()["0"] == statuses()["1"] == "pending"
+
+
+def test_an_event_that_failed_without_a_delivery_is_retried(own_registry):
+    emit("g", "key")
+    OutboxEvent.objects.update(status="failed")
+    assert run("spark_retry", "--failed", "--yes")[0] == "1 events are to be handled now.\n"
+
+
+def test_keys_of_which_none_is_changed_are_an_error(own_registry):
+    _, errors, code = run("spark_retry", "nope")
+    assert "There is no event with the key 'nope'." in errors
+    assert "Nothing was changed." in errors
+    assert code == 1
+    assert run("spark_retry", "nope", "--dry-run")[0] == "1 events are named.\n"
 
 
 @pytest.mark.parametrize(

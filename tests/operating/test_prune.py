@@ -18,6 +18,7 @@ from spark_outbox import emit, emit_many
 from spark_outbox.management.commands import spark_prune
 from spark_outbox.models import OutboxEvent
 from spark_outbox.operating import prune
+from spark_outbox.operating.prune import Choice
 from spark_outbox.worker import retention
 from tests.postgres import ROOT
 from tests.tools import connect, conninfo, eventually, manage, statuses
@@ -55,8 +56,8 @@ def test_a_dry_run_counts_and_changes_nothing(past):
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.splitlines() == [
         "state  group  older than  events",
-        "done   mail   14d         1",
-        "done   order  14d         1",
+        "done   mail          14d       1",
+        "done   order         14d       1",
     ]
     assert not OutboxEvent.objects.filter(digest__isnull=False).exists()
 
@@ -91,6 +92,20 @@ def test_what_is_kept_for_ever_is_pruned_only_if_it_is_named(past):
     assert not is_pruned("mail")
     assert run("--yes", "--older-than", "1d", "--state", "failed").returncode == 0
     assert is_pruned("mail")
+
+
+def test_a_group_that_is_kept_for_ever_must_be_named(past, settings):
+    settings.SPARK_OUTBOX = {"RETENTION": {"groups": {"^mail": None}}}
+    for choice, groups in (
+        (Choice(older_than=1), {"order", "order_new"}),
+        (Choice(older_than=1, states=("done",)), {"order", "order_new"}),
+        (Choice(older_than=1, group="^mail$"), {"mail"}),
+    ):
+        assert {portion.group for portion in choice.portions(using="default")} == groups
+    settings.SPARK_OUTBOX = {"RETENTION": None}
+    assert Choice(older_than=1).portions(using="default") == []
+    named = Choice(older_than=1, group="^order$").portions(using="default")
+    assert [portion.group for portion in named] == ["order"]
 
 
 def test_keys_are_forgotten_with_a_warning(past):

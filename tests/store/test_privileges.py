@@ -117,7 +117,6 @@ DENIED = {
     "operator": [
         *(f"select {column} from spark_outbox_event" for column in ("*", "payload", "headers")),
         "insert into spark_outbox_event (key, event_group) values ('x', 'g')",
-        "update spark_outbox_event set attempts = 0",
         "update spark_outbox_event set digest = null",
         "update spark_outbox_delivery set error = ''",
         PRUNE,
@@ -193,6 +192,7 @@ def emits():
     yield partial(emitting.insert_many, [ready])
     yield partial(emitting.is_same, ready)
     yield partial(emitting.check_key, "key")
+    yield partial(run_query, "select spark_emit('g', null)")
 
 
 def works(event_id):
@@ -200,6 +200,8 @@ def works(event_id):
     yield partial(settling.finish, [event_id], "done")
     result = Result("running")
     yield partial(settling.record_results, [(event_id, "h", *result)], worker="w", session=1)
+    result = Result("pending", "an error")
+    yield partial(settling.record_results, [(event_id, "f", *result)], worker="w", session=1)
     yield partial(settling.settle, [Fate(event_id, "pending", "x")])
     yield partial(detached.take_back, [Running(event_id, "h", 1)], to_settle=False)
     yield partial(replaying.owe_again, [event_id], "h")
@@ -208,7 +210,7 @@ def works(event_id):
     yield partial(sessions.note_call, [1], event_id, "h", 1)
     yield partial(sessions.dismiss, [1])
     yield partial(pruning.oldest, ["done"])
-    yield pruning.oldest_snapshot
+    yield partial(pruning.oldest_snapshot, seconds=1, xids=1)
     yield partial(pruning.prune, "done", "g", seconds=1, most=1)
     yield partial(pruning.forget_keys, 0, seconds=1, most=1)
     yield from emits()
@@ -222,8 +224,14 @@ def looks():
 
 
 def repairs():
-    for call in ("retry('key')", "retry_failed()", "discard('key', 'why')", "replay('done', 'h')"):
+    for call in (
+        "retry('key')",
+        "retry_failed(fingerprint => 'x')",
+        "discard('key', 'why')",
+        "replay('done', 'h')",
+    ):
         yield partial(run_query, f"select spark_{call}")
+    yield partial(run_query, "select spark_outbox_close_circuit('h')")
 
 
 PRIVILEGES = """
@@ -274,7 +282,8 @@ def test_each_privilege_of_the_emitter_and_the_worker_is_needed(logins):
         for privilege in [None, *privileges]:
             with transaction.atomic(), connection.cursor() as cursor:
                 if privilege:
-                    cursor.execute(f"revoke {privilege} from {role}")
+                    everybody = ", public" if privilege.startswith("EXECUTE") else ""
+                    cursor.execute(f"revoke {privilege} from {role}{everybody}")
                 cursor.execute(f"set local role {logins.names[kind]}")
                 denied = [is_denied(act) for act in acts]
                 transaction.set_rollback(True)

@@ -8,14 +8,23 @@ import pytest
 from django.db import connection, transaction
 from psycopg.errors import CheckViolation, InvalidParameterValue
 
-from spark_outbox import conf, emit, emit_many
+from spark_outbox import conf, emit, emit_many, handler
 from spark_outbox.errors import DuplicateKey
 from spark_outbox.models import Delivery, OutboxEvent
 from spark_outbox.operating.replay import Selection
 from spark_outbox.store import pruning
 from spark_outbox.worker import retention
 from spark_outbox.worker.loop import Worker
-from tests.tools import HOUR, connect, eventually, status, statuses, wait_until_asleep, worker_thread
+from tests.tools import (
+    HOUR,
+    Clock,
+    connect,
+    eventually,
+    status,
+    statuses,
+    wait_until_asleep,
+    worker_thread,
+)
 
 pytestmark = pytest.mark.django_db(transaction=True)
 
@@ -36,7 +45,7 @@ def prune_all():
     """Prune what is due; return how many events."""
     chunks = retention.Chunks(seconds=1, using="default")
     portions = retention.due(conf.current().RETENTION, using="default")
-    return sum(each.total for each in chunks.prune(portions))
+    return sum(each.total for portion in portions for each in chunks.prune(portion))
 
 
 @pytest.fixture
@@ -141,17 +150,18 @@ def test_by_default_failed_and_unhandled_events_stay(settings):
     assert retention.due(conf.current().RETENTION, using="default") == []
 
 
-def test_what_sql_has_ended_without_saying_when_counts_from_its_emit():
-    for key in ("old", "new"):
-        emit("g", key)
+def test_what_sql_has_ended_without_saying_when_counts_from_when_it_is_seen():
+    emit("g", "key", number=1)
     with connect() as other:
-        other.execute("update spark_outbox_event set status = 'done'")
         other.execute(
-            "update spark_outbox_event set created_at = now() - interval '15 days' where key = 'old'"
+            "update spark_outbox_event set status = 'done', created_at = now() - interval '1 year'"
         )
-    assert prune_all() == 1
-    assert OutboxEvent.objects.get(key="old").digest is not None
-    assert OutboxEvent.objects.get(key="new").digest is None
+        assert prune_all() == 0
+        event = OutboxEvent.objects.get()
+        assert event.payload == {"number": 1}
+        assert event.finished_at is not None
+        end("key", days=15)
+        assert prune_all() == 1
 
 
 @pytest.mark.parametrize("time", ["-infinity", "infinity", "0044-03-15 BC"])
@@ -186,6 +196,20 @@ def test_rows_that_somebody_holds_are_passed_over():
         end(key, days=15)
     with connect(autocommit=False) as other:
         other.execute("select id from spark_outbox_event where key = 'held' for key share")
+        assert prune_all() == 1
+    assert prune_all() == 1
+
+
+def test_an_event_whose_delivery_somebody_holds_is_passed_over():
+    for key in ("held", "free"):
+        emit("g", key)
+        end(key, days=15)
+        Delivery.objects.create(event=OutboxEvent.objects.get(key=key), handler="h", status="done")
+    with connect(autocommit=False) as other:
+        other.execute(
+            "update spark_outbox_delivery set error = 'x' "
+            "where event_id = (select id from spark_outbox_event where key = 'held')"
+        )
         assert prune_all() == 1
     assert prune_all() == 1
 
@@ -231,27 +255,85 @@ def test_one_prunes_at_a_time():
     assert prune_all() == 1
 
 
-def test_a_table_of_the_project_may_refer_to_events():
-    """As Django makes its foreign keys: checked at the end of the transaction."""
+@pytest.mark.parametrize(
+    "rule",
+    [
+        "deferrable initially deferred",  # as Django's are
+        "on delete cascade",
+        "on delete set null",
+        "on delete restrict",
+    ],
+)
+def test_what_a_table_of_the_project_refers_to_is_stripped_and_nothing_else(rule):
     referred = emit("g")
-    emit("g")
+    emit_many({"group": "g"} for _ in range(5))
     for key in statuses():
         end(key, days=15)
     with connect() as other:
-        other.execute(
-            "create table refers (event_id bigint references spark_outbox_event (id) "
-            "deferrable initially deferred)"
-        )
+        other.execute(f"create table refers (event_id bigint references spark_outbox_event (id) {rule})")
         try:
             other.execute("insert into refers values (%s)", [referred.id])
-            assert prune_all() == 2
-            assert OutboxEvent.objects.filter(digest__isnull=False).count() == 2
+            assert prune_all() == 6
+            assert OutboxEvent.objects.get().digest is not None
             other.execute("update spark_outbox_event set created_at = now() - interval '9 days'")
             chunks = retention.Chunks(seconds=1, using="default")
-            assert sum(each.total for each in chunks.forget_keys(8 * DAY)) == 1
+            assert sum(each.total for each in chunks.forget_keys(8 * DAY)) == 0
             assert OutboxEvent.objects.get().id == referred.id
+            assert other.execute("select event_id from refers").fetchone() == (referred.id,)
         finally:
             other.execute("drop table refers")
+
+
+def test_the_functions_run_nothing_of_their_callers_with_their_owner_s_rights():
+    """Up to PostgreSQL 17, SET CONSTRAINTS would run deferred triggers of the caller."""
+    emit("g", "key")
+    end("key", days=15)
+    with connect() as other:
+        other.execute("create role spark_test_mallory; grant spark_test_mallory to current_user")
+        try:
+            other.execute(
+                "grant execute on function spark_outbox_prune to spark_test_mallory;"
+                "set role spark_test_mallory;"
+                "create temp table seen (who text);"
+                "create temp table t (a int);"
+                "create function pg_temp.look() returns trigger language plpgsql as "
+                "$$ begin insert into pg_temp.seen values (current_user); return null; end $$;"
+                "create constraint trigger x after insert on t deferrable initially deferred "
+                "for each row execute function pg_temp.look()"
+            )
+            with other.transaction():
+                other.execute("insert into t values (1)")
+                other.execute("select spark_outbox_prune('spark_outbox_event', 'done', 'g', now(), 10)")
+                assert other.execute("select * from seen").fetchall() == []
+            assert other.execute("select * from seen").fetchall() == [("spark_test_mallory",)]
+            other.execute("reset role")
+            other.execute("drop table t, seen")
+        finally:
+            other.execute("reset role; drop owned by spark_test_mallory; drop role spark_test_mallory")
+
+
+def test_what_is_put_into_the_outboxs_schema_is_not_run_with_the_owner_s_rights():
+    emit("g", "key")
+    end("key", days=15)
+    with connect() as other:
+        traps = {
+            "format(text, text)": "text",
+            "format(text, name, regclass, name)": "text",
+            "array_cat(bigint[], bigint[])": "bigint[]",
+            "unnest(text[])": "setof text",
+            "cardinality(text[])": "integer",
+        }
+        for trap, kind in traps.items():
+            other.execute(
+                f"create function public.{trap} returns {kind} language plpgsql as "
+                "$$ begin raise exception 'trapped'; end $$"
+            )
+        try:
+            assert prune_all() == 1
+            assert emit_many([{"group": "g", "key": "key"}]) == 0
+        finally:
+            for trap in traps:
+                other.execute(f"drop function public.{trap}")
 
 
 @pytest.mark.parametrize("state", ["pending", "running", "", "x' or true --"])
@@ -413,6 +495,70 @@ def test_a_refusal_is_logged_and_the_worker_goes_on(soon, own_registry, caplog):
                 eventually(lambda: OutboxEvent.objects.get(key="key").digest is not None)
         finally:
             other.execute("drop function refuse cascade")
+
+
+def test_a_refusal_ends_its_group_alone(soon, caplog):
+    for key in ("a", "b", "c"):
+        emit(key, key)
+        end(key, days=15)
+    with connect() as other:
+        other.execute(
+            "create function refuse() returns trigger language plpgsql as "
+            "$$ begin raise exception 'not this one'; end $$;"
+            "create trigger refuse before update on spark_outbox_event "
+            "for each row when (new.digest is not null and new.key = 'b') execute function refuse()"
+        )
+        try:
+            with worker_thread():
+                eventually(lambda: OutboxEvent.objects.filter(digest__isnull=False).count() == 2)
+        finally:
+            other.execute("drop function refuse cascade")
+    assert OutboxEvent.objects.get(digest=None).key == "b"
+
+
+def test_chunks_grow_only_while_they_are_full(monkeypatch):
+    """A quick chunk of few events says nothing about one of many."""
+    sizes, left = [], {"small": 3, "large": 10_000}
+
+    def prune(state, group, *, seconds, most, using):
+        sizes.append((group, most))
+        done = min(most, left[group])
+        left[group] -= done
+        clock.now += done / 1000
+        return pruning.Pruned(done, 0)
+
+    monkeypatch.setattr(pruning, "prune", prune)
+    monkeypatch.setattr(retention, "held_up", lambda **_: None)
+    clock = Clock()
+    chunks = retention.Chunks(seconds=0.4, using="default", clock=clock)
+    for group in ("small", "small", "large"):
+        for _ in chunks.prune(retention.Portion("done", group, 1)):
+            pass
+    small = retention.Chunks.SMALLEST
+    assert sizes[:2] == [("small", small), ("small", small)]
+    assert [size for group, size in sizes[2:6]] == [small, 100, 200, 400]
+    assert max(size for _, size in sizes) <= 400
+
+
+def test_a_detached_handler_whose_worker_died_is_taken_over_while_another_prunes(soon, own_registry):
+    handler("^d", name="h", atomic=False)(lambda event: None)
+    emit("d", "key")
+    with connect() as other:
+        other.execute(
+            "insert into spark_outbox_event (key, event_group, status, finished_at) "
+            "select 'old ' || number, 'g', 'done', now() - interval '15 days' "
+            "from generate_series(1, 30000) as number"
+        )
+        with worker_thread():
+            eventually(lambda: OutboxEvent.objects.filter(digest__isnull=False).exists())
+            other.execute(
+                "update spark_outbox_event set status = 'running', finished_at = null where key = 'key';"
+                "insert into spark_outbox_delivery (event_id, handler, status, session) "
+                "select id, 'h', 'running', 5 from spark_outbox_event where key = 'key' "
+                "on conflict (event_id, handler) do update set status = 'running', session = 5"
+            )
+            eventually(lambda: status("key") == "done")
+            assert OutboxEvent.objects.filter(group="g", digest__isnull=True).exists()
 
 
 def test_a_worker_outlives_an_outbox_that_can_not_prune(soon, own_registry, monkeypatch):

@@ -4,6 +4,7 @@ import json
 from typing import Any
 
 from django.core.management.base import CommandError, CommandParser
+from django.db import DataError
 
 from spark_outbox.management import arguments
 from spark_outbox.management.command import OutboxCommand
@@ -65,7 +66,10 @@ class Command(OutboxCommand):
             prefix=options["key_prefix"],
             seconds=options["older_than"],
         )
-        found = look.events(wanted, limit=options["limit"], using=using)
+        try:
+            found = look.events(wanted, limit=options["limit"], using=using)
+        except DataError as error:
+            raise CommandError(f"--group {options['group']!r}: {error}".strip()) from None
         if options["json"]:
             self.stdout.write(json.dumps(found, indent=2))
         elif found:

@@ -21,8 +21,7 @@ CLEAR = "\x1b[2J\x1b[H"
 class Command(OutboxCommand):
     help = (
         "Shows the state of the outbox by group, the workers, and what is not well. It reads no more "
-        "than 10,000 events of a kind: a count of 10,000 means that or more, and what was done in the "
-        "last hour is an estimate above that."
+        "than 10,000 events of a kind: a count of 10,000 means that or more."
     )
 
     def add_arguments(self, parser: CommandParser) -> None:
@@ -51,7 +50,8 @@ class Command(OutboxCommand):
         self.check_database(using)
         if options["close_circuit"]:
             count = look.close_circuit(options["close_circuit"], using=using)
-            self.stdout.write(f"{count:,} events of {options['close_circuit']} are ready.")
+            said = f"{count:,} events of {options['close_circuit']} are ready."
+            self.stdout.write(json.dumps({"ready": count}) if options["json"] else said)
             return
         try:
             while True:
@@ -89,6 +89,8 @@ class Command(OutboxCommand):
                 for group in groups
             ],
         )
+        if groups and groups[0]["more"]:
+            self.stdout.write("There are more pending events than were counted, maybe of other groups.")
         self.stdout.write("")
         print_table(
             self.stdout,

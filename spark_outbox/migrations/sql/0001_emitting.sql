@@ -1,5 +1,8 @@
 -- The functions that emit: spark_emit() for SQL, the others for emit() and emit_many().
 --
+-- Polymorphic functions are named with their schema: one that somebody has put into the outbox's schema, for
+-- exactly these types, would else be preferred.
+--
 -- Some run with the rights of their owner, so that a role that emits needs few rights of its own. Such a
 -- role gets EXECUTE by deploy/roles.sql; others don't. The end of this file pins the search_path of all.
 
@@ -10,7 +13,7 @@ language plpgsql as $body$
 begin
     if outbox is distinct from to_regclass('spark_outbox_event') then
         raise undefined_function using
-            message = concat(
+            message = pg_catalog.concat(
                 'The search_path finds the table ', outbox, ', but the functions of another outbox.'
             ),
             hint = 'Run migrate for the outbox of this table, so that its schema has the functions, '
@@ -30,7 +33,7 @@ declare
 begin
     perform spark_outbox_check_home(outbox);
     -- The function is volatile, so this query sees a key that was committed while the INSERT waited.
-    select key into missing from unnest(keys) as given (key)
+    select key into missing from pg_catalog.unnest(keys) as given (key)
     where not exists (select from spark_outbox_event as event where event.key = given.key)
     limit 1;
     if found then
@@ -114,7 +117,7 @@ begin
     order by key collate "C", id
     on conflict do nothing;
     get diagnostics new = row_count;
-    if new < cardinality(keys) then
+    if new < pg_catalog.cardinality(keys) then
         perform spark_outbox_check_keys(outbox, keys);
     end if;
     return new;

@@ -50,6 +50,8 @@ from (
         format('select pg_terminate_backend(%s)', pid)
     from pg_stat_activity
     where pid <> pg_backend_pid() and (datname = current_database() or backend_type = 'walsender')
+        and backend_type <> 'autovacuum worker' -- vacuum minds no vacuum
+        and pid not in (select pid from pg_stat_progress_vacuum)
     union all
     select
         concat('prepared transaction ', quote_literal(gid)), prepared, age(transaction),
@@ -71,8 +73,9 @@ comment on view spark_outbox_snapshots is
 create view spark_outbox_health as
 with status as (
     select
-        sum(ready) as ready, sum(failed) as failed, sum(unhandled) as unhandled,
-        sum(waits_for_circuit) as waits_for_circuit, max(oldest_ready_age) as lag
+        coalesce(sum(ready), 0) as ready, coalesce(sum(failed), 0) as failed,
+        coalesce(sum(unhandled), 0) as unhandled,
+        coalesce(sum(waits_for_circuit), 0) as waits_for_circuit, max(oldest_ready_age) as lag
     from spark_outbox_status
 ),
 workers as (
@@ -82,8 +85,8 @@ workers as (
     from spark_outbox_workers
 ),
 snapshot as (
-    select who, held_for, remedy from spark_outbox_snapshots
-    where held_for is not null order by held_for desc limit 1
+    select who, held_for, xids, remedy from spark_outbox_snapshots
+    order by held_for desc nulls last, xids desc limit 1
 ),
 rows as (
     select n_dead_tup as dead, n_live_tup as live from pg_stat_all_tables
@@ -155,12 +158,15 @@ select
     'snapshot',
     case
         when held_for > interval '6 hours' then 'critical'
-        when held_for > interval '1 hour' then 'warning'
+        when held_for > interval '1 hour' or held_for is null and xids > 1000000 then 'warning'
         else 'ok'
     end,
     case
-        when held_for is null then 'Nothing keeps vacuum from removing dead rows.'
-        else concat(who, ' has held a snapshot for ', held_for, ': vacuum removes no row since.')
+        when who is null then 'Nothing keeps vacuum from removing dead rows.'
+        else concat(
+            who, ' holds a snapshot', coalesce(' for ' || held_for, ', nobody knows for how long'),
+            ': ', xids, ' transactions have begun since, whose dead rows vacuum can''t remove.'
+        )
     end,
     coalesce(remedy, '')
 from (select) as one left join snapshot on true
@@ -212,7 +218,7 @@ begin
         count(*) filter (where groups is null or event.event_group ~ groups) as mine
     into workers from spark_outbox_workers where state <> 'gone';
     if workers.there = 0 then
-        return next 'No worker is there. Start one: manage.py spark_worker.';
+        return next 'No worker that can be seen is there. Start one: manage.py spark_worker.';
     elsif workers.mine = 0 then
         return next concat(
             'None of the ', workers.there, ' workers that are there takes its group: they have --groups.'
@@ -223,7 +229,7 @@ begin
             handler, attempts, date_trunc('seconds', attempted_at) as attempted_at,
             date_trunc('seconds', available_at) as again_at, available_at > moment as waits,
             error = 'spark_outbox: not called, its circuit is open' as waits_for_circuit,
-            left(split_part(error, E'\n', 1), 300) as error
+            regexp_replace(left(split_part(error, E'\n', 1), 300), '[^ -~]+$', '') as error
         from spark_outbox_delivery as delivery
         where delivery.event_id = $1 and delivery.status = 'pending'
         order by available_at limit 20
@@ -240,6 +246,12 @@ begin
                 owed.attempted_at, ': ', owed.error, case when owed.waits then concat(
                     '. Its next attempt is at ', owed.again_at, ', or now after select spark_retry(key)'
                 ) end, '.'
+            );
+        elsif not exists (
+            select from spark_outbox_workers where state <> 'gone' and handlers ? owed.handler
+        ) then
+            return next concat(
+                'It is owed to the handler ', owed.handler, ', which no worker that can be seen has.'
             );
         end if;
     end loop;
@@ -321,7 +333,7 @@ begin
     for delivery in
         select
             handler, status, attempts, worker, date_trunc('seconds', attempted_at) as attempted_at,
-            left(split_part(error, E'\n', 1), 300) as error
+            regexp_replace(left(split_part(error, E'\n', 1), 300), '[^ -~]+$', '') as error
         from spark_outbox_delivery where event_id = event.id and status in ('failed', 'running', 'discarded')
         order by id limit 20
     loop

@@ -1,8 +1,7 @@
 -- What people look at: views that read a bounded number of rows, whatever the size of the tables.
 --
--- Each looks at no more than 10,000 events or deliveries of a kind, at 1,000 groups and at 1,000 kinds
--- of failures. So a count of 10,000 means that or more. What is done in an hour is estimated above that,
--- from the latest 10,000.
+-- Each looks at no more than 10,000 events of a kind in a group, and at 1,000 groups or kinds of failures;
+-- of what is pending, at 10,000 of each kind in all, the oldest. So a count of 10,000 means that or more.
 
 -- Events without what only their handlers should see. `locked_by` is the transaction that has locked it,
 -- or was the last to do so.
@@ -15,21 +14,25 @@ from spark_outbox_event;
 comment on view spark_outbox_events is 'Events without payloads and headers.';
 
 
--- What an error is about: its type and message, with what differs from one event to the next left out.
+-- What an error is about: its type and message, with what differs from one event to the next left out. In
+-- a database without an encoding, left() may cut a letter in two: so what is no ASCII at the end goes.
 create function spark_outbox_fingerprint(error text) returns text
 language sql immutable parallel safe as $body$
-    select pg_catalog.left(
-        pg_catalog.regexp_replace(
+    select pg_catalog.regexp_replace(
+        pg_catalog.left(
             pg_catalog.regexp_replace(
                 pg_catalog.regexp_replace(
-                    pg_catalog.left(pg_catalog.split_part($1, E'\n', 1), 500),
-                    $$'[^']*'|"[^"]*"|`[^`]*`$$, '*', 'g'
+                    pg_catalog.regexp_replace(
+                        pg_catalog.left(pg_catalog.split_part($1, E'\n', 1), 500),
+                        $$'[^']*'|"[^"]*"|`[^`]*`$$, '*', 'g'
+                    ),
+                    '\m[0-9a-fA-F-]{8,}\M', '#', 'g'
                 ),
-                '\m[0-9a-fA-F-]{8,}\M', '#', 'g'
+                '[0-9]+', '#', 'g'
             ),
-            '[0-9]+', '#', 'g'
+            200
         ),
-        200
+        '[^ -~]+$', ''
     )
 $body$;
 
@@ -46,39 +49,43 @@ create view spark_outbox_status as
 with recursive pending as (
     -- Each from an index of its own, the oldest first.
     (
-        select event_group, created_at, null::timestamptz as available_at, attempts
+        select 0 as kind, id, event_group, created_at, available_at, attempts, ordering_key
         from spark_outbox_event
         where status = 'pending' and available_at is null and ordering_key is null
         order by id limit 10000
     )
     union all
     (
-        select event_group, created_at, null::timestamptz as available_at, attempts
+        select 1 as kind, id, event_group, created_at, available_at, attempts, ordering_key
         from spark_outbox_event
         where status = 'pending' and available_at is null and ordering_key is not null
         order by id limit 10000
     )
     union all
     (
-        select event_group, created_at, available_at, attempts from spark_outbox_event
+        select 2 as kind, id, event_group, created_at, available_at, attempts, ordering_key
+        from spark_outbox_event
         where status = 'pending' and available_at <= statement_timestamp() and ordering_key is null
         order by available_at, id limit 10000
     )
     union all
     (
-        select event_group, created_at, available_at, attempts from spark_outbox_event
+        select 3 as kind, id, event_group, created_at, available_at, attempts, ordering_key
+        from spark_outbox_event
         where status = 'pending' and available_at <= statement_timestamp() and ordering_key is not null
         order by available_at, id limit 10000
     )
     union all
     (
-        select event_group, created_at, available_at, attempts from spark_outbox_event
+        select 4 as kind, id, event_group, created_at, available_at, attempts, ordering_key
+        from spark_outbox_event
         where status = 'pending' and available_at > statement_timestamp() and ordering_key is null
         order by available_at, id limit 10000
     )
     union all
     (
-        select event_group, created_at, available_at, attempts from spark_outbox_event
+        select 5 as kind, id, event_group, created_at, available_at, attempts, ordering_key
+        from spark_outbox_event
         where status = 'pending' and available_at > statement_timestamp() and ordering_key is not null
         order by available_at, id limit 10000
     )
@@ -86,17 +93,27 @@ with recursive pending as (
 waiting as (
     select
         event_group,
-        least(count(*) filter (where is_ready), 10000) as ready,
-        least(count(*) filter (where not is_ready and attempts <= 0), 10000) as delayed,
-        least(count(*) filter (where not is_ready and attempts > 0), 10000) as retrying,
+        least(count(*) filter (where kind < 4), 10000) as ready,
+        least(count(*) filter (where kind >= 4 and attempts <= 0), 10000) as delayed,
+        least(count(*) filter (where kind >= 4 and attempts > 0), 10000) as retrying,
+        -- Not of those that a person has made ready: since when is not known.
         statement_timestamp() - min(coalesce(available_at, created_at)) filter (
-            where is_ready and isfinite(coalesce(available_at, created_at))
+            where kind < 4 and (available_at is not null or attempts <= 0)
+                and isfinite(coalesce(available_at, created_at))
+                and (ordering_key is null or id = (
+                    select head.id from spark_outbox_event as head
+                    where head.ordering_key >= pending.ordering_key
+                        and head.ordering_key <= pending.ordering_key
+                        and head.status in ('pending', 'running', 'failed')
+                    order by head.ordering_key, head.id limit 1
+                ))
         ) as oldest_ready_age,
         statement_timestamp() - min(created_at) filter (where isfinite(created_at)) as oldest_pending_age
-    from pending cross join lateral (
-        select available_at is null or available_at <= statement_timestamp()
-    ) as of_it (is_ready)
+    from pending
     group by event_group
+),
+cut as (
+    select exists (select from pending group by kind having count(*) >= 10000) as more
 ),
 -- From one status and group to the next, so not through all of their events.
 aside (status, event_group) as (
@@ -171,24 +188,17 @@ done_group (event_group) as (
     ) as following
 ),
 ended as (
-    select
-        event_group,
-        case
-            when amount < 10000 then amount
-            else (
-                10000 * 3600 / greatest(extract(epoch from statement_timestamp() - earliest), 1)
-            )::bigint
-        end as done_last_hour
+    select event_group, amount as done_last_hour
     from (select * from done_group limit 1000) as named cross join lateral (
-        select count(*), min(finished_at) from (
-            select event.finished_at from spark_outbox_event as event
+        select count(*) from (
+            select from spark_outbox_event as event
             where event.status = 'done' and event.digest is null
                 and event.event_group = named.event_group
                 and event.finished_at > statement_timestamp() - interval '1 hour'
                 and event.finished_at < 'infinity'
-            order by event.finished_at desc limit 10000
+            limit 10000
         ) as latest
-    ) as of_it (amount, earliest)
+    ) as of_it (amount)
 )
 select
     event_group,
@@ -201,15 +211,18 @@ select
     coalesce(done_last_hour, 0) as done_last_hour,
     coalesce(waits_for_circuit, 0) as waits_for_circuit,
     oldest_ready_age,
-    oldest_pending_age
+    oldest_pending_age,
+    more
 from waiting
 full join put_aside using (event_group)
 full join ended using (event_group)
 full join circuits using (event_group)
+cross join cut
 order by event_group;
 
 comment on view spark_outbox_status is
-    'The state of the outbox, by group. A count of 10000 means that or more.';
+    'The state of the outbox, by group. A count of 10000 means that or more. `more`: there are more '
+    'pending events than were counted, maybe of other groups.';
 
 
 create view spark_outbox_failures as
