@@ -55,6 +55,13 @@ def soon(monkeypatch):
     monkeypatch.setattr(retention, "LOOK_INTERVAL", 0.05)
 
 
+@pytest.fixture
+def slow(monkeypatch):
+    """It takes workers a long time."""
+    monkeypatch.setattr(retention.Chunks, "SMALLEST", 10)
+    monkeypatch.setattr(retention.Chunks, "LARGEST", 10)
+
+
 # What is pruned
 
 
@@ -430,7 +437,7 @@ def test_a_worker_that_is_always_busy_prunes_as_well(soon, own_registry):
         eventually(lambda: OutboxEvent.objects.get(key="old").digest is not None)
 
 
-def test_events_are_handled_while_a_worker_prunes(soon, own_registry):
+def test_events_are_handled_while_a_worker_prunes(soon, slow, own_registry):
     """It looks after each chunk."""
     own_registry.add_handler(lambda event: None, group="live", name="h")
     with connect() as other:
@@ -540,7 +547,9 @@ def test_chunks_grow_only_while_they_are_full(monkeypatch):
     assert max(size for _, size in sizes) <= 400
 
 
-def test_a_detached_handler_whose_worker_died_is_taken_over_while_another_prunes(soon, own_registry):
+def test_a_detached_handler_whose_worker_died_is_taken_over_while_another_prunes(
+    soon, slow, own_registry
+):
     handler("^d", name="h", atomic=False)(lambda event: None)
     emit("d", "key")
     with connect() as other:
