@@ -353,8 +353,8 @@ drop index spark_outbox_event_due, spark_outbox_event_ordered, spark_outbox_even
 alter table spark_outbox_session rename to chaos_session;
 """
 PUT_BACK = """
-create table spark_outbox_session (like chaos_session including all);
-drop table chaos_session;
+alter table chaos_session rename to spark_outbox_session;
+truncate spark_outbox_session;
 do $$
 declare
     definition text;
@@ -372,7 +372,7 @@ drop table chaos_index;
 def migrate(rig: Rig) -> None:
     """A half migrated outbox, without its trigger, functions, sessions and some indexes.
 
-    The view stays: without it there is no outbox to a worker that starts, which then ends.
+    The views stay: without them there is no outbox to a worker that starts, which then ends.
     """
 
     def run(statements: list[str]) -> bool:
