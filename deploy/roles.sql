@@ -53,8 +53,8 @@ grant execute on function
     to spark_outbox_emitter;
 
 -- The worker moves events from status to status. It can't change what an event says, nor delete one: but
--- by functions that prune what has ended. Handlers emit, too. It is also the role for spark_replay, for repairs by hand, and for
--- spark_outbox_close_circuit(), which runs with the rights of those who call it.
+-- by functions that prune what has ended. Handlers emit, too. It is also the role for spark_replay, for
+-- repairs by hand, and for spark_outbox_close_circuit(), which runs with the rights of those who call it.
 grant spark_outbox_emitter to spark_outbox_worker;
 grant select, update (status, attempts, available_at, finished_at, last_error)
     on spark_outbox_event to spark_outbox_worker;
@@ -98,8 +98,8 @@ grant insert (event_id, handler, status, available_at), update (status, attempts
 grant execute on function spark_emit to spark_outbox_emitter;
 grant execute on function
     spark_outbox_close_circuit, spark_outbox_id_of, spark_outbox_lock, spark_outbox_lock_failed,
-    spark_outbox_reopen, spark_outbox_give_up, spark_retry, spark_retry_failed, spark_discard,
-    spark_replay
+    spark_outbox_reopen, spark_outbox_give_up, spark_outbox_owe_again, spark_retry, spark_retry_failed,
+    spark_discard, spark_replay
     to spark_outbox_worker, spark_outbox_operator;
 grant execute on function spark_explain, spark_outbox_explain_pending to spark_outbox_viewer;
 grant execute on function spark_outbox_fingerprint to spark_outbox_worker, spark_outbox_viewer;

@@ -227,6 +227,7 @@ def test_functions_pin_their_search_path():
         "spark_outbox_lock": REPAIRS,
         "spark_outbox_reopen": REPAIRS,
         "spark_outbox_give_up": REPAIRS,
+        "spark_outbox_owe_again": REPAIRS,
         "spark_outbox_lock_failed": REPAIRS,
         "spark_outbox_prune": ["search_path=pg_catalog, public, pg_temp", "lock_timeout=1s"],
         "spark_outbox_referenced": ["search_path=pg_catalog, public, pg_temp", "lock_timeout=1s"],

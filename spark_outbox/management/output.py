@@ -1,6 +1,7 @@
 """What commands print: tables, durations, counts that have a bound. With rich, if it is there, on a
 terminal; else as plain text."""
 
+import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -47,11 +48,8 @@ def print_table(stream: Any, header: Sequence[str], rows: Iterable[Cells]) -> No
 
 
 def is_numeric(cells: Iterable[str]) -> bool:
-    return all(
-        cell.replace(",", "").replace(".", "").rstrip("smhdw%") in {"", "-"}
-        or cell.replace(",", "").replace(".", "").rstrip("smhdw% ").isdecimal()
-        for cell in cells
-    )
+    """Return whether all are numbers, ages or durations, or empty."""
+    return all(re.fullmatch(r"[\d,.]*[smhdw%]?", cell) for cell in cells)
 
 
 def as_duration(value: float) -> str:

@@ -2,8 +2,7 @@
 
 import datetime as dt
 
-from spark_outbox.store.connection import execute, fetch
-from spark_outbox.store.reading import EVERY_OTHER
+from spark_outbox.store.connection import fetch, fetch_value
 
 DONE_EVENTS = """
 select id, event_group from spark_outbox_event
@@ -19,31 +18,13 @@ where id = any(%s) and status = 'done' and digest is null
 for no key update skip locked
 """
 
-OTHERS_ARE_DONE = f"""
-insert into spark_outbox_delivery (event_id, handler, status)
-select event_id, '{EVERY_OTHER}', 'done' from unnest(%s::bigint[]) as done (event_id)
-on conflict do nothing
-"""
-
 STATES_OF_KEYS = """
 select key, event_group, case when digest is null then status else 'pruned' end, created_at
 from spark_outbox_event where key = any(%s)
 """
 
-OWE = """
-insert into spark_outbox_delivery (event_id, handler, available_at)
-select event_id, %s, statement_timestamp() from unnest(%s::bigint[]) as owed (event_id)
-on conflict (event_id, handler) do update
-set status = 'pending', attempts = 0, available_at = excluded.available_at
-"""
-
-REOPEN = """
-update spark_outbox_event
-set
-    status = 'pending', available_at = null, finished_at = null,
-    attempts = greatest(attempts, 1) -- or its deliveries would not be read
-where id = any(%s) and status = 'done'
-"""
+# What spark_replay() does as well.
+OWE_AGAIN = "select count(*) from spark_outbox_owe_again(%s::bigint[], %s)"
 
 ROWS_WRITTEN = """
 select relname, n_tup_ins + n_tup_upd + n_tup_del from pg_stat_xact_user_tables
@@ -71,11 +52,7 @@ def lock_done(ids: list[int], *, using: str) -> list[int]:
 
 def owe_again(ids: list[int], handler: str, *, using: str) -> int:
     """Reopen done events for one handler, and no other; return how many."""
-    if not ids:
-        return 0
-    execute(OTHERS_ARE_DONE, [ids], using=using)
-    execute(OWE, [handler, ids], using=using)
-    return execute(REOPEN, [ids], using=using)
+    return int(fetch_value(OWE_AGAIN, [ids, handler], using=using))
 
 
 def rows_written(*, using: str) -> dict[str, int]:

@@ -155,7 +155,23 @@ comment on function spark_discard(text, text) is
     'Give up the event of this key, and say why: no handler is called with it any more.';
 
 
--- The delivery of '*' stands for all handlers that have no delivery of their own.
+-- Done events are owed to one handler again. The delivery of '*' stands for all handlers that have no
+-- delivery of their own.
+create function spark_outbox_owe_again(locked bigint[], handler text) returns setof spark_outbox_events
+language plpgsql as $body$
+begin
+    insert into spark_outbox_delivery (event_id, handler, status)
+    select event_id, '*', 'done' from unnest($1) as done (event_id)
+    on conflict do nothing;
+    insert into spark_outbox_delivery as delivery (event_id, handler, available_at)
+    select event_id, $2, statement_timestamp() from unnest($1) as done (event_id)
+    on conflict on constraint spark_outbox_delivery_event_handler do update
+    set status = 'pending', attempts = 0, available_at = excluded.available_at;
+    return query select * from spark_outbox_reopen($1, $2);
+end
+$body$;
+
+
 create function spark_replay(key text, handler text)
 returns setof spark_outbox_events
 language plpgsql as $body$
@@ -170,14 +186,7 @@ begin
             hint = 'select jsonb_array_elements_text(handlers) from spark_outbox_workers;';
     end if;
     locked := spark_outbox_lock(spark_outbox_id_of($1), '{done}');
-    insert into spark_outbox_delivery (event_id, handler, status)
-    select event_id, '*', 'done' from unnest(locked) as done (event_id)
-    on conflict do nothing;
-    insert into spark_outbox_delivery as delivery (event_id, handler, available_at)
-    select event_id, $2, statement_timestamp() from unnest(locked) as done (event_id)
-    on conflict on constraint spark_outbox_delivery_event_handler do update
-    set status = 'pending', attempts = 0, available_at = excluded.available_at;
-    return query select * from spark_outbox_reopen(locked, $2);
+    return query select * from spark_outbox_owe_again(locked, $2);
 end
 $body$;
 
@@ -199,6 +208,7 @@ begin
         'spark_outbox_lock_failed(text, timestamptz, text, integer)',
         'spark_outbox_reopen(bigint[], text)',
         'spark_outbox_give_up(bigint[], text)',
+        'spark_outbox_owe_again(bigint[], text)',
         'spark_retry(text)',
         'spark_retry_failed(text, timestamptz, text, integer)',
         'spark_discard(text, text)',

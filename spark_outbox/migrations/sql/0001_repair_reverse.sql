@@ -1,4 +1,5 @@
 drop function spark_replay(text, text);
+drop function spark_outbox_owe_again(bigint[], text);
 drop function spark_discard(text, text);
 drop function spark_outbox_give_up(bigint[], text);
 drop function spark_retry_failed;
