@@ -24,6 +24,7 @@ from spark_outbox.store import sessions
 from spark_outbox.worker import booking
 from spark_outbox.worker.batch import Batch
 from spark_outbox.worker.context import Context
+from spark_outbox.worker.in_hand import InHand
 from spark_outbox.worker.invoke import Announce
 from spark_outbox.worker.presence import Presence
 
@@ -40,6 +41,7 @@ class Crashes:
     def __init__(self, context: Context, presence: Presence) -> None:
         self._context = context
         self._presence = presence
+        self._in_hand = InHand(context, presence)
         self._session = 0  # that of our row; 0 if there is none
         self._fallen: list[int] = []  # sessions of workers that did not stop by themselves
         # How often in a row they have died of a call:
@@ -67,6 +69,7 @@ class Crashes:
             handlers=[handler.name for handler in self._context.registry.handlers],
             using=using,
         )
+        self._in_hand.start()
         with transaction.atomic(using=using):
             fallen = sessions.fallen_workers(self._session, using=using)
             counted = [each for each in fallen if each.times >= TIMES]

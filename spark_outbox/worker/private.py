@@ -48,6 +48,7 @@ class PrivateConnection:
 
     def _connect(self) -> BaseDatabaseWrapper:
         connection = connections[self._alias].copy()
+        connection.inc_thread_sharing()  # psycopg runs one statement after the other
         settings = connection.settings_dict
         settings.update(AUTOCOMMIT=True, CONN_MAX_AGE=None)
         settings["OPTIONS"] = bounds.bounded(settings["OPTIONS"])

@@ -125,7 +125,8 @@ def test_the_names_in_the_model_are_those_of_the_code():
 def test_the_trigger_takes_the_steps_of_the_model_in_their_order():
     with connection.cursor() as cursor:
         cursor.execute(
-            "select pg_get_triggerdef(t.oid) || prosrc from pg_trigger as t join pg_proc as p on p.oid = tgfoid "
+            "select pg_get_triggerdef(t.oid) || prosrc "
+            "from pg_trigger as t join pg_proc as p on p.oid = tgfoid "
             "where tgrelid = 'spark_outbox_event'::regclass and tgname = 'spark_outbox_wake'"
         )
         (source,) = cursor.fetchone()
