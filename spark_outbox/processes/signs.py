@@ -72,7 +72,7 @@ class Signs:
         if now - self._said_at >= STATUS_INTERVAL:
             self._text = ", ".join(filter(None, (state, self._summary(children, now))))
             if self._text != self._said:
-                systemd.notify(f"STATUS={self._text}")
+                systemd.notify(f"STATUS={self._text}", patience=0)
                 self._said = self._text
             self._said_at = now
         self._probes.look_after(pipes)
@@ -80,7 +80,7 @@ class Signs:
             is_ready = not state and bool(children) and all(c.slot.has_database() for c in children)
             self._probes.renew(is_ready=is_ready, text=self._text)
             if self._watchdog is not None:
-                systemd.notify("WATCHDOG=1")
+                systemd.notify("WATCHDOG=1", patience=0)
 
     def ended(self, child: Child) -> None:
         """Keep the numbers of a process that is gone."""

@@ -9,10 +9,10 @@ LEEWAY = 15.0
 """Seconds for the end of the processes, after those for their handlers."""
 
 
-def notify(state: str) -> None:
+def notify(state: str, *, patience: float = 1.0) -> None:
     """Send `state`, such as READY=1, if systemd asked for it with Type=notify; else do nothing.
 
-    A service manager that is gone, or reads nothing, is no reason to stop.
+    A service manager that is gone, or reads nothing for `patience` seconds, is no reason to stop.
     """
     address = os.environ.get("NOTIFY_SOCKET")
     if not address:
@@ -23,7 +23,7 @@ def notify(state: str) -> None:
         contextlib.suppress(OSError),
         socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as channel,
     ):
-        channel.settimeout(1.0)
+        channel.settimeout(patience)
         channel.sendto(state.encode(), address)
 
 

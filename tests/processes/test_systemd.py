@@ -39,7 +39,8 @@ def test_the_unit_says_what_the_worker_does():
 SUPERVISE = """
 import os, signal, sys, time
 from pathlib import Path
-from spark_outbox.processes.supervisor import SIGNALS, Supervisor
+from spark_outbox.processes.fork import SIGNALS
+from spark_outbox.processes.supervisor import Supervisor
 
 folder = Path(sys.argv[1])
 
