@@ -27,7 +27,7 @@ DEFINE_AGAIN = (
     "s/^create index/& if not exists/' {files} | python manage.py dbshell --database {alias} -- "
     "--single-transaction --set=ON_ERROR_STOP=1 --file=-"
 )
-"""Privileges stay, but for what was absent."""
+"""What is replaced keeps its privileges."""
 
 
 def register_checks() -> None:
@@ -154,15 +154,16 @@ def _connections(outboxes: Sequence[str], settings: conf.Settings) -> Iterator[C
 
 def _definitions(alias: str) -> Iterator[CheckMessage]:
     """Look at the migrations, and if they have run, at what they have defined."""
-    if unapplied := definitions.unapplied(using=alias):
+    applied = definitions.applied(using=alias)
+    if applied.lacking:
         yield checks.Warning(
-            f"Database {alias!r} lacks migrations of spark_outbox: {_names(unapplied)}.",
+            f"Database {alias!r} lacks migrations of spark_outbox: {_names(applied.lacking)}.",
             hint=f"Run manage.py migrate --database {alias}.",
             id="spark_outbox.W002",
         )
-    elif differences := definitions.differences(using=alias):
+    elif not applied.is_newer and (differences := definitions.differences(using=alias)):
         texts = [
-            f"the {each.kind} {each.name} is {'absent' if is_absent else 'outdated'}"
+            f"the {each.kind} {each.name} {'is absent' if is_absent else 'differs'}"
             for each, is_absent in differences
         ]
         files = dict.fromkeys(str(each.path) for each, _ in differences)

@@ -39,15 +39,24 @@ class Difference(NamedTuple):
     """The database has none of this name; else it has another."""
 
 
-def unapplied(*, using: str) -> list[str]:
-    """Return the names of the migrations that this database has yet to run; none, if this role may not
-    read which it has run."""
+class Applied(NamedTuple):
+    """The migrations that a database has run, compared with those of this code."""
+
+    lacking: list[str]
+    is_newer: bool
+    """It has run others, which may have redefined anything."""
+
+
+def applied(*, using: str) -> Applied:
+    """Compare which migrations have run. A role that may not read it is told that all have."""
     try:
         with transaction.atomic(using):
-            applied = MigrationRecorder(connections[using]).applied_migrations()
+            recorded = MigrationRecorder(connections[using]).applied_migrations()
     except ProgrammingError:
-        return []
-    return [name for name, _ in _migrations() if (APP, name) not in applied]
+        return Applied([], False)
+    there = {name for app, name in recorded if app == APP}
+    known = [name for name, _ in _migrations()]
+    return Applied([name for name in known if name not in there], bool(there.difference(known)))
 
 
 def differences(*, using: str) -> list[Difference]:
