@@ -47,6 +47,7 @@ class Signs:
         self._since: dict[tuple[int, int, int], float] = {}  # by process, event and handler
         self._warn_after: dict[tuple[int, int, int], float] = {}
         self._ended = (0, 0)  # what processes have handled that are gone
+        self._has_database = False
         self._text = ""
         self._said = ""
         self._said_at = -NEVER
@@ -69,7 +70,9 @@ class Signs:
             return
         self._look_at = now + min(INTERVAL, (self._watchdog or NEVER) / 3)
         self._note_calls(children, now)
-        if now - self._said_at >= STATUS_INTERVAL:
+        has_database = bool(children) and all(child.slot.has_database() for child in children)
+        if now - self._said_at >= STATUS_INTERVAL or has_database != self._has_database:
+            self._has_database = has_database
             self._text = ", ".join(filter(None, (state, self._summary(children, now))))
             if self._text != self._said:
                 systemd.notify(f"STATUS={self._text}", patience=0)
@@ -77,8 +80,7 @@ class Signs:
             self._said_at = now
         self._probes.look_after(pipes)
         if all(now - child.killed_at < UNKILLABLE for child in children):
-            is_ready = not state and bool(children) and all(c.slot.has_database() for c in children)
-            self._probes.renew(is_ready=is_ready, text=self._text)
+            self._probes.renew(is_ready=has_database and not state, text=self._text)
             if self._watchdog is not None:
                 systemd.notify("WATCHDOG=1", patience=0)
 
@@ -138,7 +140,7 @@ class Signs:
         rate = (handled - self._counted) / (now - self._said_at)
         self._counted = handled
         parts = [f"{rate:.1f} events/s" if 0 < rate < 10 else f"{rate:.0f} events/s"]
-        if not all(child.slot.has_database() for child in children):
+        if not self._has_database:
             parts.append("waiting for the database")
         elif all(child.slot.back_by() < NEVER for child in children):
             parts.append("0 ready")

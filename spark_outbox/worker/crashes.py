@@ -13,8 +13,6 @@ From then on each such end counts at once. Otherwise no call is written.
 
 import contextlib
 import logging
-import os
-import socket
 
 from django.db import Error, transaction
 
@@ -24,6 +22,7 @@ from spark_outbox.store import sessions
 from spark_outbox.worker import booking
 from spark_outbox.worker.batch import Batch
 from spark_outbox.worker.context import Context
+from spark_outbox.worker.identity import identity
 from spark_outbox.worker.in_hand import InHand
 from spark_outbox.worker.invoke import Announce
 from spark_outbox.worker.presence import Presence
@@ -59,10 +58,9 @@ class Crashes:
         former, self._session = self._session, self._presence.confirm()
         if former not in (0, self._session):
             sessions.dismiss([former], using=using)
-        name = f"{socket.gethostname()}:{os.getpid()}"
         sessions.enlist(
             self._session,
-            name,
+            identity(),
             version=spark_outbox.__version__,
             is_direct=self._context.is_direct,
             groups=self._context.groups,

@@ -15,8 +15,8 @@ from spark_outbox.worker import bounds
 
 T = TypeVar("T")
 
-NAME = "spark_worker lock"
-"""Its name in pg_stat_activity."""
+NAME = "spark_worker_lock"
+"""Its name in pg_stat_activity, before that of the worker."""
 
 
 class PrivateConnection:

@@ -35,7 +35,7 @@ def queries():
     with connection.cursor() as cursor:
         cursor.execute(
             "select pid, query_start from pg_stat_activity "
-            "where application_name = 'spark_worker' and datname = current_database()"
+            "where starts_with(application_name, 'spark_worker ') and datname = current_database()"
         )
         return dict(cursor.fetchall())
 
