@@ -30,7 +30,7 @@ OTHER = Project(
     user="anna",
     folder="/opt/workshop",
     settings="club.settings.production",
-    database="events",
+    database="other",
     python="/opt/workshop/.venv/bin/python",
 )
 
@@ -139,7 +139,7 @@ def test_the_commands_are_those_of_the_project():
         services(OTHER)["migrate"]["command"],
         pods(OTHER)["Job"]["containers"][0]["command"],
     ]
-    assert {parsed(command).database for command in commands} == {"events"}
+    assert {parsed(command).database for command in commands} == {"other"}
     parsed(pods(OTHER)["CronJob"]["containers"][0]["command"])
     parsed(shlex.split(re.search(r"do (.*?);", services(OTHER)["sweep"]["command"][-1])[1]))
     assert services(OTHER)["web"]["command"][-1] == "club.wsgi"
