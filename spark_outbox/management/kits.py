@@ -9,9 +9,48 @@ from pathlib import Path
 from typing import NamedTuple
 
 PACKAGE = Path(__file__).resolve().parents[1]
-FOLDER = next(
-    folder for folder in (PACKAGE / "deploy", PACKAGE.parent / "deploy") if folder.is_dir()
-)  # installed, or in a checkout
+INSTALLED = PACKAGE / "deploy"
+FOLDER = INSTALLED if INSTALLED.is_dir() else PACKAGE.parent / "deploy"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Project:
+    """What the files are filled in for."""
+
+    name: str
+    """Lower-case letters, digits and hyphens, as Kubernetes has it."""
+    user: str
+    folder: str
+    settings: str
+    database: str
+    python: str
+
+    def fill(self, text: str) -> str:
+        """Put this project in the place of the shop."""
+        words = self._words()
+        found = "|".join([*map(re.escape, words), "shop(?![A-Za-z0-9])"])
+        return re.sub(f"(?<![A-Za-z0-9])(?:{found})", lambda m: words.get(m[0], self.name), text)
+
+    def _words(self) -> dict[str, str]:
+        """Return what stands for what, longer words first. A unit remains one for others if it can."""
+        words = {
+            "shop.settings": self.settings,
+            "shop.wsgi": self.settings.partition(".")[0] + ".wsgi",
+            "shop_": self.name.replace("-", "_") + "_",
+            "--database=default": f"--database={self.database}",
+        }
+        home = f"/srv/{self.name}"
+        if self.python != f"{home}/venv/bin/python":
+            words |= dict.fromkeys(("/srv/%i/venv/bin/python", "./venv/bin/python"), self.python)
+        if self.folder != home:
+            words |= dict.fromkeys(("/srv/%i", "/srv/shop"), self.folder)
+        if self.user != self.name:
+            words |= {"User=%i": f"User={self.user}", "u shop": f"u {self.user}"}
+            words["shop shop"] = f"{self.user} {self.user}"  # the owner of a folder, and its group
+        if self.database != "default":
+            options = "SPARK_WORKER_OPTIONS="
+            words[options] = f"{options}--database={self.database} "
+        return words
 
 
 class Kit(NamedTuple):
@@ -20,7 +59,7 @@ class Kit(NamedTuple):
     files: tuple[str, ...]
     steps: str
 
-    def texts(self, project: "Project") -> dict[str, str]:
+    def texts(self, project: Project) -> dict[str, str]:
         """Return each file's text by its name."""
         paths = [FOLDER / file for file in self.files]
         return {path.name: project.fill(path.read_text()) for path in paths}
@@ -80,13 +119,13 @@ In the folder of manage.py, with spark_outbox, psycopg[binary] and gunicorn in r
     docker build --tag shop .
     docker run --rm --env DATABASE_URL shop python manage.py migrate --database=default
     docker run --detach --name shop-worker --stop-timeout 40 --env DATABASE_URL shop
-    docker stop shop-worker
+    docker logs --follow shop-worker
 """,
     ),
     "kubernetes": Kit(
         ("kubernetes.yaml",),
         """\
-Put in your image, which `spark_deploy docker` is for. DATABASE_URL and the like are in a file .env:
+With your image's name in it (see `spark_deploy docker`), and DATABASE_URL and the like in .env:
 
     kubectl create secret generic shop --from-env-file=.env
     kubectl delete job shop-migrate --ignore-not-found
@@ -105,39 +144,3 @@ In the folder of manage.py, with the files of `spark_deploy docker`:
 """,
     ),
 }
-
-
-@dataclass(frozen=True, kw_only=True)
-class Project:
-    """What the files are filled in for."""
-
-    name: str
-    """Lower-case letters, digits and hyphens, as Kubernetes has it."""
-    user: str
-    folder: str
-    settings: str
-    database: str
-    python: str
-
-    def fill(self, text: str) -> str:
-        """Put this project in the place of the shop."""
-        words = self._words()
-        found = "|".join([*map(re.escape, words), "shop(?![A-Za-z0-9])"])
-        return re.sub(f"(?<![A-Za-z0-9])(?:{found})", lambda m: words.get(m[0], self.name), text)
-
-    def _words(self) -> dict[str, str]:
-        """Return what stands for what, longer words first. A unit remains one for others if it can."""
-        words = {
-            "shop.settings": self.settings,
-            "shop.wsgi": self.settings.partition(".")[0] + ".wsgi",
-            "shop_": self.name.replace("-", "_") + "_",
-            "--database=default": f"--database={self.database}",
-        }
-        home = f"/srv/{self.name}"
-        if self.python != f"{home}/venv/bin/python":
-            words |= dict.fromkeys(("/srv/%i/venv/bin/python", "./venv/bin/python"), self.python)
-        if self.folder != home:
-            words |= dict.fromkeys(("/srv/%i", "/srv/shop"), self.folder)
-        if self.user != self.name:
-            words["User=%i"] = f"User={self.user}"
-        return words
