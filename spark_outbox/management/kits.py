@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from django.db import DEFAULT_DB_ALIAS
+
 PACKAGE = Path(__file__).resolve().parents[1]
 INSTALLED = PACKAGE / "deploy"
 FOLDER = INSTALLED if INSTALLED.is_dir() else PACKAGE.parent / "deploy"
@@ -27,30 +29,21 @@ class Project:
 
     def fill(self, text: str) -> str:
         """Put this project in the place of the shop."""
-        words = self._words()
-        found = "|".join([*map(re.escape, words), "shop(?![A-Za-z0-9])"])
-        return re.sub(f"(?<![A-Za-z0-9])(?:{found})", lambda m: words.get(m[0], self.name), text)
-
-    def _words(self) -> dict[str, str]:
-        """Return what stands for what, longer words first. A unit remains one for others if it can."""
         words = {
+            "/srv/shop/venv/bin/python": self.python,
+            "/srv/shop": self.folder,
             "shop.settings": self.settings,
             "shop.wsgi": self.settings.partition(".")[0] + ".wsgi",
-            "shop_": self.name.replace("-", "_") + "_",
             "--database=default": f"--database={self.database}",
+            "User=shop": f"User={self.user}",
+            "u shop": f"u {self.user}",  # of sysusers.d
+            "shop shop": f"{self.user} {self.user}",  # a folder's owner and group, of tmpfiles.d
+            "shop_": self.name.replace("-", "_") + "_",
         }
-        home = f"/srv/{self.name}"
-        if self.python != f"{home}/venv/bin/python":
-            words |= dict.fromkeys(("/srv/%i/venv/bin/python", "./venv/bin/python"), self.python)
-        if self.folder != home:
-            words |= dict.fromkeys(("/srv/%i", "/srv/shop"), self.folder)
-        if self.user != self.name:
-            words |= {"User=%i": f"User={self.user}", "u shop": f"u {self.user}"}
-            words["shop shop"] = f"{self.user} {self.user}"  # the owner of a folder, and its group
-        if self.database != "default":
-            options = "SPARK_WORKER_OPTIONS="
-            words[options] = f"{options}--database={self.database} "
-        return words
+        if self.database != DEFAULT_DB_ALIAS:
+            words["WORKER_OPTIONS=\n"] = f"WORKER_OPTIONS=--database={self.database}\n"
+        found = "|".join([*map(re.escape, words), "shop(?![A-Za-z0-9])"])
+        return re.sub(f"(?<![A-Za-z0-9])(?:{found})", lambda m: words.get(m[0], self.name), text)
 
 
 class Kit(NamedTuple):
@@ -77,23 +70,25 @@ KITS = {
         """\
 As root, on the machine that is to run it:
 
-    install -m 0644 sysusers.conf /etc/sysusers.d/shop.conf && systemd-sysusers
-    install -m 0644 tmpfiles.conf /etc/tmpfiles.d/shop.conf && systemd-tmpfiles --create
-    install -D -m 0600 spark-worker.env /etc/spark-worker/shop.env
+    cp sysusers.conf /etc/sysusers.d/shop.conf && systemd-sysusers
+    cp tmpfiles.conf /etc/tmpfiles.d/shop.conf && systemd-tmpfiles --create
+    cp spark-worker@.service /etc/systemd/system/
+    install -m 0600 spark-worker.env /etc/spark-worker/shop.env
     editor /etc/spark-worker/shop.env
-    install -m 0644 spark-worker@.service /etc/systemd/system/
     systemctl daemon-reload
     systemctl enable --now spark-worker@shop
+    systemctl status spark-worker@shop
 
-journald.conf is an example for /etc/systemd/journald.conf.d/.
+After each deployment of new code: systemctl reload spark-worker@shop
+journald.conf is an example of how long to keep the log.
 """,
     ),
     "timers": Kit(
         ("systemd/spark-sources@.service", "systemd/spark-sources@.timer"),
         """\
-As root, where the worker's units are:
+As root, where `spark_deploy systemd` has made user and folders:
 
-    install -m 0644 spark-sources@.service spark-sources@.timer /etc/systemd/system/
+    cp spark-sources@.service spark-sources@.timer /etc/systemd/system/
     systemctl daemon-reload
     systemctl enable --now spark-sources@shop.timer
 """,
