@@ -52,6 +52,8 @@ class Cycle:
         other, also async ones. If PostgreSQL refuses to settle the events, they are handled again, one
         by one; an event that it refuses alone fails. Raises the error of an outage.
         """
+        pauses = self._context.experience.pauses
+        paused = pauses.look(using=self._using)
         references = References(self._using)
         batch, dispatch = Batch(), None
         try:
@@ -59,6 +61,7 @@ class Cycle:
                 batch = self._claim(references, sweep=sweep, inline=inline)
                 if not batch.events:
                     return 0
+                batch.paused = paused
                 self._wake.wake_up()
                 if self._context.guard.is_watched:  # callbacks after the commit take what they take
                     transaction.on_commit(self._context.guard.rest, using=self._using)
@@ -97,6 +100,7 @@ class Cycle:
         finally:
             references.close()
         self._running.go_on(batch.calls)
+        pauses.were_heeded(paused)
         self._learn(batch)
         self.handled += batch.count
         self._running.begin(batch.calls, inline=inline)

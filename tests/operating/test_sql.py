@@ -80,14 +80,14 @@ def test_the_status_counts_by_group(own_registry):
     OutboxEvent.objects.filter(key="long ago").update(status="done", finished_at=old)
     rows, _ = run("select * from spark_outbox_status")
     a, b, c = rows
-    ages = [a.pop("oldest_ready_age"), a.pop("oldest_pending_age")]
+    ages = [a.pop("late"), a.pop("oldest_pending_age")]
     nothing = dict.fromkeys(("delayed", "retrying", "running", "failed", "unhandled"), 0)
-    nothing |= {"ready": 0, "done_last_hour": 0, "waits_for_circuit": 0, "more": False}
+    nothing |= {"ready": 0, "done_last_hour": 0, "waits_for_circuit": 0, "paused": 0, "more": False}
     assert a == {**nothing, "event_group": "a", "ready": 5, "delayed": 2, "retrying": 1}
     assert dt.timedelta(seconds=60) <= ages[0] < dt.timedelta(seconds=90)
     assert dt.timedelta(0) < ages[1] < dt.timedelta(seconds=30)
     ended = {"running": 1, "failed": 1, "unhandled": 1, "done_last_hour": 1}
-    none = {"oldest_ready_age": None, "oldest_pending_age": None}
+    none = {"late": None, "oldest_pending_age": None}
     assert b == {**nothing, **ended, **none, "event_group": "b"}
     assert c == {**nothing, **none, "event_group": "c"}
 
@@ -435,7 +435,7 @@ def test_a_retry_leaves_what_a_handler_has_given_up(own_registry):
 
 def test_the_lag_counts_what_could_be_handled_now(failing):
     def lag():
-        rows, _ = run("select max(oldest_ready_age) as lag from spark_outbox_status")
+        rows, _ = run("select max(late) as lag from spark_outbox_status")
         return rows[0]["lag"]
 
     for key, order in (("head", "o"), ("behind", "o"), ("retried", None)):

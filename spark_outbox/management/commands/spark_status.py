@@ -80,7 +80,7 @@ class Command(OutboxCommand):
             [
                 [
                     group["group"],
-                    as_age(group["oldest_ready_age"]),
+                    as_age(group["late"]),
                     *(f"{group[name]:,}" for name in COUNTS),
                     f"{group['done_last_hour']:,}",
                     *([f"{group['waits_for_circuit']:,}"] if circuits else []),
