@@ -7,8 +7,8 @@ from spark_outbox.store.connection import fetch, fetch_noticed
 
 PAUSED = "select kind, name, spark_outbox_pause_mark(id) from spark_outbox_pause"
 
-# Marks of pauses that have ended. From one handler to the next, and of each from one mark to the next: not
-# through all deliveries, nor through all kinds of errors.
+# Marks of pauses that have ended. From one handler to the next, and of each from one mark to the next:
+# not through all deliveries, nor through all kinds of errors.
 ENDED = """
 with recursive failing (handler) as (
     select min(handler) from spark_outbox_delivery

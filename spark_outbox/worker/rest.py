@@ -31,8 +31,8 @@ def next_look(
     """Return the first reason to look again, and the seconds until then.
 
     `pause` is how long a sleep is safe, see wake.py; `round_in`, when a round may begin, see rounds.py;
-    `retention_in`, when there may be something to prune, see retention.py; `pauses_in`, when to see what is
-    paused, see pauses.py.
+    `retention_in`, when there may be something to prune, see retention.py; `pauses_in`, when to see what
+    is paused, see pauses.py.
     """
     reasons = {
         "poll": poll_interval,
