@@ -55,9 +55,9 @@ class Pauses:
             has_ended = not self._heeded.items() <= self._paused.items()
             self._heeded = self._paused
             if has_ended or now >= self._put_back_at:
-                self._put_back_at = now + PUT_BACK_INTERVAL
-                if self._put_back(using):
-                    self._put_back_at = now
+                self._put_back_at = now  # unless this succeeds
+                has_more = self._put_back(using)
+                self._put_back_at = now if has_more else now + PUT_BACK_INTERVAL
         return self._paused
 
     def were_heeded(self, paused: Paused) -> None:
