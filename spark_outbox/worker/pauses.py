@@ -38,26 +38,22 @@ class Pauses:
 
     @property
     def due_in(self) -> float:
-        """Seconds until a sleeping worker has to `look`."""
+        """Seconds until a sleeping worker has to `look`, and to put back what is due."""
         at = min(self._put_back_at, self._read_at if self._heeded else math.inf)
         return max(0.0, at - self._clock())
 
     def look(self, *, using: str) -> Paused:
-        """Return what is paused, as it was within the last READ_INTERVAL; and put back a chunk of what
-        waits no more, if a pause has ended or it is time.
+        """Return what is paused, as it was within the last READ_INTERVAL.
 
         Call it outside of a batch's transaction.
         """
         now = self._clock()
-        if now >= min(self._read_at, self._put_back_at):
+        if now >= self._read_at:
             self._read_at = now + READ_INTERVAL
             self._paused = pausing.paused(using=using)
-            has_ended = not self._heeded.items() <= self._paused.items()
+            if not self._heeded.items() <= self._paused.items():
+                self._put_back_at = now
             self._heeded = self._paused
-            if has_ended or now >= self._put_back_at:
-                self._put_back_at = now  # unless this succeeds
-                has_more = self._put_back(using)
-                self._put_back_at = now if has_more else now + PUT_BACK_INTERVAL
         return self._paused
 
     def were_heeded(self, paused: Paused) -> None:
@@ -66,16 +62,16 @@ class Pauses:
         if paused:
             self._heeded = {**self._heeded, **paused}
 
-    def _put_back(self, using: str) -> bool:
-        """Put back a chunk of what waits for no pause any more; return whether there may be more."""
-        count = 0
+    def put_back_if_due(self, *, using: str) -> None:
+        """Put back a chunk of what waits no more, if a pause has ended or it is time."""
+        now, count = self._clock(), 0
+        if now < self._put_back_at:
+            return
         try:
             with refusals(using=using):
                 for handler, mark in pausing.ended(using=using):
-                    if count < PUT_BACK_CHUNK:
-                        count += pausing.put_back(
-                            handler, mark, limit=PUT_BACK_CHUNK - count, using=using
-                        )
+                    if (left := PUT_BACK_CHUNK - count) > 0:
+                        count += pausing.put_back(handler, mark, limit=left, using=using)
         except Refused as refused:
             details: dict[str, object] = {"error": describe(refused.error)}
             logger.warning(
@@ -84,4 +80,5 @@ class Pauses:
         if count:
             details = {"events": count}
             logger.info("Put back %(events)s events whose pause has ended.", details, extra=details)
-        return count >= PUT_BACK_CHUNK
+        if count < PUT_BACK_CHUNK:
+            self._put_back_at = now + PUT_BACK_INTERVAL
