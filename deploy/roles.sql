@@ -1,6 +1,6 @@
 -- Four roles, each with the least that it needs. They can't log in: grant them to roles that do.
 --
---     psql --single-transaction --file deploy/roles.sql shop
+--     psql --single-transaction --file roles.sql shop
 --
 -- as the owner of the tables, who may CREATE ROLE, or as a superuser. It can be run again, and should
 -- be after a migration of spark_outbox: it takes back what an earlier version has granted.

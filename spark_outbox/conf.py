@@ -1,6 +1,7 @@
 """The SPARK_OUTBOX setting as one frozen dataclass. The only module that reads django.conf.settings."""
 
 import difflib
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -36,6 +37,12 @@ class Retention:
             if re.search(pattern, group):
                 return dict(self.states + states).get(state)
         return dict(self.states).get(state)
+
+    @property
+    def shortest(self) -> float:
+        """The seconds for which every done event is kept."""
+        every = [self.states, *(states for _, states in self.groups)]
+        return min([dict(states).get("done") or math.inf for states in every])
 
     @property
     def prunes(self) -> list[str]:

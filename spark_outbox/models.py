@@ -201,8 +201,11 @@ class WorkerSession(models.Model):
     handlers = models.JSONField(db_default=EMPTY_LIST)
     """The names of its handlers."""
     event_id = models.BigIntegerField(null=True, blank=True)
-    """The event of the current call, if the worker notes its calls here; else NULL, and no handler."""
+    """The event of the current call, if the worker notes its calls here, or the call has been under way
+    for a while; else NULL, and no handler."""
     handler = models.TextField(db_default="", blank=True)
+    called_at = models.DateTimeField(null=True, blank=True)
+    """Since when, if it has been under way for a while."""
     times = models.IntegerField(db_default=0)
     """How often in a row this call has been made and noted, by any worker."""
 

@@ -216,7 +216,7 @@ def test_every_command_is_documented_with_each_of_its_options(command):
 
 
 def test_every_system_check_is_documented():
-    ids = r"spark_outbox\.[EW]\d{3}"
+    ids = r"spark_outbox\.[EWI]\d{3}"
     found = re.findall(ids, (ROOT / "spark_outbox" / "checks.py").read_text())
     assert sorted(re.findall(ids, section(OPERATING, "System checks"))) == sorted(found)
 

@@ -234,18 +234,22 @@ class WorkerProcess:
         *arguments: str,
         url: str | None = None,
         within: Sequence[str] = (),
+        stdin: int | None = subprocess.DEVNULL,
         **environment: str,
     ) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="spark")
         address = f"{self._folder.name}/notify"
         self._messages = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self._messages.bind(address)
-        self._messages.settimeout(PATIENCE)
+        self._unread: list[str] = []
+        self.signs: list[str] = []
+        """The signs of life that `message` and `has_message` have passed over."""
         self._output = Path(f"{self._folder.name}/output")
         with self._output.open("w") as output:
             self.process = subprocess.Popen(
                 [*within, sys.executable, settings.BASE_DIR / "manage.py", "spark_worker", *arguments],
                 env=_environment(url, NOTIFY_SOCKET=address, PYTHONUNBUFFERED="1", **environment),
+                stdin=stdin,
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
@@ -264,14 +268,28 @@ class WorkerProcess:
         return self._output.read_text()
 
     def message(self) -> str:
-        """Return the next message that the worker sends to systemd."""
-        try:
-            return self._messages.recv(1000).decode()
-        except TimeoutError:
-            raise AssertionError(f"no message from the worker; its output:\n{self.output}") from None
+        """Return the first line of the next message that the worker sends to systemd, but for signs of
+        life."""
+        eventually(self.has_message)
+        return self._unread.pop(0)
 
     def has_message(self) -> bool:
-        return bool(select.select([self._messages], [], [], 0)[0])
+        while select.select([self._messages], [], [], 0)[0]:
+            text = self._messages.recv(1000).decode()
+            kept = self.signs if text.startswith(("STATUS=", "WATCHDOG=")) else self._unread
+            kept.append(text.partition("\n")[0])
+            self.last = text
+        return bool(self._unread)
+
+    def status_line(self, part: str) -> str:
+        """Wait for a status line that has this part; return it."""
+
+        def found() -> str | None:
+            self.has_message()
+            lines = (sign for sign in self.signs if sign.startswith("STATUS="))
+            return next((line for line in lines if part in line), None)
+
+        return str(eventually(found))
 
     def wait_until_ready(self) -> "WorkerProcess":
         assert self.message() == "READY=1"

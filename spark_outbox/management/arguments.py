@@ -50,3 +50,11 @@ def seconds(text: str) -> float:
     if not 0 < value < 10**8:
         raise argparse.ArgumentTypeError(f"{text!r} is no number of seconds above 0")
     return value
+
+
+def address(text: str) -> tuple[str, int]:
+    """Return the host and port of 8080, 0.0.0.0:8080 or [::]:8080."""
+    host, _, port = text.rpartition(":")
+    if not port.isdecimal() or not 0 < int(port) < 65_536:
+        raise argparse.ArgumentTypeError(f"{text!r} is no port; write 8080, 0.0.0.0:8080 or [::]:8080")
+    return host.strip("[]") or "127.0.0.1", int(port)

@@ -4,6 +4,7 @@ import contextlib
 import gc
 import os
 import signal
+import sys
 import traceback
 from collections.abc import Callable
 from typing import Any
@@ -15,14 +16,19 @@ from django.db import Error, connections
 import spark_outbox
 from spark_outbox.errors import NotMigrated, RegistrationError, SettingsError, describe
 from spark_outbox.processes import systemd
-from spark_outbox.processes.fork import SIGNALS, STOPS
+from spark_outbox.processes.fork import SIGNALS
 from spark_outbox.processes.guard import Guard
+from spark_outbox.processes.probes import Probes
+from spark_outbox.processes.reload import Reload
+from spark_outbox.processes.signs import Signs
 from spark_outbox.processes.slot import Slot
 from spark_outbox.processes.supervisor import Supervisor
 from spark_outbox.processes.watch import Watch
 from spark_outbox.registry.handlers import registry
 from spark_outbox.worker import booking, bounds, forks
+from spark_outbox.worker.context import make_context
 from spark_outbox.worker.loop import Worker
+from spark_outbox.worker.session import check_handlers
 
 
 class Service:
@@ -36,6 +42,11 @@ class Service:
         self._stderr = stderr
         self._style = style
 
+    def check(self) -> None:
+        """Say what the worker would handle. Raises SettingsError if it can't work."""
+        check_handlers(make_context(using=self._options["database"]))
+        self._stdout.write(f"spark_outbox {spark_outbox.__version__}. {self._handlers()}")
+
     def supervise(self, *, finite: bool) -> int:
         """Run the workers in processes of their own, and look after them."""
         for connection in connections.all(initialized_only=True):  # they can't be shared
@@ -43,26 +54,39 @@ class Service:
             getattr(connection, "close_pool", bool)()
         gc.collect()
         gc.freeze()  # loaded code stays: no collection must scan it, and copy its pages
+        timeout = self._options["shutdown_timeout"]
+        reload = Reload([sys.executable, *sys.orig_argv[1:], "--check"])
         supervisor = Supervisor(
             self._child,
             processes=self._options["processes"],
-            shutdown_timeout=self._options["shutdown_timeout"],
+            shutdown_timeout=timeout,
             answer_timeout=self._options["answer_timeout"],
             finite=finite,
             on_ready=lambda: systemd.notify("READY=1"),
             on_crash=self._book_crash,
+            signs=Signs(
+                name_of=lambda number: registry.handlers[number].name,
+                probes=Probes(
+                    liveness_file=self._options["liveness_file"], address=self._options["health_port"]
+                ),
+            ),
+            reload=reload,
         )
         ended_by: list[int] = []
-        nohup = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
-        stops = [each for each in STOPS if not (nohup and each == signal.SIGHUP)]
+        stops = [signal.SIGTERM, signal.SIGINT]
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup has not said otherwise
+            if any(map(os.isatty, range(3))):
+                stops.append(signal.SIGHUP)  # the terminal goes away
+            else:
+                signal.signal(signal.SIGHUP, lambda *_: reload.ask())
 
         def stop(number: int, _: object) -> None:
             for each in stops:  # a closing terminal may send SIGHUP twice
                 signal.signal(each, signal.SIG_IGN if each == signal.SIGHUP else stop_at_once)
-            systemd.notify("STOPPING=1")
+            systemd.stopping(timeout)
             supervisor.stop()
-            if number == signal.SIGINT:
-                self._print_current_calls(supervisor.in_hand())
+            if number == signal.SIGINT and (calls := supervisor.calls()):
+                self._print_current_calls(calls)
 
         def stop_at_once(number: int, _: object) -> None:
             supervisor.kill()  # uncommitted events are handled again: nothing is lost
@@ -73,6 +97,7 @@ class Service:
         signal.signal(signal.SIGCHLD, lambda *_: None)  # it only wakes the supervisor
         for each in stops:
             signal.signal(each, stop)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # the program before has blocked them
         code = supervisor.run()
         if ended_by:
             os.kill(os.getpid(), ended_by[0])
@@ -150,29 +175,23 @@ class Service:
             event_id, _ = in_hand[0]
             self._stderr.write(f"A crash on event {event_id} could not be counted: {describe(refusal)}")
 
-    def _print_current_calls(self, in_hand: list[tuple[int, int]]) -> None:
+    def _print_current_calls(self, calls: str) -> None:
         """Print, after a Ctrl-C, why the worker has not ended yet."""
-        events: dict[str, list[int]] = {}
-        for event_id, number in in_hand:
-            events.setdefault(registry.handlers[number].name, []).append(event_id)
-        calls = ", ".join(
-            f"{name} on event {ids[0]}" + (f" and {len(ids) - 1} more" if ids[1:] else "")
-            for name, ids in events.items()
-        )
-        if calls:
-            # The signal may have interrupted a write to this stream.
-            with contextlib.suppress(OSError, RuntimeError):
-                self._stderr.write(
-                    f"Waiting for {calls}; press Ctrl-C again to stop at once (nothing is lost)."
-                )
+        # The signal may have interrupted a write to this stream.
+        with contextlib.suppress(OSError, RuntimeError):
+            self._stderr.write(
+                f"Waiting for {calls}; press Ctrl-C again to stop at once (nothing is lost)."
+            )
 
     def _introduce(self, version: str) -> None:
         name = connections[self._options["database"]].settings_dict["NAME"]
-        handlers = ", ".join(f"{h.name} for {h.pattern.pattern}" for h in registry.handlers)
         count = self._options["processes"]
         self._stdout.write(
             f"spark_outbox {spark_outbox.__version__} on database {name} (PostgreSQL {version}), "
-            f"{count} process{'es' if count > 1 else ''}. Handlers: "
-            + (handlers or self._style.WARNING("none, so every event will be unhandled"))
+            f"{count} process{'es' if count > 1 else ''}. {self._handlers()}"
         )
         self._stdout.flush()
+
+    def _handlers(self) -> str:
+        handlers = ", ".join(f"{h.name} for {h.pattern.pattern}" for h in registry.handlers)
+        return "Handlers: " + (handlers or self._style.WARNING("none, so every event will be unhandled"))

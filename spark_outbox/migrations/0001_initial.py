@@ -211,6 +211,7 @@ class Migration(migrations.Migration):
                 ("handlers", models.JSONField(db_default=EMPTY_LIST)),
                 ("event_id", models.BigIntegerField(blank=True, null=True)),
                 ("handler", models.TextField(blank=True, db_default="")),
+                ("called_at", models.DateTimeField(blank=True, null=True)),
                 ("times", models.IntegerField(db_default=0)),
             ],
             options={"db_table": "spark_outbox_session", "required_db_vendor": "postgresql"},

@@ -16,6 +16,9 @@ SQL = Path(__file__).with_name("sql")
 class RunSQL(migrations.RunSQL):
     """Django's RunSQL, but it skips databases of other vendors."""
 
+    path: Path | None = None
+    """The file, if the SQL is that of one."""
+
     def database_forwards(
         self, app_label: str, schema_editor: BaseDatabaseSchemaEditor, *states: Any
     ) -> None:
@@ -34,8 +37,7 @@ def run_file(name: str) -> RunSQL:
 
     The files are frozen once released, as migrations are: a database may have run them.
     """
-    return RunSQL(_read(name), _read(f"{name}_reverse"))
-
-
-def _read(name: str) -> str:
-    return (SQL / f"{name}.sql").read_text("utf-8")
+    path, reverse = SQL / f"{name}.sql", SQL / f"{name}_reverse.sql"
+    operation = RunSQL(path.read_text("utf-8"), reverse.read_text("utf-8"))
+    operation.path = path
+    return operation

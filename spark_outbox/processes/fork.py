@@ -7,7 +7,7 @@ import select
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NoReturn
 
 STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
@@ -26,9 +26,11 @@ class Pipes:
     The other one closes when the supervisor ends, which stops the children.
     """
 
-    def __init__(self) -> None:
-        self._wake_read, self._wake_write = os.pipe()
-        self._life_read, self._life_write = os.pipe()
+    def __init__(self, inherited: Sequence[int] = ()) -> None:
+        self.descriptors = tuple(inherited or (*os.pipe(), *os.pipe()))
+        self._wake_read, self._wake_write, self._life_read, self._life_write = self.descriptors
+        for end in self.descriptors:
+            os.set_inheritable(end, False)
         for end in (self._wake_read, self._wake_write):
             os.set_blocking(end, False)
 

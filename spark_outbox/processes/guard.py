@@ -24,8 +24,14 @@ class Notes(Protocol):
     def put_down(self) -> None:
         """Note that there is no current call, and start the answer timeout of the database."""
 
-    def rest(self) -> None:
-        """Pause the answer timeout until `put_down()`."""
+    def rest(self, seconds: float = NEVER) -> None:
+        """Pause the answer timeout until `put_down()`, which comes within `seconds`."""
+
+    def lose_database(self) -> None:
+        """Note that the worker has no database until it is ready again."""
+
+    def tally(self, handled: int, failed: int) -> None:
+        """Note that so many events were settled, and so many of them failed for good."""
 
     def identify(self, session: int) -> None:
         """Note the session that is stored in this worker's running deliveries."""
@@ -70,7 +76,13 @@ class OwnNotes:
     def put_down(self) -> None:
         self._called = ()
 
-    def rest(self) -> None:
+    def rest(self, seconds: float = NEVER) -> None:
+        pass
+
+    def lose_database(self) -> None:
+        pass
+
+    def tally(self, handled: int, failed: int) -> None:
         pass
 
     def identify(self, session: int) -> None:
@@ -92,6 +104,8 @@ class _Noting:
         self.take_in_hand = notes.take_in_hand
         self.put_down = notes.put_down
         self.rest = notes.rest
+        self.lose_database = notes.lose_database
+        self.tally = notes.tally
         self.identify = notes.identify
         self.in_hand = notes.in_hand
         self._end_by = notes.end_by

@@ -4,6 +4,7 @@ import contextlib
 import os
 import signal
 import time
+from collections.abc import Container
 from dataclasses import dataclass, field
 
 from spark_outbox.processes.slot import NEVER, Slot
@@ -27,16 +28,20 @@ class Child:
     """A pipe by which the supervisor tells it that the watch is its own."""
     pid: int = 0
     started: float = field(default_factory=time.monotonic)
-    killed: bool = False
-    """Whether the supervisor has killed it."""
+    killed_at: float = NEVER
+    """When the supervisor has killed it."""
     overdue: float = NEVER
     """The deadline that it was killed for."""
+
+    @property
+    def killed(self) -> bool:
+        return self.killed_at < NEVER
 
     def send(self, number: signal.Signals) -> None:
         send(self.pid, number)
 
     def kill(self, *, overdue: float = NEVER) -> None:
-        self.killed = True
+        self.killed_at = min(self.killed_at, time.monotonic())
         self.overdue = min(self.overdue, overdue)
         self.send(signal.SIGKILL)
 
@@ -116,3 +121,15 @@ def exit_code(pid: int) -> int | None:
     """Return the exit code of a process, negative for a signal; None while it runs."""
     ended, status = os.waitpid(pid, os.WNOHANG)
     return os.waitstatus_to_exitcode(status) if ended else None
+
+
+def reap_orphans(ours: Container[int]) -> None:
+    """As the first process of a container, which gets all orphans for its own: let those go that have
+    ended. One of `ours` is left to `exit_code`, and others with it until then."""
+    if os.getpid() != 1:
+        return
+    with contextlib.suppress(ChildProcessError):
+        while ended := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+            if ended.si_pid in ours:
+                return
+            os.waitpid(ended.si_pid, 0)

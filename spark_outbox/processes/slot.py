@@ -10,8 +10,8 @@ import time
 NEVER = float("inf")
 
 _SIZE = 16 * mmap.PAGESIZE
-_ROOM = (_SIZE // 8 - 7) // 2  # pairs of words, beside their count and the six at the end
-_ASKED, _DUE, _READY, _SESSION, _IDLE, _WATCH = -1, -2, -3, -4, -5, -6
+_ASKED, _DUE, _BACK, _READY, _UP, _SESSION, _IDLE, _WATCH, _HANDLED, _FAILED = range(-10, 0)
+_ROOM = (_SIZE // 8 - 11) // 2  # pairs of words, beside their count and the ten at the end
 
 
 class Slot:
@@ -21,11 +21,12 @@ class Slot:
         self.number = number
         memory = mmap.mmap(-1, _SIZE)
         # The number of current calls, then their events and handlers. At _READY, whether the child has
-        # been ready. At _SESSION, the number of its session. At _IDLE, whether it has nothing to do; at
-        # _WATCH, whether it has the watch, which the supervisor writes.
+        # been ready; at _UP, whether it has the database. At _SESSION, the number of its session. At
+        # _IDLE, whether it has nothing to do; at _WATCH, whether it has the watch, which the supervisor
+        # writes. At _HANDLED and _FAILED, how many events it has settled, and how many of them failed.
         self._words = memoryview(memory).cast("q")
         # The same memory. At _ASKED, when the child began to wait for the database. At _DUE, its
-        # deadline.
+        # deadline. At _BACK, by when it is back if it rests.
         self._times = memoryview(memory).cast("d")
         self._times[_DUE] = NEVER
         self.put_down()
@@ -49,8 +50,9 @@ class Slot:
         self._times[_ASKED] = time.monotonic()
         self._words[0] = 0
 
-    def rest(self) -> None:
-        """Pause the answer timeout until `put_down()`."""
+    def rest(self, seconds: float = NEVER) -> None:
+        """Pause the answer timeout until `put_down()`, which comes within `seconds`."""
+        self._times[_BACK] = time.monotonic() + seconds
         self._times[_ASKED] = NEVER
 
     def end_by(self, deadline: float) -> None:
@@ -58,7 +60,15 @@ class Slot:
         self._times[_DUE] = deadline
 
     def be_ready(self) -> None:
-        self._words[_READY] = 1
+        self._words[_READY] = self._words[_UP] = 1
+
+    def lose_database(self) -> None:
+        self._words[_UP] = 0
+
+    def tally(self, handled: int, failed: int) -> None:
+        """Add to the numbers of events that were settled, and of those that failed for good."""
+        self._words[_HANDLED] += handled
+        self._words[_FAILED] += failed
 
     def identify(self, session: int) -> None:
         """Note the session that is stored in this worker's running deliveries."""
@@ -84,8 +94,20 @@ class Slot:
         """Return the child's deadline; NEVER if it has none."""
         return float(self._times[_DUE])
 
+    def back_by(self) -> float:
+        """Return by when the child does something again; NEVER if nobody knows."""
+        rests = self._times[_ASKED] == NEVER and not self._words[0]
+        return float(self._times[_BACK]) if rests else NEVER
+
     def has_been_ready(self) -> bool:
         return bool(self._words[_READY])
+
+    def has_database(self) -> bool:
+        return bool(self._words[_UP])
+
+    def tallies(self) -> tuple[int, int]:
+        """Return how many events it has settled, and how many of them failed for good."""
+        return self._words[_HANDLED], self._words[_FAILED]
 
     def is_idle(self) -> bool:
         return bool(self._words[_IDLE])

@@ -27,10 +27,14 @@ from collections.abc import Callable, Iterator
 from functools import partial
 
 from spark_outbox.errors import HandlerTimeout, WorkerDied
-from spark_outbox.processes.fork import READY, SIGNALS, STOPS, Pipes, be_process, signals_blocked
-from spark_outbox.processes.place import Booking, Child, InHand, Place, exit_code, send
+from spark_outbox.processes.crash import book, booked
+from spark_outbox.processes.fork import READY, be_process, signals_blocked
+from spark_outbox.processes.keeper import Keeper
+from spark_outbox.processes.place import Child, InHand, Place, exit_code, reap_orphans, send
+from spark_outbox.processes.reload import Reload, inherit
+from spark_outbox.processes.signs import Signs
 from spark_outbox.processes.slot import NEVER, Slot
-from spark_outbox.processes.watch import HANGS, PASS_ON, WORK, OwnWatch, SharedWatch, Watch
+from spark_outbox.processes.watch import WORK, OwnWatch, SharedWatch, Watch
 
 logger = logging.getLogger(__name__)
 
@@ -40,9 +44,9 @@ GRACE = 5.0
 BOOKING_PATIENCE = 30.0
 """The most seconds that the booking of a crash may take."""
 
-HEAD_START = 0.5
-"""The most seconds for which nobody watches after its holder has died: another would call again what it
-died of, before that is booked."""
+READY_PATIENCE = 30.0
+"""Seconds after which the service counts as started although some process has no database yet: it waits
+for that, and a host need not wait with it."""
 
 LATE = "The handler ran longer than its timeout, in code that no alarm stops: its process was killed."
 DIED = "The worker process died of {cause} while it ran this handler."
@@ -61,7 +65,8 @@ class Supervisor:
     handlers, the error, and the child's session. The error is None for a child that was killed because
     it did not stop in time. `on_crash` runs in a process of its own, which ignores signals to stop. It
     may take BOOKING_PATIENCE, or `answer_timeout` if that is shorter. `on_ready` is called when a child
-    is ready and all others are, or have been.
+    is ready and all others are, or have been; and after READY_PATIENCE in any case. `signs` tells how it
+    goes; `reload` loads new code.
     """
 
     def __init__(
@@ -74,10 +79,15 @@ class Supervisor:
         finite: bool,
         on_ready: Callable[[], None],
         on_crash: Callable[[InHand, BaseException | None, int], None],
+        signs: Signs | None = None,
+        reload: Reload | None = None,
     ) -> None:
         self._work = work
         self._places = [Place(number) for number in range(processes)]
-        self._pipes = Pipes()
+        self._keeper = Keeper()
+        self._former, self._pipes = inherit()
+        self._signs = signs or Signs()
+        self._reload = reload or Reload()
         self._shutdown_timeout = shutdown_timeout
         self._answer_timeout = answer_timeout
         self._finite = finite
@@ -85,9 +95,9 @@ class Supervisor:
         self._on_crash = on_crash
         self._stopping = False
         self._deadline = NEVER
+        self._judge_at = 0.0  # not before that
+        self._ready_by = time.monotonic() + READY_PATIENCE
         self._exit_code = 0
-        self._watch: Child | None = None  # the child that has it
-        self._pass_on_at = NEVER
 
     # For signal handlers
 
@@ -95,58 +105,100 @@ class Supervisor:
         """Let the children finish their current calls; kill those that take too long."""
         self._stopping = True
         self._deadline = time.monotonic() + self._shutdown_timeout
+        self._former.send(signal.SIGTERM)
         for child in self._children():
             child.send(signal.SIGTERM)
 
     def kill(self) -> None:
         """Kill the children at once. Events that they have not committed are handled again."""
         self._stopping = True
+        self._former.send(signal.SIGKILL)
         for child in self._children():
             child.kill()
         for place in self._places:
             if place.booking is not None:
                 send(place.booking.pid, signal.SIGKILL)
 
-    def in_hand(self) -> InHand:
-        """Return the current calls of all children."""
-        return [pair for child in self._children() for pair in child.slot.in_hand()]
+    def calls(self) -> str:
+        """Return in words what all children have in hand."""
+        return ", ".join(filter(None, map(self._signs.calls, self._children())))
 
     # The loop
 
     def run(self) -> int:
         """Run until stopped, or all are done; return the exit code. In the main thread only."""
         self._pipes.receive_signals()
-        while True:
-            now = time.monotonic()
-            for place in self._vacant():
-                if place.start_at <= now:
-                    self._start(place)
-            if all(place.is_vacant for place in self._places) and (
-                self._stopping or all(place.start_at == NEVER for place in self._places)
-            ):
-                return self._exit_code
-            self._wait(now)
-            self._reap()
-            self._pass_on()
-            self._kill_late()
+        try:
+            while not self._is_done():
+                now = time.monotonic()
+                for place in self._vacant():
+                    if place.start_at <= now:
+                        self._start(place)
+                self._signs.look(list(self._children()), self._pipes, state=self._state())
+                self._wait(now)
+                self._reap()
+                reap_orphans(self._pids())
+                self._turn_over()
+                self._keeper.pass_on(self._children())
+                self._kill_late()
+        finally:
+            self._signs.stop()
+        return self._exit_code
+
+    def _is_done(self) -> bool:
+        is_empty = all(place.is_vacant for place in self._places) and not self._former
+        return is_empty and (self._stopping or all(place.start_at == NEVER for place in self._places))
+
+    def _state(self) -> str:
+        if self._stopping:
+            return "stopping"
+        return "loading new code" if self._former else ""
 
     def _wait(self, now: float) -> None:
         # A call that starts later has a later deadline: it can't be late before now + GRACE.
-        looks = [now + GRACE, now + self._answer_timeout / 4, self._deadline, self._pass_on_at]
+        looks = [self._signs.look_at, now + GRACE, self._deadline, self._keeper.pass_on_at]
         looks += [child.slot.due() + GRACE for child in self._children() if not child.killed]
         looks += [place.start_at for place in self._vacant()]
-        received = self._pipes.wait(min(looks) - now)
-        if READY in received and all(place.has_been_ready() for place in self._places):
+        until = max(now, min(looks))
+        received = self._pipes.wait(until - now)
+        now = time.monotonic()
+        if now > until + GRACE:  # we were stopped, maybe with all of them: let them catch up
+            self._judge_at = now + GRACE
+        is_ready = READY in received and all(place.has_been_ready() for place in self._places)
+        if is_ready or now > self._ready_by:
+            self._ready_by = NEVER
             self._on_ready()
-        if WORK in received and self._watch is not None:
-            self._pass_on_at = time.monotonic() + PASS_ON
+        if WORK in received:
+            self._keeper.works()
 
     def _children(self) -> Iterator[Child]:
         return (place.child for place in self._places if place.child is not None)
 
+    def _pids(self) -> set[int]:
+        """Return all processes that are ours to reap."""
+        bookings = (place.booking.pid for place in self._places if place.booking is not None)
+        children = (child.pid for child in self._children())
+        return {*children, *bookings, *self._former.pids, self._signs.pid, self._reload.pid}
+
     def _vacant(self) -> list[Place]:
-        """Return the places that wait for their next child; none while stopping."""
-        return [] if self._stopping else [place for place in self._places if place.is_vacant]
+        """Return the places that wait for their next child, and may have it."""
+        if self._stopping:
+            return []
+        room = self._former.room(len(self._places))
+        return [place for place in self._places[:room] if place.is_vacant]
+
+    def _turn_over(self) -> None:
+        """Stop a former child for each new one that is ready; or load new code, if somebody asks."""
+        self._former.reap()
+        if self._stopping:
+            return
+        if self._former:
+            started = self._places[: self._former.room(len(self._places))]
+            if all(place.has_been_ready() for place in started):
+                self._former.stop_one(self._shutdown_timeout)
+        elif all(place.booking is None for place in self._places):
+            pids = [child.pid for child in self._children()]
+            self._reload.step(pids, self._pipes, self._signs.stop)
 
     # Children
 
@@ -163,6 +215,7 @@ class Supervisor:
         try:
             self._pipes.leave_parent()
             self._pipes.follow_parent()
+            self._signs.leave()
             is_alone = len(self._places) == 1
             watch = OwnWatch() if is_alone else SharedWatch(slot, wake, self._pipes.tell)
             return self._work(slot, watch, partial(self._tell_ready, slot))
@@ -174,38 +227,18 @@ class Supervisor:
         slot.be_ready()
         self._pipes.tell(READY)
 
-    def _pass_on(self) -> None:
-        """Give the watch to a child that is idle, unless its holder is, or has just begun to work."""
-        now, holder = time.monotonic(), self._watch
-        watches = (
-            holder is not None and holder.slot.is_idle() and now - holder.slot.waits_since() < HANGS
-        )
-        if not watches and now < self._pass_on_at < NEVER:
-            return
-        self._pass_on_at = NEVER
-        if watches:
-            return
-        others = (child for child in self._children() if child is not holder)
-        idle = next((child for child in others if child.slot.is_idle()), None)
-        if idle is not None:
-            self._watch = idle
-            idle.give_watch()
-            if not idle.slot.is_idle():  # it has begun to work this moment, and need not have said so
-                self._pass_on_at = now + PASS_ON
-            if holder is not None:
-                holder.take_watch()
-
     def _reap(self) -> None:
         for place in self._places:
             if (child := place.child) is not None:
                 if (code := exit_code(child.pid)) is not None:
+                    self._signs.ended(child)
                     place.leave()
-                    if child is self._watch:
-                        self._watch, self._pass_on_at = None, NEVER
+                    self._keeper.ended(child)
                     self._ended(place, child, code)
             elif (booking := place.booking) and (code := exit_code(booking.pid)) is not None:
-                place.booking, self._pass_on_at = None, time.monotonic()
-                _booked(booking, code)
+                place.booking = None
+                self._keeper.has_booked()
+                booked(booking, code)
 
     def _ended(self, place: Place, child: Child, code: int) -> None:
         """Decide when a child's place is filled again, and whether its end is a failed attempt."""
@@ -224,7 +257,8 @@ class Supervisor:
                 self._book(place, child, HandlerTimeout(LATE) if late else None)
             return
         cause = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-        logger.error("A worker process died of %(cause)s.", {"cause": cause}, extra={"cause": cause})
+        details = {"pid": child.pid, "cause": cause}
+        logger.error("The worker process %(pid)s died of %(cause)s.", details, extra=details)
         if in_hand:
             self._book(place, child, WorkerDied(DIED.format(cause=cause)))
 
@@ -235,54 +269,30 @@ class Supervisor:
         """
         now = time.monotonic()
         for child in self._children():
-            if child.killed:
+            if child.killed or now < self._judge_at:
                 continue
             if now >= (due := child.slot.due()) + GRACE:
-                what = "end its call in time" if child.slot.in_hand() else "end in time"
-                logger.warning("A worker process does not %(what)s, and is killed.", {"what": what})
+                self._signs.log_kill(child, "does not end in time")
                 child.kill(overdue=due)
             elif now - child.slot.waits_since() > self._answer_timeout:
-                logger.warning("A worker process that the database has not answered in time is killed.")
+                self._signs.log_kill(child, "has had no answer from the database in time")
+                child.kill()
+            elif now >= child.slot.back_by() + GRACE:
+                self._signs.log_kill(child, "does nothing, though it should")
                 child.kill()
         if now >= self._deadline:
             self._deadline = NEVER
-            logger.warning("A worker did not stop in time, and is killed.")
+            self._former.send(signal.SIGKILL)
             for child in self._children():
+                self._signs.log_kill(child, "did not stop in time")
                 child.kill()
-
-    # Crashes
 
     def _book(self, place: Place, child: Child, error: BaseException | None) -> None:
         """Start a process that books a crash."""
-        if self._watch is None:
-            self._pass_on_at = time.monotonic() + HEAD_START
-        with signals_blocked():
-            try:
-                pid = os.fork()
-            except OSError as refused:
-                logger.error("A crash could not be counted: %(error)s.", {"error": refused.strerror})
-                return
-            if not pid:
-                be_process(partial(self._be_booker, child.slot, error))
-            place.booking = Booking(pid, child.slot.in_hand())
-
-    def _be_booker(self, slot: Slot, error: BaseException | None) -> int:
-        self._pipes.leave_parent()
-        for number in STOPS:
-            signal.signal(number, signal.SIG_IGN)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
-        signal.signal(signal.SIGALRM, signal.SIG_DFL)  # it ends this process in any state
-        signal.setitimer(signal.ITIMER_REAL, min(BOOKING_PATIENCE, self._answer_timeout))
-        self._on_crash(slot.in_hand(), error, slot.session())
-        return 0
-
-
-def _booked(booking: Booking, code: int) -> None:
-    """Log if the process that booked a crash ran out of time."""
-    if code == -signal.SIGALRM:
-        context = {"event_id": booking.in_hand[0][0]}
-        logger.error(
-            "A crash on event %(event_id)s could not be counted: The database does not answer.",
-            context,
-            extra=context,
+        self._keeper.is_booking()
+        place.booking = book(
+            child.slot,
+            lambda in_hand, session: self._on_crash(in_hand, error, session),
+            min(BOOKING_PATIENCE, self._answer_timeout),
+            self._pipes,
         )

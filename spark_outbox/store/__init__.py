@@ -18,6 +18,7 @@
     repairing    make stray and unhandled events pending again
     replaying    make done events pending again, for one handler
     checking     what checks and workers ask before they begin
+    definitions  what the migrations define, compared with what the database has
 
 Callers import the topic, and of `connection` the functions. SQL is upper-case constants, with lower-case
 keywords and mostly named parameters. Times are the database's. Functions run on the Django connection

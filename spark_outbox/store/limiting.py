@@ -57,7 +57,7 @@ SET_BY_TRANSACTION = ("client_connection_check_interval", "idle_in_transaction_s
 """The settings of `silence_limit`, where the session is a pooler's."""
 
 
-def name_session(name: str = "spark_worker", *, using: Using) -> None:
+def name_session(name: str, *, using: Using) -> None:
     """Tell people whose session it is. Poolers keep this apart for each of their clients."""
     execute(NAME_SESSION.format(name=name), using=using)
 

@@ -39,7 +39,7 @@ values (
 )
 on conflict (session) do update
 set
-    event_id = null, handler = '', times = 0, started_at = excluded.started_at,
+    event_id = null, handler = '', called_at = null, times = 0, started_at = excluded.started_at,
     backend = excluded.backend
 """
 
@@ -61,6 +61,23 @@ where session <> %s and pg_try_advisory_xact_lock(7531003, session)
 NOTE_CALL = """
 update spark_outbox_session set event_id = %(event_id)s, handler = %(handler)s, times = %(times)s
 where session = any(%(sessions)s)
+"""
+
+
+# Not the numbers of a call that is noted for another reason.
+SHOW_CALL = """
+update spark_outbox_session
+set event_id = %(event_id)s, handler = %(handler)s,
+    called_at = statement_timestamp() - %(seconds)s * interval '1 second'
+where session = %(session)s
+"""
+FORGET_SHOWN = """
+update spark_outbox_session
+set
+    called_at = null,
+    event_id = case when times > 0 then event_id end,
+    handler = case when times > 0 then handler else '' end
+where session = %s and called_at is not null
 """
 
 
@@ -116,3 +133,14 @@ def note_call(
 def forget_call(sessions: list[int], *, using: Using) -> None:
     """Note that workers are making no call."""
     note_call(sessions, None, "", 0, using=using)
+
+
+def show_call(session: int, event_id: int, handler: str, seconds: float, *, using: Using) -> None:
+    """Note a call that has been under way for so many seconds, for people to see."""
+    params = {"session": session, "event_id": event_id, "handler": handler, "seconds": seconds}
+    execute(SHOW_CALL, params, using=using)
+
+
+def hide_call(session: int, *, using: Using) -> None:
+    """Note that it has ended."""
+    execute(FORGET_SHOWN, [session], using=using)

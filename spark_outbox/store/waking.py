@@ -60,21 +60,31 @@ from (
 ) as triggers
 """
 
+# As in migrations/sql/0001_wake.sql: nobody sleeps, and nobody is about to.
+NOBODY_SLEEPS = f"""(
+    pg_try_advisory_xact_lock_shared(7531001, {OID})
+    and pg_try_advisory_lock(7531002, {OID})
+    and pg_advisory_unlock(7531002, {OID})
+)"""
+
+IS_READY_AGAIN = """
+new.status = 'pending' and (
+    old.status in ('done', 'failed', 'discarded')
+    or new.available_at < old.available_at
+    or new.available_at is null and old.available_at is not null
+)
+"""
+
 SET_WAKE_MODE = {
     mode: f"""
 create or replace trigger spark_outbox_wake after insert on spark_outbox_event
-    for each statement execute function spark_outbox_wake('{mode}');
+    for each statement {"" if condition is None else f"when ({condition})"}
+    execute function spark_outbox_wake('{mode}');
 create or replace trigger spark_outbox_wake_again after update on spark_outbox_event
-    for each row when (
-        new.status = 'pending' and (
-            old.status in ('done', 'failed', 'discarded')
-            or new.available_at < old.available_at
-            or new.available_at is null and old.available_at is not null
-        )
-    )
+    for each row when ({IS_READY_AGAIN} {"" if condition is None else f"and {condition}"})
     execute function spark_outbox_wake('{mode}')
 """
-    for mode in ("gated", "always")
+    for mode, condition in {"gated": f"{NOBODY_SLEEPS} is not true", "always": None}.items()
 }
 SET_WAKE_MODE["never"] = """
 drop trigger if exists spark_outbox_wake on spark_outbox_event;

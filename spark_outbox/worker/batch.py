@@ -159,6 +159,12 @@ class Batch:
         """Deliveries that are due wait for a worker that has their handlers."""
         return any(work.fate().look_again is not None for work in self.works)
 
+    @property
+    def failures(self) -> int:
+        """How many deliveries have failed for good."""
+        results = (result for work in self.works for result in work.results.values())
+        return sum(result.status == "failed" for result in results)
+
     def with_killers_alone(self) -> "Batch":
         """Return the events before one that has killed its worker; or that alone, if it is first."""
         for place, event in enumerate(self.events):
@@ -235,8 +241,13 @@ def turn_of(handler: Handler, stored: Mapping[str, Stored] | None) -> Turn:
 
 def log(batch: Batch) -> None:
     if batch.unhandled:
-        context = {"event_ids": batch.unhandled[:20], "events": len(batch.unhandled)}
-        logger.warning("No handler matched %(events)s events.", context, extra=context)
+        groups = sorted({event.group for event in batch.events if event.id in batch.unhandled})
+        context = {
+            "event_ids": batch.unhandled[:20],
+            "events": len(batch.unhandled),
+            "groups": ", ".join(groups[:10]) + (" and others" if groups[10:] else ""),
+        }
+        logger.warning("No handler matched %(events)s events of %(groups)s.", context, extra=context)
     if logger.isEnabledFor(logging.DEBUG):
         for event in batch.events[: batch.count]:
             done = {"event_id": event.id, "group": event.group, "attempt": event.attempt}

@@ -32,6 +32,7 @@ from psycopg.pq import Conninfo
 
 from spark_outbox.errors import SettingsError
 from spark_outbox.store import limiting, sessions, waking
+from spark_outbox.worker.identity import identity
 
 BOUNDS = {
     "connect_timeout": "10",
@@ -160,7 +161,7 @@ def set_up(using: str, *, direct: str | None, idle_in_transaction: float | None)
     stay for its next client. So there the limit on silence goes with each transaction, see
     `limiting.silence_limit`, and the pooler has to notice the rest.
     """
-    limiting.name_session(using=using)
+    limiting.name_session(f"spark_worker {identity()}", using=using)
     for alias in {using, direct or using}:
         connections[alias].ensure_connection()
         connections[alias].close_at = None  # close_old_connections() leaves it, whatever CONN_MAX_AGE is
@@ -175,7 +176,7 @@ def set_up(using: str, *, direct: str | None, idle_in_transaction: float | None)
 
 def keep(connection: BaseDatabaseWrapper, *, name: str) -> None:
     """Have the server end a session when its worker is gone, and for no other reason."""
-    limiting.name_session(name, using=connection)
+    limiting.name_session(f"{name} {identity()}", using=connection)
     limiting.bound_session(_bounds_of(connection.connection), using=connection)
     limiting.keep_session(using=connection)
 

@@ -13,8 +13,6 @@ From then on each such end counts at once. Otherwise no call is written.
 
 import contextlib
 import logging
-import os
-import socket
 
 from django.db import Error, transaction
 
@@ -24,6 +22,8 @@ from spark_outbox.store import sessions
 from spark_outbox.worker import booking
 from spark_outbox.worker.batch import Batch
 from spark_outbox.worker.context import Context
+from spark_outbox.worker.identity import identity
+from spark_outbox.worker.in_hand import InHand
 from spark_outbox.worker.invoke import Announce
 from spark_outbox.worker.presence import Presence
 
@@ -40,6 +40,7 @@ class Crashes:
     def __init__(self, context: Context, presence: Presence) -> None:
         self._context = context
         self._presence = presence
+        self._in_hand = InHand(context, presence)
         self._session = 0  # that of our row; 0 if there is none
         self._fallen: list[int] = []  # sessions of workers that did not stop by themselves
         # How often in a row they have died of a call:
@@ -57,16 +58,16 @@ class Crashes:
         former, self._session = self._session, self._presence.confirm()
         if former not in (0, self._session):
             sessions.dismiss([former], using=using)
-        name = f"{socket.gethostname()}:{os.getpid()}"
         sessions.enlist(
             self._session,
-            name,
+            identity(),
             version=spark_outbox.__version__,
             is_direct=self._context.is_direct,
             groups=self._context.groups,
             handlers=[handler.name for handler in self._context.registry.handlers],
             using=using,
         )
+        self._in_hand.start()
         with transaction.atomic(using=using):
             fallen = sessions.fallen_workers(self._session, using=using)
             counted = [each for each in fallen if each.times >= TIMES]

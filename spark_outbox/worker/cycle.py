@@ -143,6 +143,7 @@ class Cycle:
         self._crashes.settled(closely=self._claims.careful)
         self._suspicion.clear(batch)
         self._claims.learn(batch)
+        self._context.guard.tally(batch.count, batch.failures)
         log(batch)
 
     def _forget(self, dispatch: Dispatch | None) -> None:

@@ -102,7 +102,7 @@ class EventLoop:
 
         The database need not answer meanwhile.
         """
-        self._guard.rest()
+        self._guard.rest(seconds)
         if self._running:
             readable = self._turn(_poll(descriptors, set(self._running), seconds))
         else:

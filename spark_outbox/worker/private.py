@@ -15,8 +15,8 @@ from spark_outbox.worker import bounds
 
 T = TypeVar("T")
 
-NAME = "spark_worker lock"
-"""Its name in pg_stat_activity."""
+NAME = "spark_worker_lock"
+"""Its name in pg_stat_activity, before that of the worker."""
 
 
 class PrivateConnection:
@@ -48,6 +48,7 @@ class PrivateConnection:
 
     def _connect(self) -> BaseDatabaseWrapper:
         connection = connections[self._alias].copy()
+        connection.inc_thread_sharing()  # psycopg runs one statement after the other
         settings = connection.settings_dict
         settings.update(AUTOCOMMIT=True, CONN_MAX_AGE=None)
         settings["OPTIONS"] = bounds.bounded(settings["OPTIONS"])

@@ -118,6 +118,7 @@ class Session:
     def recover(self, error: Error) -> None:
         """Drop the connections and wait; whatever was claimed is free as soon as the server sees it."""
         self._failures += 1
+        self._context.guard.lose_database()
         first, longest = RECONNECT_PAUSES
         seconds = min(longest, first * 2 ** min(self._failures - 1, 16))
         seconds *= random.uniform(0.5, 1)  # noqa: S311, workers shall not come back in step

@@ -1,8 +1,6 @@
 """Write what became of events: in a batch, alone, or after a call that has outlived its batch."""
 
 import logging
-import os
-import socket
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -14,6 +12,7 @@ from spark_outbox.registry.handlers import Registry
 from spark_outbox.store import claiming, detached, settling
 from spark_outbox.store.detached import Running
 from spark_outbox.worker.batch import Call, Work, known_deliveries
+from spark_outbox.worker.identity import identity
 from spark_outbox.worker.outcome import Fate, as_text
 from spark_outbox.worker.refusals import Refused, persevere
 
@@ -66,8 +65,7 @@ def _write_works(works: Sequence[Work], session: int, using: str) -> list[str]:
     """Write deliveries, then their events; return the statuses of the events to which that applied."""
     results = [(w.event.id, name, *result) for w in works for name, result in w.results.items()]
     if results:
-        who = f"{socket.gethostname()}:{os.getpid()}"
-        settling.record_results(results, worker=who, session=session, using=using)
+        settling.record_results(results, worker=identity(), session=session, using=using)
     fates = [work.fate() for work in works]
     statuses = settling.settle(fates, using=using)
     ended = [work for work, fate in zip(works, fates, strict=True) if fate.is_final]

@@ -50,7 +50,7 @@ class Host:
 
     def worker(self, *arguments: str, url: str, **environment: str) -> WorkerProcess:
         within = ("ip", "netns", "exec", self.name)
-        return WorkerProcess(*arguments, within=within, url=url, **environment)
+        return WorkerProcess(*arguments, within=within, url=url, stdin=subprocess.DEVNULL, **environment)
 
 
 class Network:

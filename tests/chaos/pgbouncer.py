@@ -1,4 +1,4 @@
-"""A real pgbouncer between clients and a server, pooling by transaction."""
+"""A real pgbouncer between clients and a server."""
 
 import contextlib
 import os
@@ -26,7 +26,7 @@ listen_addr = 127.0.0.1
 listen_port = {port}
 unix_socket_dir =
 auth_type = any
-pool_mode = transaction
+pool_mode = {mode}
 max_client_conn = 1000
 default_pool_size = {pool_size}
 server_login_retry = 1
@@ -37,10 +37,14 @@ ignore_startup_parameters = extra_float_digits, options
 class PgBouncer:
     """A pooler in front of `server` (a conninfo), with `pool_size` connections to it; for a `with`.
 
+    It pools by transaction, or by session.
+
     Clients need no password. Skip the test where PROGRAM is None.
     """
 
-    def __init__(self, server: str, *, pool_size: int = 10, log: Path | None = None) -> None:
+    def __init__(
+        self, server: str, *, pool_size: int = 10, mode: str = "transaction", log: Path | None = None
+    ) -> None:
         self._server = {name: str(value) for name, value in conninfo_to_dict(server).items()}
         self._database = self._server.pop("dbname", "postgres")
         self._folder = tempfile.TemporaryDirectory(prefix="pgbouncer")
@@ -49,7 +53,9 @@ class PgBouncer:
         self.port = free_port()
         known = {"host", "port", "user", "password"} & self._server.keys()
         server = " ".join(f"{name}='{self._server[name]}'" for name in known)
-        self._config.write_text(CONFIG.format(server=server, port=self.port, pool_size=pool_size))
+        self._config.write_text(
+            CONFIG.format(server=server, port=self.port, pool_size=pool_size, mode=mode)
+        )
         Path(self._folder.name).chmod(0o755)
 
     def __enter__(self) -> Self:

@@ -284,6 +284,8 @@ class Rig:
         )
         for worker in self.workers:
             ends.update(
-                re.findall(r"A worker process (died of .*?)\.$", worker.log.read_text(), re.MULTILINE)
+                re.findall(
+                    r"The worker process \d+ (died of .*?)\.$", worker.log.read_text(), re.MULTILINE
+                )
             )
         return ends

@@ -370,7 +370,7 @@ def test_a_handler_that_meets_an_id_that_is_taken_is_tried_again(own_registry, l
 )
 def test_check_finds_a_sequence_that_is_behind_the_table(last, is_called, behind):
     for number in range(5):
-        emit("g", f"{number}")
+        emit("probe", f"{number}")
     execute(
         "select setval(pg_get_serial_sequence('spark_outbox_event', 'id'), "
         f"(select {last} from (select max(id) from spark_outbox_event) as highest), {is_called})"

@@ -124,9 +124,17 @@ def test_the_names_in_the_model_are_those_of_the_code():
 @pytest.mark.django_db
 def test_the_trigger_takes_the_steps_of_the_model_in_their_order():
     with connection.cursor() as cursor:
-        cursor.execute("select prosrc from pg_proc where proname = 'spark_outbox_wake'")
+        cursor.execute(
+            "select pg_get_triggerdef(t.oid) || prosrc "
+            "from pg_trigger as t join pg_proc as p on p.oid = tgfoid "
+            "where tgrelid = 'spark_outbox_event'::regclass and tgname = 'spark_outbox_wake'"
+        )
         (source,) = cursor.fetchone()
-    source = re.sub("--.*", "", source).replace("7531001, this", "K").replace("7531002, this", "S")
+    source = re.sub("--.*", "", source)
+    for lock, number in {"K": 7531001, "S": 7531002}.items():
+        source = re.sub(
+            rf"\({number}, \(+'spark_outbox_event'::regclass\)::oid\)::integer\)", f"({lock})", source
+        )
     assert re.findall(r"pg_\w*(?:advisory\w*\([KS]\)|notify)", source) == marks("trigger")
 
 

@@ -12,7 +12,7 @@ the other names in an #ifdef gets something wrong, and spin finds how that loses
     spin -DNO_PROBE -t -p wake.pml
 
 tests/model/test_model.py does this for all of them, and holds the order of the steps against the code:
-"sql: NAME" is where a statement of store/ runs, "trigger: NAME" a call in spark_outbox_wake(),
+"sql: NAME" is where a statement of store/ runs, "trigger: NAME" a call in a condition of the trigger or in its function,
 of migrations/sql/0001_wake.sql. The rest follows
 
     Worker._work, Sleep.run, Cycle.run, Session.recover, Claims.next, Supervisor._pass_on,

@@ -123,7 +123,7 @@ def test_a_segfault_takes_down_one_child_and_its_event_is_retried_and_then_faile
         wait_until_done(20)
         eventually(lambda: status("bad") == "failed")
         # Twice, or more often if both had it in hand before the first could be counted.
-        assert worker.output.count("A worker process died of signal SIGSEGV.") >= 2
+        assert worker.output.count(" died of signal SIGSEGV.") >= 2
         emit("probe", "after")
         eventually(lambda: status("after") == "done")
         worker.signal(signal.SIGTERM)

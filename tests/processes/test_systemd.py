@@ -1,6 +1,7 @@
 """What systemd is told, and when; and the unit in deploy/."""
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -14,32 +15,57 @@ from tests.tools import PATIENCE, WorkerProcess, eventually, status
 
 pytestmark = pytest.mark.django_db(transaction=True)
 
-UNIT = postgres.ROOT / "deploy" / "spark-worker@.service"
+FOLDER = postgres.ROOT / "deploy" / "systemd"
+UNIT = FOLDER / "spark-worker@.service"
+NEWER = ("RestartSteps", "RestartMaxDelaySec")
+"""Keys of systemd 254, which older ones say that they ignore."""
 
 
-def test_the_unit_is_valid():
+def analyze(*arguments):
     systemd_analyze = shutil.which("systemd-analyze")
     if systemd_analyze is None:
         pytest.skip("systemd-analyze is not installed")
-    verified = subprocess.run(
-        [systemd_analyze, "verify", "--man=no", UNIT], capture_output=True, text=True, check=False
-    )
-    complaints = [line for line in verified.stderr.splitlines() if "spark-worker" in line]
+    return subprocess.run([systemd_analyze, *arguments], capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize("unit", sorted(path.name for path in FOLDER.glob("*@.*")))
+def test_the_units_are_valid(unit, tmp_path):
+    text = (FOLDER / unit).read_text().replace("/srv/shop/venv/bin/python", sys.executable)
+    for path in FOLDER.glob("*@.*"):
+        shutil.copy(path, tmp_path)
+    (tmp_path / unit).write_text(text)
+    verified = analyze("verify", "--man=no", tmp_path / unit)
+    complaints = [line for line in verified.stderr.splitlines() if "spark-" in line]
+    complaints = [line for line in complaints if not any(f"'{key}'" in line for key in NEWER)]
     assert (verified.returncode, complaints) == (0, []), verified.stderr
 
 
+@pytest.mark.parametrize("unit", ["spark-worker@.service", "spark-sources@.service"])
+def test_the_units_expose_little(unit):
+    rated = analyze("security", "--offline=yes", FOLDER / unit)
+    (exposure,) = re.findall(r"Overall exposure level for \S+: ([\d.]+)", rated.stdout)
+    assert float(exposure) <= 1.5
+
+
 def test_the_unit_says_what_the_worker_does():
-    text = UNIT.read_text()
-    for line in ("Type=notify", "Restart=always", "KillMode=mixed", "spark_worker"):
-        assert line in text
-    assert f"RestartPreventExitStatus={os.EX_CONFIG}" in text
-    assert "OOMPolicy=continue" in text
+    lines = UNIT.read_text().splitlines()
+    for line in (
+        "Type=notify",
+        "Restart=always",
+        "KillMode=mixed",
+        "OOMPolicy=continue",
+        "WatchdogSec=60",
+    ):
+        assert line in lines
+    (codes,) = (line for line in lines if line.startswith("RestartPreventExitStatus="))
+    assert str(os.EX_CONFIG) in codes.partition("=")[2].split()
 
 
 SUPERVISE = """
 import os, signal, sys, time
 from pathlib import Path
-from spark_outbox.processes.supervisor import SIGNALS, Supervisor
+from spark_outbox.processes.fork import SIGNALS
+from spark_outbox.processes.supervisor import Supervisor
 
 folder = Path(sys.argv[1])
 

@@ -35,7 +35,7 @@ def queries():
     with connection.cursor() as cursor:
         cursor.execute(
             "select pid, query_start from pg_stat_activity "
-            "where application_name = 'spark_worker' and datname = current_database()"
+            "where starts_with(application_name, 'spark_worker ') and datname = current_database()"
         )
         return dict(cursor.fetchall())
 
@@ -151,7 +151,8 @@ SUPERVISE = """
 import os, signal, sys, time
 from pathlib import Path
 from spark_outbox.processes import supervisor
-from spark_outbox.processes.supervisor import SIGNALS, Supervisor
+from spark_outbox.processes.fork import SIGNALS
+from spark_outbox.processes.supervisor import Supervisor
 
 supervisor.HANGS = 0.1
 got = Path(sys.argv[1], "got")

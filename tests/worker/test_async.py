@@ -212,7 +212,7 @@ def test_a_slow_call_goes_on_when_the_worker_loses_its_connection_in_another_bat
         while not release.is_set():
             await asyncio.sleep(0.005)
 
-    sessions = "select pid from pg_stat_activity where application_name = 'spark_worker'"
+    sessions = "select pid from pg_stat_activity where starts_with(application_name, 'spark_worker ')"
     with worker_thread(), connect() as other:
         emit("g", "key")
         eventually(lambda: status() == "running")

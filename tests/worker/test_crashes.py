@@ -137,7 +137,7 @@ def test_an_outage_of_its_connection_is_not_taken_for_a_workers_end(own_registry
         with connect() as other:
             other.execute(
                 "select pg_terminate_backend(pid, 10000) from pg_stat_activity "
-                "where application_name = 'spark_worker'"
+                "where starts_with(application_name, 'spark_worker ')"
             )
         Worker().run(drain=True)
         assert status() == "done"
@@ -238,7 +238,7 @@ def test_a_worker_that_was_cut_off_has_its_row_again(own_registry):
         with connect() as other:
             other.execute(
                 "select pg_terminate_backend(pid) from pg_stat_activity "
-                "where application_name = 'spark_worker'"
+                "where starts_with(application_name, 'spark_worker ')"
             )
         eventually(lambda: WorkerSession.objects.count() == 1)
 

@@ -85,7 +85,7 @@ def test_a_direct_connection_that_leads_elsewhere_since_a_failover_is_waited_for
         leads(NAME="postgres")
         server.execute(
             "select pg_terminate_backend(pid, 10000) from pg_stat_activity "
-            "where application_name = 'spark_worker'"
+            "where starts_with(application_name, 'spark_worker ')"
         )
         emit("g", "key")
         eventually(lambda: worker._session._failures >= 2)
@@ -145,7 +145,7 @@ def test_an_outbox_that_is_being_restored_is_waited_for(own_registry):
         try:
             server.execute(
                 "select pg_terminate_backend(pid, 10000) from pg_stat_activity "
-                "where application_name = 'spark_worker'"
+                "where starts_with(application_name, 'spark_worker ')"
             )
             eventually(lambda: worker._session._failures >= 2)
         finally:

@@ -24,7 +24,7 @@ def test_the_worker_gets_over_a_connection_that_the_server_terminates(own_regist
             with connection.cursor() as cursor:
                 cursor.execute(
                     "select pg_terminate_backend(pid) from pg_stat_activity "
-                    "where application_name = 'spark_worker'"
+                    "where starts_with(application_name, 'spark_worker ')"
                 )
             eventually(lambda number=number: caplog.text.count("trying again") == number + 1)
             wait_until_asleep()  # it LISTENs again

@@ -199,7 +199,7 @@ def idle_workers():
     with connection.cursor() as cursor:
         cursor.execute(
             "select count(*) from pg_stat_activity "
-            "where application_name = 'spark_worker' and state = 'idle' "
+            "where starts_with(application_name, 'spark_worker ') and state = 'idle' "
             "and query ~ 'select min|outlook'"
         )
         return cursor.fetchone()[0]

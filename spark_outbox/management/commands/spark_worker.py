@@ -1,8 +1,8 @@
 """The command line of the daemon. Its processes are in management/service.py."""
 
 import argparse
-import logging
 import sys
+from pathlib import Path
 from typing import Any
 
 from django.core.management.base import CommandParser
@@ -10,16 +10,18 @@ from django.db import DEFAULT_DB_ALIAS
 from django.utils import autoreload
 
 from spark_outbox import conf
-from spark_outbox.management.arguments import seconds, whole_number
+from spark_outbox.management.arguments import address, seconds, whole_number
 from spark_outbox.management.command import OutboxCommand
+from spark_outbox.management.journal import set_up_logging
 from spark_outbox.management.service import Service
 
 
 class Command(OutboxCommand):
     help = (
-        "Calls the handlers of events as they are emitted, until it is stopped. SIGTERM, SIGHUP or "
-        "Ctrl-C: finish the current calls, commit, exit. A second signal: stop at once; nothing is "
-        "lost. Start as many workers as you like, on as many machines."
+        "Calls the handlers of events as they are emitted, until it is stopped. SIGTERM or Ctrl-C: "
+        "finish the current calls, commit, exit. A second signal: stop at once; nothing is lost. "
+        "SIGHUP: load new code, and restart one process after the other; on a terminal, stop. Start as "
+        "many workers as you like, on as many machines."
     )
 
     def add_arguments(self, parser: CommandParser) -> None:
@@ -27,6 +29,9 @@ class Command(OutboxCommand):
         how_long = parser.add_mutually_exclusive_group()
         how_long.add_argument("--drain", action="store_true", help="exit 0 as soon as no event is ready")
         how_long.add_argument("--once", action="store_true", help="handle one batch and exit 0")
+        how_long.add_argument(
+            "--check", action="store_true", help="load settings and handlers, say which, and exit 0"
+        )
         parser.add_argument(
             "--groups",
             metavar="REGEX",
@@ -84,6 +89,18 @@ class Command(OutboxCommand):
             "long; queries of handlers don't count (default: %(default)s)",
         )
         parser.add_argument(
+            "--liveness-file",
+            type=Path,
+            metavar="PATH",
+            help="renew this file's time each second while all processes are well",
+        )
+        parser.add_argument(
+            "--health-port",
+            type=address,
+            metavar="[ADDRESS:]PORT",
+            help="answer GET /live and /ready over HTTP (on 127.0.0.1 if no address is given)",
+        )
+        parser.add_argument(
             "--max-events",
             type=whole_number,
             metavar="N",
@@ -111,20 +128,13 @@ class Command(OutboxCommand):
     def handle(self, **options: Any) -> None:
         self.check_database(options["database"])
         conf.current()
-        self._set_up_logging(options["verbosity"])
+        set_up_logging(options["verbosity"])
         finite = options["drain"] or options["once"]
         reload = conf.debug() and not finite if options["reload"] is None else options["reload"]
         service = Service(options, self.stdout, self.stderr, self.style)
-        if reload:
+        if options["check"]:
+            service.check()
+        elif reload:
             autoreload.run_with_reloader(service.run_in_thread)
         elif code := service.supervise(finite=finite):
             sys.exit(code)
-
-    def _set_up_logging(self, verbosity: int) -> None:
-        """With -v 2 or more, show our own log, unless the project's LOGGING does so already."""
-        logger = logging.getLogger("spark_outbox")
-        if verbosity > 1 and not logger.handlers:
-            handler = logging.StreamHandler()
-            handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-            logger.addHandler(handler)
-            logger.setLevel(logging.INFO if verbosity == 2 else logging.DEBUG)

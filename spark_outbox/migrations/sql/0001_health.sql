@@ -23,8 +23,13 @@ select
     session.groups,
     session.handlers,
     session.version,
-    session.backend
+    session.backend,
+    case when session.called_at is null then '' else session.handler end as handler,
+    event.key as event_key,
+    date_trunc('seconds', statement_timestamp() - session.called_at) as in_hand_for
 from spark_outbox_session as session
+left join spark_outbox_event as event
+    on event.id = session.event_id and session.called_at is not null
 left join pg_locks as presence
     on presence.locktype = 'advisory' and presence.classid = 7531003
     and presence.objid = session.session::oid and presence.granted
@@ -35,7 +40,7 @@ order by host, pid;
 
 comment on view spark_outbox_workers is
     'Worker processes: busy, resting, or with the watch, which looks out for events; or gone without '
-    'having stopped.';
+    'having stopped. What a handler has had in hand for more than a second.';
 
 
 -- What keeps vacuum from removing dead rows, the oldest first.

@@ -7,22 +7,13 @@
 --     K (7531001, the table's OID)  shared, by each transaction that has emitted, until it ends
 --     S (7531002, the table's OID)  shared, by each worker that sleeps
 --
--- spark_outbox/worker/wake.py has the worker's half. The triggers' argument is their mode, `gated` or
--- `always`; for SPARK_OUTBOX["WAKE"] = "never" there are none.
+-- spark_outbox/worker/wake.py has the worker's half. The locks are asked for in the triggers' conditions,
+-- which cost a third of what a call of the function would. The triggers' argument is their mode, `gated`
+-- or `always`, which has no such condition; for SPARK_OUTBOX["WAKE"] = "never" there are none.
 
 create function spark_outbox_wake() returns trigger
 language plpgsql set search_path = pg_catalog, pg_temp as $body$
-declare
-    mode constant text := tg_argv[0];
-    this constant integer := tg_relid::integer;
 begin
-    if mode = 'gated'
-        and pg_try_advisory_xact_lock_shared(7531001, this) -- fails while a worker probes K
-        and pg_try_advisory_lock(7531002, this)             -- fails while a worker sleeps
-        and pg_advisory_unlock(7531002, this)
-    then
-        return null;
-    end if;
     -- An INSERT of duplicates alone wakes nobody. A transition table would show this exactly, but would
     -- make each emit a tenth dearer. The session's statistics are read only if a worker sleeps. They
     -- count this transaction's rows, and maybe rows of the last second: then there is one NOTIFY too
@@ -37,7 +28,15 @@ end
 $body$;
 
 create trigger spark_outbox_wake after insert on spark_outbox_event
-    for each statement execute function spark_outbox_wake('gated');
+    for each statement when (
+        (
+            -- The first fails while a worker probes K, the second while one sleeps.
+            pg_try_advisory_xact_lock_shared(7531001, 'spark_outbox_event'::regclass::oid::integer)
+            and pg_try_advisory_lock(7531002, 'spark_outbox_event'::regclass::oid::integer)
+            and pg_advisory_unlock(7531002, 'spark_outbox_event'::regclass::oid::integer)
+        ) is not true
+    )
+    execute function spark_outbox_wake('gated');
 
 -- The condition costs the UPDATE that settles events nothing that can be measured. What workers
 -- themselves make pending again wakes nobody: `running` events, which they settle next, and `unhandled`
@@ -49,5 +48,10 @@ create trigger spark_outbox_wake_again after update on spark_outbox_event
             or new.available_at < old.available_at
             or new.available_at is null and old.available_at is not null
         )
+        and (
+            pg_try_advisory_xact_lock_shared(7531001, 'spark_outbox_event'::regclass::oid::integer)
+            and pg_try_advisory_lock(7531002, 'spark_outbox_event'::regclass::oid::integer)
+            and pg_advisory_unlock(7531002, 'spark_outbox_event'::regclass::oid::integer)
+        ) is not true
     )
     execute function spark_outbox_wake('gated');

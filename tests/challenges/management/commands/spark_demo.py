@@ -247,7 +247,9 @@ def running_worker() -> Iterator[None]:
             stdout=sys.stderr,
         )
         try:
-            if ready.recv(100) != b"READY=1":
+            while (message := ready.recv(1000)).startswith(b"STATUS="):
+                pass
+            if message != b"READY=1":
                 raise CommandError("The worker did not become ready; see above.")
             yield
         finally:

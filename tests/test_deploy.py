@@ -1,0 +1,263 @@
+"""The files of deploy/: each is valid, as it stands and filled in for a project; and `spark_deploy`."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import kubernetes_validate
+import pytest
+import yaml
+from django.core.management import call_command, load_command_class
+from django.core.management.base import CommandError
+
+from spark_outbox.management.kits import FOLDER, KITS, Project
+from tests.postgres import ROOT
+from tests.tools import PATIENCE, manage
+
+SHOP = Project(
+    name="shop",
+    user="shop",
+    folder="/srv/shop",
+    settings="shop.settings",
+    database="default",
+    python="/srv/shop/venv/bin/python",
+)
+OTHER = Project(
+    name="my-club",
+    user="anna",
+    folder="/opt/workshop",
+    settings="club.settings.production",
+    database="other",
+    python="/opt/workshop/.venv/bin/python",
+)
+
+
+def text(kit, name, project=SHOP):
+    return KITS[kit].texts(project)[name]
+
+
+def documents(project=SHOP):
+    """Return the objects of kubernetes.yaml by kind."""
+    found = yaml.safe_load_all(text("kubernetes", "kubernetes.yaml", project))
+    return {document["kind"]: document for document in found}
+
+
+def services(project=SHOP):
+    return yaml.safe_load(text("compose", "compose.yaml", project))["services"]
+
+
+def pods(project=SHOP):
+    """Return the specs of all pods by the kind of what makes them."""
+    specs = {kind: document["spec"] for kind, document in documents(project).items()}
+    specs["CronJob"] = specs["CronJob"]["jobTemplate"]["spec"]
+    return {kind: spec["template"]["spec"] for kind, spec in specs.items()}
+
+
+def image_command(project=SHOP):
+    found = re.search(r"^CMD (\[.*?\])", text("docker", "Dockerfile", project), re.M | re.S)
+    return yaml.safe_load(found[1].replace("\\\n", ""))
+
+
+def worker_commands(project=SHOP):
+    return {
+        "docker": image_command(project),
+        "compose": services(project)["worker"]["command"],
+        "kubernetes": pods(project)["Deployment"]["containers"][0]["command"],
+    }
+
+
+def parsed(command):
+    """Parse the command line of one of our commands, as that command does."""
+    python, script, name, *arguments = command
+    assert (python, script) == ("python", "manage.py")
+    app = "django.core" if name == "migrate" else "spark_outbox"
+    return load_command_class(app, name).create_parser(script, name).parse_args(arguments)
+
+
+def run(*command):
+    done = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+# The files
+
+
+def test_each_file_is_in_one_kit():
+    there = {str(path.relative_to(FOLDER)) for path in FOLDER.rglob("*") if path.is_file()}
+    assert sorted(there - {"README.md"}) == sorted(file for kit in KITS.values() for file in kit.files)
+
+
+@pytest.mark.parametrize("kit", KITS)
+def test_the_files_are_their_own_template(kit):
+    for file in KITS[kit].files:
+        assert text(kit, Path(file).name) == (FOLDER / file).read_text()
+
+
+@pytest.mark.parametrize("kit", KITS)
+def test_nothing_of_the_shop_is_left_in_another_project(kit):
+    texts = "\n".join([*KITS[kit].texts(OTHER).values(), OTHER.fill(KITS[kit].steps)])
+    assert re.findall(r".*\bshop.*", texts.replace("/opt/workshop", "")) == []
+    assert "--database=default" not in texts
+
+
+@pytest.mark.parametrize("project", [SHOP, OTHER])
+def test_the_dockerfile_passes_hadolint(project, tmp_path):
+    (tmp_path / "Dockerfile").write_text(text("docker", "Dockerfile", project))
+    run("hadolint", tmp_path / "Dockerfile")
+
+
+@pytest.mark.parametrize("project", [SHOP, OTHER])
+def test_the_compose_file_matches_the_schema(project, tmp_path):
+    (tmp_path / "compose.yaml").write_text(text("compose", "compose.yaml", project))
+    run("check-jsonschema", "--builtin-schema", "vendor.compose-spec", tmp_path / "compose.yaml")
+
+
+@pytest.mark.parametrize("project", [SHOP, OTHER])
+def test_the_kubernetes_file_matches_the_schema(project):
+    for document in documents(project).values():
+        kubernetes_validate.validate(document, kubernetes_validate.latest_version(), strict=True)
+
+
+@pytest.mark.parametrize("kit", ["docker", "compose", "kubernetes"])
+def test_a_worker_is_killed_only_after_its_shutdown_timeout(kit):
+    grace = {
+        "docker": int(re.search(r"--stop-timeout (\d+)", KITS["docker"].steps)[1]),
+        "compose": int(services()["worker"]["stop_grace_period"].removesuffix("s")),
+        "kubernetes": pods()["Deployment"]["terminationGracePeriodSeconds"],
+    }
+    assert 0 < parsed(worker_commands()[kit]).shutdown_timeout < grace[kit]
+
+
+def test_the_commands_are_those_of_the_project():
+    commands = [
+        *worker_commands(OTHER).values(),
+        services(OTHER)["migrate"]["command"],
+        pods(OTHER)["Job"]["containers"][0]["command"],
+    ]
+    assert {parsed(command).database for command in commands} == {"other"}
+    parsed(pods(OTHER)["CronJob"]["containers"][0]["command"])
+    parsed(shlex.split(re.search(r"do (.*?);", services(OTHER)["sweep"]["command"][-1])[1]))
+    assert services(OTHER)["web"]["command"][-1] == "club.wsgi"
+
+
+def test_the_image_looks_at_the_file_that_its_worker_renews():
+    path = parsed(image_command()).liveness_file
+    assert f"os.stat('{path}')" in text("docker", "Dockerfile")
+    assert parsed(services()["worker"]["command"]).liveness_file == path
+
+
+def test_the_probes_look_where_the_worker_answers():
+    (worker,) = pods()["Deployment"]["containers"]
+    (port,) = worker["ports"]
+    assert f"--health-port=0.0.0.0:{port['containerPort']}" in worker["command"]
+    probes = {name: worker[f"{name}Probe"]["httpGet"] for name in ("startup", "liveness", "readiness")}
+    assert {probe["port"] for probe in probes.values()} == {port["name"]}
+    assert {name: probe["path"] for name, probe in probes.items()} == {
+        "startup": "/live",
+        "liveness": "/live",  # needs no database: a restart would not bring it back
+        "readiness": "/ready",
+    }
+
+
+def test_containers_have_no_rights_that_they_do_not_need():
+    (user,) = re.findall(r"^USER (\d+):\1$", text("docker", "Dockerfile"), re.MULTILINE)
+    for pod in pods().values():
+        assert pod["securityContext"]["runAsNonRoot"]
+        assert pod["securityContext"]["runAsUser"] == int(user)
+        assert not pod["automountServiceAccountToken"]
+        for container in pod["containers"]:
+            assert container["securityContext"] == {
+                "allowPrivilegeEscalation": False,
+                "readOnlyRootFilesystem": True,
+                "capabilities": {"drop": ["ALL"]},
+            }
+    for name, service in services().items():
+        if name != "db":
+            assert service["read_only"]
+            assert service["cap_drop"] == ["ALL"]
+
+
+def test_no_release_leaves_a_gap_and_no_sweep_meets_another():
+    found = documents()
+    assert found["Deployment"]["spec"]["strategy"]["rollingUpdate"]["maxUnavailable"] == 0
+    assert found["CronJob"]["spec"]["concurrencyPolicy"] == "Forbid"
+
+
+# The command
+
+
+def test_it_prints_the_files_and_says_what_to_do_with_them():
+    done = manage("spark_deploy", "kubernetes", "--name", "club")
+    assert done.returncode == 0, done.stderr
+    assert [document["metadata"]["name"] for document in yaml.safe_load_all(done.stdout)] == [
+        "club-migrate",
+        "club-worker",
+        "club-sources",
+    ]
+    assert "kubectl rollout status deployment/club-worker" in done.stderr
+
+
+def test_it_names_each_of_several_files(capsys):
+    call_command("spark_deploy", "docker")
+    assert re.findall("^# ==> (.*) <==$", capsys.readouterr().out, re.MULTILINE) == [
+        "Dockerfile",
+        ".dockerignore",
+    ]
+
+
+def test_it_writes_the_files_and_overwrites_none_unless_told_to(tmp_path):
+    folder = tmp_path / "new" / "folder"
+    call_command("spark_deploy", "docker", "--output", folder)
+    assert {path.name for path in folder.iterdir()} == {"Dockerfile", ".dockerignore"}
+    (folder / "Dockerfile").write_text("mine")
+    (folder / ".dockerignore").unlink()
+    with pytest.raises(CommandError, match=r"Dockerfile: there already. Give --force"):
+        call_command("spark_deploy", "docker", "--output", folder)
+    assert (folder / "Dockerfile").read_text() == "mine"
+    assert not (folder / ".dockerignore").exists()
+    call_command("spark_deploy", "docker", "--output", folder, "--force")
+    assert "DJANGO_SETTINGS_MODULE=tests.pytest_settings" in (folder / "Dockerfile").read_text()
+
+
+@pytest.mark.parametrize("name", ["My_Club", "-club", "club-", "c" * 41, ""])
+def test_a_name_that_kubernetes_would_refuse_is_refused(name):
+    with pytest.raises(CommandError, match="is no name"):
+        call_command("spark_deploy", "kubernetes", f"--name={name}")
+
+
+def test_an_unknown_database_is_refused():
+    with pytest.raises(CommandError, match="DATABASES has no 'events'"):
+        call_command("spark_deploy", "compose", "--database", "events")
+
+
+def test_an_installed_wheel_has_the_files(tmp_path):
+    run(sys.executable, "-m", "hatchling", "build", "--target", "wheel", "--directory", tmp_path)
+    (wheel,) = tmp_path.glob("*.whl")
+    installed = tmp_path / "installed"
+    pip = (sys.executable, "-m", "pip", "install", "--no-deps", "--no-index")
+    run(*pip, "--target", installed, wheel)
+    for kit in KITS.values():
+        for file in kit.files:
+            copy = installed / "spark_outbox" / "deploy" / file
+            assert copy.read_text() == (FOLDER / file).read_text()
+            copy.write_text("# of the wheel")
+    (tmp_path / "club.py").write_text(
+        "INSTALLED_APPS = ['spark_outbox']\n"
+        "DATABASES = {'default': {'ENGINE': 'django.db.backends.postgresql'}}\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-m", "django", "spark_deploy", "kubernetes"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": f"{installed}:{tmp_path}", "DJANGO_SETTINGS_MODULE": "club"},
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (0, "# of the wheel\n"), done.stderr
+    assert "deployment/club-worker" in done.stderr
