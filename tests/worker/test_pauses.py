@@ -1,5 +1,6 @@
 """Handlers and groups that are paused by hand: what waits, what goes on, and how all comes back."""
 
+import random
 import threading
 from collections import Counter
 
@@ -425,6 +426,31 @@ def test_a_detached_sibling_that_runs_keeps_nothing_from_coming_back(own_registr
         go.set()
         eventually(lambda: status() == "done")
     assert made == ["key"]
+
+
+def test_pauses_that_come_and_go_under_load_lose_nothing_and_repeat_nothing(calls, monkeypatch):
+    monkeypatch.setattr(pauses, "READ_INTERVAL", 0.01)
+    monkeypatch.setattr(pauses, "PUT_BACK_INTERVAL", 1.0)
+    every = [("handler", "mail"), ("handler", "other"), ("group", "a"), ("group", "b")]
+    chance = random.Random(14)
+    with worker_thread(), worker_thread():
+        for number in range(60):
+            kind, name = chance.choice(every)
+            if not pause(kind, name):
+                resume(kind, name)
+            emit_many(
+                {
+                    "group": chance.choice("abc"),
+                    "key": f"{number} {n}",
+                    "ordering_key": chance.choice([None, "o", "p"]),
+                }
+                for n in range(20)
+            )
+        for kind, name in every:
+            resume(kind, name)
+        wait_until_done(1200)
+    assert len(calls) == len(set(calls)) == 2400
+    assert not put_aside()
 
 
 # Real processes
