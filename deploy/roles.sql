@@ -29,9 +29,9 @@ begin
 end $$;
 
 revoke all on
-    spark_outbox_event, spark_outbox_delivery, spark_outbox_session, spark_outbox_events,
-    spark_outbox_status, spark_outbox_failures, spark_outbox_workers, spark_outbox_snapshots,
-    spark_outbox_health
+    spark_outbox_event, spark_outbox_delivery, spark_outbox_session, spark_outbox_pause, spark_outbox_events,
+    spark_outbox_status, spark_outbox_pauses, spark_outbox_failures, spark_outbox_workers,
+    spark_outbox_snapshots, spark_outbox_health
     from spark_outbox_emitter, spark_outbox_worker, spark_outbox_viewer, spark_outbox_operator;
 -- These functions run with the rights of their owner. `pg_dump --no-privileges` leaves out that they are not
 -- for everybody.
@@ -70,7 +70,7 @@ grant
     on spark_outbox_delivery to spark_outbox_worker;
 grant select, insert, update, delete on spark_outbox_session to spark_outbox_worker;
 grant execute on function spark_outbox_prune, spark_outbox_forget_keys to spark_outbox_worker;
-grant select on spark_outbox_events, spark_outbox_snapshots to spark_outbox_worker;
+grant select on spark_outbox_pause, spark_outbox_events, spark_outbox_snapshots to spark_outbox_worker;
 
 -- The viewer sees everything but payloads and headers. Errors and tracebacks are what an operator looks
 -- for, but they can quote a payload: who must not see even that gets spark_outbox_status alone.
@@ -80,19 +80,21 @@ grant select (
     )
     on spark_outbox_event to spark_outbox_viewer;
 grant select on
-    spark_outbox_delivery, spark_outbox_session, spark_outbox_events, spark_outbox_status,
-    spark_outbox_failures, spark_outbox_workers, spark_outbox_snapshots, spark_outbox_health
+    spark_outbox_delivery, spark_outbox_session, spark_outbox_pause, spark_outbox_events,
+    spark_outbox_status, spark_outbox_pauses, spark_outbox_failures, spark_outbox_workers,
+    spark_outbox_snapshots, spark_outbox_health
     to spark_outbox_viewer;
 -- To see in pg_stat_activity what workers do, and what everybody else does, payloads included:
 -- grant pg_read_all_stats to spark_outbox_viewer;
 
--- The operator is a viewer who also repairs: by spark_retry() and the other functions, which run with the
--- rights of those who call them, or by an UPDATE of what these change.
+-- The operator is a viewer who also repairs, and who pauses and resumes: by spark_retry() and the other
+-- functions, which run with the rights of those who call them, or by an UPDATE of what these change.
 grant spark_outbox_viewer to spark_outbox_operator;
 grant update (status, attempts, available_at, finished_at, last_error)
     on spark_outbox_event to spark_outbox_operator;
 grant insert (event_id, handler, status, available_at), update (status, attempts, available_at)
     on spark_outbox_delivery to spark_outbox_operator;
+grant insert (kind, name, why), delete on spark_outbox_pause to spark_outbox_operator;
 
 -- For databases in which functions are not for everybody by default.
 grant execute on function spark_emit to spark_outbox_emitter;
@@ -101,5 +103,7 @@ grant execute on function
     spark_outbox_reopen, spark_outbox_give_up, spark_outbox_owe_again, spark_retry, spark_retry_failed,
     spark_discard, spark_replay
     to spark_outbox_worker, spark_outbox_operator;
+grant execute on function spark_outbox_check_kind, spark_pause, spark_resume to spark_outbox_operator;
 grant execute on function spark_explain, spark_outbox_explain_pending to spark_outbox_viewer;
-grant execute on function spark_outbox_fingerprint to spark_outbox_worker, spark_outbox_viewer;
+grant execute on function spark_outbox_fingerprint, spark_outbox_pause_mark
+    to spark_outbox_worker, spark_outbox_viewer;

@@ -42,6 +42,11 @@ class DeliveryStatus(models.TextChoices):
     DISCARDED = "discarded"
 
 
+class PauseKind(models.TextChoices):
+    HANDLER = "handler"
+    GROUP = "group"
+
+
 def _status(choices: type[models.TextChoices]) -> "models.TextField[str, str]":
     return models.TextField(choices=choices, db_default=choices["PENDING"])
 
@@ -210,3 +215,30 @@ class WorkerSession(models.Model):
 
     def __str__(self) -> str:
         return self.name
+
+
+class Pause(models.Model):
+    """A handler or a group that is paused by hand; see worker/pauses.py."""
+
+    id = models.BigAutoField(primary_key=True)
+    """No two pauses ever have the same: it is in the mark of what waits for this one."""
+    kind = models.TextField(choices=PauseKind)
+    name = models.TextField()
+    """The handler's, or all of the group's: no pattern."""
+    why = models.TextField(db_default="", blank=True)
+    paused_by = models.TextField(db_default=RawSQL("session_user", ()))
+    paused_at = models.DateTimeField(db_default=NOW)
+
+    class Meta:
+        db_table = "spark_outbox_pause"
+        required_db_vendor = "postgresql"
+        constraints = [
+            models.UniqueConstraint(fields=["kind", "name"], name="spark_outbox_pause_kind_name"),
+            models.CheckConstraint(
+                name="spark_outbox_pause_kind", condition=Q(kind__in=PauseKind.values)
+            ),
+            _bounded("name", table="spark_outbox_pause"),
+        ]
+
+    def __str__(self) -> str:
+        return f"{self.kind} {self.name}"

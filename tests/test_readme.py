@@ -183,8 +183,8 @@ def test_each_sql_block_runs(sql):
             cursor.execute(statement)
 
 
-def test_the_cookbook_has_ten_recipes():
-    assert section(OPERATING, "SQL cookbook").count("```sql") == 10
+def test_the_cookbook_has_ten_recipes_or_more():
+    assert section(OPERATING, "SQL cookbook").count("```sql") >= 10
 
 
 # Nothing is left out

@@ -216,10 +216,40 @@ class Migration(migrations.Migration):
             ],
             options={"db_table": "spark_outbox_session", "required_db_vendor": "postgresql"},
         ),
+        migrations.CreateModel(
+            name="Pause",
+            fields=[
+                ("id", models.BigAutoField(primary_key=True, serialize=False)),
+                (
+                    "kind",
+                    models.TextField(choices=[("handler", "Handler"), ("group", "Group")]),
+                ),
+                ("name", models.TextField()),
+                ("why", models.TextField(blank=True, db_default="")),
+                ("paused_by", models.TextField(db_default=RawSQL("session_user", ()))),
+                ("paused_at", models.DateTimeField(db_default=NOW)),
+            ],
+            options={
+                "db_table": "spark_outbox_pause",
+                "required_db_vendor": "postgresql",
+                "constraints": [
+                    models.UniqueConstraint(
+                        name="spark_outbox_pause_kind_name", fields=["kind", "name"]
+                    ),
+                    models.CheckConstraint(
+                        name="spark_outbox_pause_kind", condition=Q(kind__in=["handler", "group"])
+                    ),
+                    models.CheckConstraint(
+                        name="spark_outbox_pause_name_length", condition=bounded("name")
+                    ),
+                ],
+            },
+        ),
         run_file("0001_tables"),
         run_file("0001_wake"),
         run_file("0001_emitting"),
         run_file("0001_circuits"),
+        run_file("0001_pauses"),
         run_file("0001_retention"),
         run_file("0001_status"),
         run_file("0001_repair"),

@@ -1,1 +1,1 @@
-"""What people do to the outbox: look, retry, discard, replay, prune. Commands are thin over it."""
+"""What people do to an outbox: look, retry, discard, replay, pause, prune. Commands stand on it."""

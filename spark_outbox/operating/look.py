@@ -17,10 +17,12 @@ BY_SEVERITY = ("ok", "warning", "critical")
 
 
 def status(*, failures: bool = False, using: str) -> dict[str, list[Row]]:
-    """Return the groups, the workers, and the checks of health; and what fails, if asked."""
+    """Return the groups, the workers, what is paused, and the checks of health; and what fails, if
+    asked."""
     found = {
         "groups": viewing.rows(viewing.STATUS, using=using),
         "workers": viewing.rows(viewing.WORKERS, using=using),
+        "pauses": viewing.rows(viewing.PAUSES, using=using),
         "health": health(using=using),
     }
     if failures:

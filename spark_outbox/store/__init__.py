@@ -14,6 +14,7 @@
     resting      what a worker that found nothing can expect
     isolating    savepoints, and restoring session settings
     limiting     limits on a session or a transaction
+    pausing      what is paused, and putting back what has waited for it
     repairing    make stray and unhandled events pending again
     replaying    make done events pending again, for one handler
     checking     what checks and workers ask before they begin

@@ -29,7 +29,7 @@ select relnamespace::regnamespace::text from pg_class where oid = to_regclass('s
 _schemas: "WeakKeyDictionary[Connection[Any], str]" = WeakKeyDictionary()
 _TABLE = re.compile(
     r"(?<![\w.])spark_outbox_"
-    r"(?:event|delivery|session|events|status|failures|workers|snapshots|health)\b"
+    r"(?:event|delivery|session|pauses?|events|status|failures|workers|snapshots|health)\b"
 )
 
 

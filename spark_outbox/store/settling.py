@@ -77,6 +77,7 @@ where event.id = fate.event_id and event.status = 'pending'
 returning event.status
 """
 
+# What is put aside again and again keeps the time of the first: since then it could have been handled.
 RECORD_RESULTS = """
 insert into spark_outbox_delivery as delivery
     (event_id, handler, status, error, traceback, duration, available_at, worker, session, attempts,
@@ -101,7 +102,11 @@ on conflict (event_id, handler) do update set
         else delivery.session
     end,
     attempts = least(greatest(delivery.attempts, 0), 2147483646) + excluded.attempts,
-    attempted_at = excluded.attempted_at
+    attempted_at = case
+        when excluded.status = 'pending' and excluded.attempts = 0
+            and starts_with(delivery.error, 'spark_outbox: not called, ') then delivery.attempted_at
+        else excluded.attempted_at
+    end
 where delivery.status = 'pending'
 """
 

@@ -18,10 +18,10 @@ Row = dict[str, Any]
 STATUS = """
 select
     event_group as "group", ready, delayed, retrying, running, failed, unhandled, done_last_hour,
-    waits_for_circuit, extract(epoch from oldest_ready_age)::float as oldest_ready_age,
+    waits_for_circuit, paused, extract(epoch from late)::float as late,
     extract(epoch from oldest_pending_age)::float as oldest_pending_age, more
 from spark_outbox_status
-order by oldest_ready_age desc nulls last, event_group
+order by late desc nulls last, event_group
 """
 
 WORKERS = """
@@ -31,11 +31,13 @@ select
 from spark_outbox_workers
 """
 
+PAUSES = "select * from spark_outbox_pauses"
+
 FAILURES = "select * from spark_outbox_failures"
 
 HEALTH = "select * from spark_outbox_health"
 
-LAG = "select extract(epoch from max(oldest_ready_age))::float as lag from spark_outbox_status"
+LAG = "select extract(epoch from max(late))::float as lag from spark_outbox_status"
 
 EXPLANATION = "select sentence from spark_explain(%(key)s) as said (sentence)"
 

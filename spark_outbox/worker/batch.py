@@ -10,7 +10,8 @@ from spark_outbox.registry.handlers import Handler
 from spark_outbox.store.reading import EVERY_OTHER
 from spark_outbox.store.settling import Stored
 from spark_outbox.worker.breaker import Turn
-from spark_outbox.worker.outcome import DONE, Fate, Result
+from spark_outbox.worker.outcome import DONE, Fate, Result, put_aside
+from spark_outbox.worker.pauses import Paused
 
 logger = logging.getLogger(__name__)
 
@@ -133,6 +134,8 @@ class Batch:
     """Of those, events that were left as they are, since there was no room for their async handlers."""
     blocked: set[str] = field(default_factory=set)
     """Ordering keys whose later events have to wait."""
+    paused: Paused = field(default_factory=dict)
+    """What is not to be called."""
     cut: bool = False
     """Dispatch stopped early: the next claim is smaller."""
 
@@ -183,6 +186,12 @@ class Batch:
             if (before := stored.get(handler.name)) is None
             or (before.status == "pending" and (ready or before.is_due))
         ]
+
+    def put_aside(self, event: Event, owed: Sequence[Handler]) -> dict[str, Result]:
+        """Return the results of those calls that a pause prevents."""
+        by_group = self.paused.get(("group", event.group))
+        marks = {each.name: by_group or self.paused.get(("handler", each.name)) for each in owed}
+        return {name: put_aside(mark) for name, mark in marks.items() if mark}
 
     def close(self, work: Work) -> None:
         """All calls with an event have been made, or will be after the commit: note what is to be

@@ -14,6 +14,7 @@ from spark_outbox.processes.guard import CallGuard, Unguarded
 from spark_outbox.processes.watch import OwnWatch, Watch
 from spark_outbox.registry.handlers import Handler, Registry, registry
 from spark_outbox.worker.breaker import Breakers
+from spark_outbox.worker.pauses import Pauses
 
 OnError = Callable[[Event, Handler, BaseException], None]
 
@@ -24,6 +25,7 @@ class Experience:
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self.settings = conf.current()
         self.breakers = Breakers(self.settings.BREAK_AFTER, clock)
+        self.pauses = Pauses(clock)
         self.slow: dict[str, float] = {}
         """By name, the recent seconds of handlers that outlast the commit interval."""
         self.apart: set[str] = set()

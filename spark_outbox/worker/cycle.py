@@ -35,6 +35,7 @@ class Cycle:
     ) -> None:
         self._context = context
         self._using = context.using
+        self._pauses = context.experience.pauses
         self._session = session
         self._claims = claims
         self._loop = loop
@@ -46,12 +47,19 @@ class Cycle:
         """How many events it has settled so far."""
 
     def run(self, *, sweep: bool, inline: bool) -> int:
-        """Claim, dispatch and settle; return how many events that settled.
+        """Claim, dispatch and settle; return how many events that settled. Heed the pauses, and put back
+        what has waited for one that has ended.
 
         With `sweep`, claim wherever they are in the outbox. With `inline`, call one handler after the
         other, also async ones. If PostgreSQL refuses to settle the events, they are handled again, one
         by one; an event that it refuses alone fails. Raises the error of an outage.
         """
+        handled = self._handle(sweep=sweep, inline=inline)
+        self._pauses.put_back_if_due(using=self._using)
+        return handled
+
+    def _handle(self, *, sweep: bool, inline: bool) -> int:
+        paused = self._pauses.look(using=self._using)
         references = References(self._using)
         batch, dispatch = Batch(), None
         try:
@@ -59,6 +67,7 @@ class Cycle:
                 batch = self._claim(references, sweep=sweep, inline=inline)
                 if not batch.events:
                     return 0
+                batch.paused = paused
                 self._wake.wake_up()
                 if self._context.guard.is_watched:  # callbacks after the commit take what they take
                     transaction.on_commit(self._context.guard.rest, using=self._using)
@@ -88,7 +97,9 @@ class Cycle:
             self._forget(dispatch)
             if not batch.events:
                 raise refused.error from refused.error.__cause__  # which has the SQLSTATE
-            return int(self._suspicion.refused(batch, refused)) or self.run(sweep=sweep, inline=inline)
+            return int(self._suspicion.refused(batch, refused)) or self._handle(
+                sweep=sweep, inline=inline
+            )
         except BaseException as error:
             if isinstance(error, Error) and self._session.is_cut_off:
                 self._suspicion.cut_off(batch)
@@ -97,6 +108,7 @@ class Cycle:
         finally:
             references.close()
         self._running.go_on(batch.calls)
+        self._pauses.were_heeded(paused)
         self._learn(batch)
         self.handled += batch.count
         self._running.begin(batch.calls, inline=inline)

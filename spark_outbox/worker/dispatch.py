@@ -9,13 +9,12 @@ from typing import NamedTuple
 from spark_outbox.errors import BatchFailed
 from spark_outbox.events.event import Event
 from spark_outbox.registry.handlers import Handler, Kind, Matching
-from spark_outbox.store.settling import Stored
 from spark_outbox.worker.batch import Batch, Call, Work, next_attempt, turn_of
 from spark_outbox.worker.context import Context
 from spark_outbox.worker.event_loop import EventLoop
 from spark_outbox.worker.invoke import BatchLost, Invoker
-from spark_outbox.worker.judge import note_success, result_of
-from spark_outbox.worker.outcome import RUNNING, Result, is_contention, put_off, worn_out
+from spark_outbox.worker.judge import held_back, note_success, result_of
+from spark_outbox.worker.outcome import RUNNING, Result, is_contention, worn_out
 from spark_outbox.worker.savepoints import Savepoints
 
 PLAIN = Kind.PLAIN  # a global is looked up sooner than an attribute
@@ -115,17 +114,18 @@ class Dispatch:
             return
         stored = batch.stored.get(event.id)
         is_first, owed = event.attempt == 1, handlers if stored is None else batch.owed(event, handlers)
-        unreadable = None if event.is_simple or not owed else self._check(event, owed[0], handlers)
-        results: dict[str, Result] = {}
+        results = batch.put_aside(event, owed) if batch.paused else {}
+        calls = [handler for handler in owed if handler.name not in results] if results else owed
+        unreadable = None if event.is_simple or not calls else self._check(event, calls[0], handlers)
         deferred: list[Handler] = []
         result: Result | None
-        for handler in owed:
+        for handler in calls:
             if not is_first:
                 event.attempt = next_attempt(handler, stored or {})
             if unreadable is not None:
                 result = self._conclude(Call(handler, event, turn_of(handler, stored), unreadable))
-            elif self._breakers.any and (wait := self._pause(handler, event, stored)):
-                result = put_off(wait)
+            elif self._breakers.any and (held := held_back(handler, event, stored, self._context)):
+                result = held
             elif handler.kind is PLAIN or self._is_called_alone(handler, event):
                 result = self._deliver(handler, event, handlers)
             else:
@@ -154,12 +154,6 @@ class Dispatch:
             raise
         finally:
             self._now = self._clock()
-
-    def _pause(self, handler: Handler, event: Event, stored: dict[str, Stored] | None) -> float:
-        """Return the seconds for which an open circuit keeps the event waiting, or 0."""
-        turn = turn_of(handler, stored)
-        by_hand = event.available_at is None and turn != "new"
-        return self._breakers.remaining(handler.name, event.id, turn, by_hand=by_hand)
 
     def _is_called_alone(self, handler: Handler, event: Event) -> bool:
         """Return whether a handler of lists, or an async one, is called with this event at once.

@@ -1,17 +1,28 @@
-"""Learn from a call that has ended, and say what its result is."""
+"""Say what the result of a call is, and learn from it; and whether an open circuit prevents it."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from spark_outbox.errors import BatchFailed, Discard, Retry
 from spark_outbox.events.event import Event
 from spark_outbox.registry.handlers import Handler
 from spark_outbox.registry.policy import HOPELESS
-from spark_outbox.worker.batch import Call
+from spark_outbox.store.settling import Stored
+from spark_outbox.worker.batch import Call, turn_of
 from spark_outbox.worker.context import Context
-from spark_outbox.worker.outcome import Result, failure, of_a_list
+from spark_outbox.worker.outcome import Result, failure, of_a_list, put_off
 
 logger = logging.getLogger(__name__)
+
+
+def held_back(
+    handler: Handler, event: Event, stored: Mapping[str, Stored] | None, context: Context
+) -> Result | None:
+    """Return the result of a call that an open circuit prevents; None if it is to be made."""
+    turn = turn_of(handler, stored)
+    by_hand = event.available_at is None and turn != "new"
+    wait = context.experience.breakers.remaining(handler.name, event.id, turn, by_hand=by_hand)
+    return put_off(wait) if wait else None
 
 
 def result_of(call: Call, context: Context, *, together: Sequence[Event] = ()) -> Result | None:

@@ -15,6 +15,9 @@ logger = logging.getLogger(__name__)
 
 MAX_ERROR_LENGTH = 20_000
 
+NEVER = dt.datetime(9999, 1, 1, tzinfo=dt.UTC)
+"""Rather than PostgreSQL's `infinity`, which Python can't read."""
+
 
 class Result(NamedTuple):
     """The result of one handler's call with one event, or of the decision not to call it now.
@@ -67,6 +70,11 @@ def put_off(seconds: float) -> Result:
         delay=dt.timedelta(seconds=spread),
         counts=False,
     )
+
+
+def put_aside(mark: str) -> Result:
+    """Return the result of a call that a pause prevents, until it ends. It uses up no attempt."""
+    return Result("pending", error=mark, at=NEVER, counts=False)
 
 
 def worn_out(handler: Handler, event: Event) -> Result:

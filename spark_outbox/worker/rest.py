@@ -26,11 +26,13 @@ def next_look(
     round_in: float,
     defers: bool,
     retention_in: float,
+    pauses_in: float,
 ) -> NextLook:
     """Return the first reason to look again, and the seconds until then.
 
     `pause` is how long a sleep is safe, see wake.py; `round_in`, when a round may begin, see rounds.py;
-    `retention_in`, when there may be something to prune, see retention.py.
+    `retention_in`, when there may be something to prune, see retention.py; `pauses_in`, when to see what
+    is paused, see pauses.py.
     """
     reasons = {
         "poll": poll_interval,
@@ -40,6 +42,7 @@ def next_look(
         "running": TAKE_OVER_INTERVAL if outlook.running else math.inf,
         "round": round_in,
         "retention": retention_in,
+        "pauses": pauses_in,
     }
     reason = min(reasons, key=reasons.__getitem__)
     return NextLook(reasons[reason], reason)

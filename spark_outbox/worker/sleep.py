@@ -110,7 +110,7 @@ class Sleep:
 
         `pause` is for how many seconds a sleep is safe, see wake.py.
         """
-        context, reason = self._context, ""
+        context, pauses, reason = self._context, self._context.experience.pauses, ""
         # The last notification was in vain: another worker came first, and shall do so again.
         comes_second = self._handled == self._cycle.handled and context.groups is None
         while not reason and not context.stop.is_set:
@@ -125,6 +125,7 @@ class Sleep:
                 round_in=self._claims.round_in if outlook.has_events else math.inf,
                 defers=self._claims.defers,
                 retention_in=self._retention.due_in,
+                pauses_in=pauses.due_in,
             )
             is_woken = not self._running.has_ended and self._wake.wait(look.seconds)
             if self._running.has_ended:
@@ -136,10 +137,12 @@ class Sleep:
                 reason = "notification" if is_over else ""
             elif is_woken:
                 reason = "notification"
-            elif look.reason == "poll":
+            elif look.reason in {"poll", "pauses"}:
+                pauses.look(using=context.using)
+                pauses.put_back_if_due(using=context.using)
                 outlook = self._wake.look()
                 is_over = outlook.has_events or not self._wake.guards(outlook.oid)
-                reason = "poll" if is_over else ""
+                reason = look.reason if is_over else ""
             else:
                 reason = look.reason
         return reason or "stop"

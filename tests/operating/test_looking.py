@@ -94,7 +94,7 @@ def test_the_status_has_the_workers(own_registry):
 def test_the_status_as_json_is_one_document(failing):
     emit("order", "order")
     found = json.loads(run("spark_status", "--json")[0])
-    assert list(found) == ["groups", "workers", "health"]
+    assert list(found) == ["groups", "workers", "pauses", "health"]
     assert found["groups"][0]["group"] == "order"
     assert found["groups"][0]["ready"] == 1
     assert list(json.loads(run("spark_status", "--json", "--failures")[0])) == [*found, "failures"]
@@ -138,6 +138,63 @@ def test_a_circuit_is_closed_by_hand(own_registry):
     assert "circuit" in run("spark_status")[0]
     assert run("spark_status", "--close-circuit", "h")[0] == "1 events of h are ready.\n"
     assert OutboxEvent.objects.get().available_at is None
+
+
+# spark_pause and spark_resume
+
+
+def test_a_handler_is_paused_and_resumed(failing):
+    paused = run("spark_pause", "--handler", "shop.mail", "--why", "the server moves")
+    assert paused[::2] == ("The handler shop.mail is paused.\n", 0)
+    assert "No worker that can be seen has a handler 'shop.mail'." in paused[1]
+    emit("order", "order_1")
+    Worker().drain()
+    assert status("order_1") == "pending"
+    header, line = run("spark_pause")[0].splitlines()
+    assert header.split() == ["kind", "name", "since", "by", "waiting", "why"]
+    assert re.search(r"^handler +shop\.mail +20.* +1  the server moves$", line)
+    (found,) = json.loads(run("spark_pause", "--json")[0])
+    assert (found["kind"], found["name"], found["waiting"]) == ("handler", "shop.mail", 1)
+    shown = run("spark_status")[0]
+    assert re.search(r"warning: The handler shop\.mail is paused since 20.*: the server moves", shown)
+    assert "; 1 events wait for it." in shown
+    (header, line) = shown.splitlines()[1:3]
+    assert dict(zip(header.split(), line.split(), strict=True))["paused"] == "1"
+    assert "is paused since" in run("spark_events", "order_1")[0]
+    assert "order_1" in run("spark_events", "--handler", "shop.mail")[0]
+    resumed = run("spark_resume", "--handler", "shop.mail")
+    assert resumed == ("The handler shop.mail is not paused any more.\n", "", 0)
+    assert run("spark_pause") == ("", "Nothing is paused.\n", 0)
+    Worker().drain()
+    assert status("order_1") == "done"
+
+
+def test_a_group_is_paused_by_all_of_its_name(failing):
+    assert run("spark_pause", "--group", "order", "--json")[1:] == ("", 0)
+    for group in ("order", "order_paid"):
+        emit(group, group)
+    Worker().drain()
+    assert statuses() == {"order": "pending", "order_paid": "done"}
+    found = json.loads(run("spark_resume", "--group", "order", "--json")[0])
+    assert (found["kind"], found["name"], found["why"]) == ("group", "order", "")
+
+
+@pytest.mark.parametrize(
+    ("command", "arguments", "message"),
+    [
+        ("pause", ["--handler", "shop.mial"], "The most similar ones:\n  shop.mail\n"),
+        ("pause", ["--why", "x"], "Give --handler or --group."),
+        ("pause", ["--group", "twice"], "The group 'twice' is paused already. Nothing was changed."),
+        ("resume", ["--group", "never"], "The group 'never' is not paused. Nothing was changed."),
+        ("resume", [], "one of the arguments --handler --group is required"),
+        ("pause", ["--group", "g", "--handler", "shop.mail"], "not allowed with argument"),
+    ],
+)
+def test_what_can_not_be_paused_or_resumed_is_refused(failing, command, arguments, message):
+    run("spark_pause", "--group", "twice")
+    _, errors, code = run(f"spark_{command}", *arguments)
+    assert message in errors
+    assert code == 1
 
 
 # spark_events

@@ -12,9 +12,11 @@ from spark_outbox.models import Delivery, OutboxEvent
 from spark_outbox.worker.loop import Worker
 from tests.tools import (
     HOUR,
+    Clock,
     connect,
     deliveries,
     eventually,
+    make_due,
     status,
     statuses,
     wait_until_asleep,
@@ -38,6 +40,12 @@ def keys(sql, *params):
     """Return the keys of the events that a function has changed, and its notices."""
     rows, notices = run(f"select * from {sql}", params)
     return [row["key"] for row in rows], notices
+
+
+def names(sql, *params):
+    """Return the names of the pauses that a function has changed, and its notices."""
+    rows, notices = run(f"select * from {sql}", params)
+    return [row["name"] for row in rows], notices
 
 
 def explain(key):
@@ -80,14 +88,14 @@ def test_the_status_counts_by_group(own_registry):
     OutboxEvent.objects.filter(key="long ago").update(status="done", finished_at=old)
     rows, _ = run("select * from spark_outbox_status")
     a, b, c = rows
-    ages = [a.pop("oldest_ready_age"), a.pop("oldest_pending_age")]
+    ages = [a.pop("late"), a.pop("oldest_pending_age")]
     nothing = dict.fromkeys(("delayed", "retrying", "running", "failed", "unhandled"), 0)
-    nothing |= {"ready": 0, "done_last_hour": 0, "waits_for_circuit": 0, "more": False}
+    nothing |= {"ready": 0, "done_last_hour": 0, "waits_for_circuit": 0, "paused": 0, "more": False}
     assert a == {**nothing, "event_group": "a", "ready": 5, "delayed": 2, "retrying": 1}
     assert dt.timedelta(seconds=60) <= ages[0] < dt.timedelta(seconds=90)
     assert dt.timedelta(0) < ages[1] < dt.timedelta(seconds=30)
     ended = {"running": 1, "failed": 1, "unhandled": 1, "done_last_hour": 1}
-    none = {"oldest_ready_age": None, "oldest_pending_age": None}
+    none = {"late": None, "oldest_pending_age": None}
     assert b == {**nothing, **ended, **none, "event_group": "b"}
     assert c == {**nothing, **none, "event_group": "c"}
 
@@ -102,9 +110,70 @@ def test_the_views_bear_whatever_times_there_are(column, time, state):
             "values ('key', 'g', %s, %s)",
             [state, time],
         )
-        for view in ("status", "failures", "workers", "snapshots", "health", "events"):
+        for view in ("status", "pauses", "failures", "workers", "snapshots", "health", "events"):
             other.execute(f"select seen::text from spark_outbox_{view} as seen").fetchall()
         other.execute("select spark_explain('key')").fetchall()
+
+
+# Pauses
+
+
+def test_a_pause_is_shown_everywhere(failing):
+    paused, notices = run("select * from spark_pause('handler', 'failing', 'its server moves')")
+    assert notices == ["No worker that can be seen has a handler 'failing'. It is paused all the same."]
+    assert (paused[0]["kind"], paused[0]["name"]) == ("handler", "failing")
+    names("spark_pause('group', 'b')")
+    for group in ("a", "b", "c"):
+        emit(group, group)
+    assert "Its group b is paused since" in explain("b")  # though no worker has come to it yet
+    Worker().drain()
+    assert deliveries_of("a") == {"failing": "pending", "other": "done"}
+    assert deliveries_of("b") == {"failing": "pending", "other": "pending"}
+    rows, _ = run("select kind, name, why, waiting from spark_outbox_pauses")
+    assert [tuple(row.values()) for row in rows] == [
+        ("handler", "failing", "its server moves", 2),
+        ("group", "b", "", 1),
+    ]
+    rows, _ = run("select event_group, paused, waits_for_circuit from spark_outbox_status")
+    assert [tuple(row.values()) for row in rows] == [("a", 1, 0), ("b", 1, 0), ("c", 1, 0)]
+    assert run("select * from spark_outbox_failures")[0] == []
+    said = explain("a")
+    assert "The handler failing is paused since" in said
+    assert ": its server moves. It goes on after select spark_resume('handler', 'failing')" in said
+    assert "9999" not in said
+    assert "has failed" not in said
+    rows, _ = run("select * from spark_outbox_health where name = 'pauses'")
+    assert rows[0]["status"] == "warning"
+    assert "The handler failing is paused since" in rows[0]["detail"]
+    assert ": its server moves; 2 events wait for it. The group b is paused" in rows[0]["detail"]
+    assert names("spark_pause('group', 'b')") == ([], ["The group 'b' is paused already."])
+    for kind, name in (("handler", "failing"), ("group", "b")):
+        assert [row["name"] for row in run(f"select * from spark_resume('{kind}', '{name}')")[0]] == [
+            name
+        ]
+    assert names("spark_resume('group', 'b')") == ([], ["The group 'b' is not paused."])
+    assert health()["pauses"] == "ok"
+
+
+def deliveries_of(key):
+    return dict(Delivery.objects.filter(event__key=key).values_list("handler", "status"))
+
+
+@pytest.mark.parametrize("function", ["spark_pause", "spark_resume"])
+def test_a_pause_of_no_known_kind_is_refused_with_the_cure(function):
+    with pytest.raises(InvalidParameterValue, match="no pauses of the kind 'grup'") as refused:
+        names(f"{function}('grup', 'g')")
+    assert "Write 'handler'" in refused.value.diag.message_hint
+
+
+def test_what_has_waited_for_a_pause_that_is_over_is_explained(failing):
+    names("spark_pause('handler', 'failing')")
+    emit("a", "key")
+    Worker().drain()
+    with connect(autocommit=False) as other:
+        other.execute("select id from spark_outbox_event for no key update")
+        names("spark_resume('handler', 'failing')")
+    assert "A worker puts the event back within a minute." in explain("key")
 
 
 CROWD = [
@@ -130,6 +199,19 @@ CROWD = [
     select id, 'handler ' || id % 3, 'failed', 'ValueError: order ' || id || ' is bad', now()
     from spark_outbox_event where status = 'failed'
     """,
+    "insert into spark_outbox_pause (kind, name) values ('group', 'group 1'), ('handler', 'handler 1')",
+    """
+    insert into spark_outbox_delivery (event_id, handler, error, available_at, attempted_at)
+    select event.id, 'handler 1', spark_outbox_pause_mark(pause.id), '9999-01-01',
+        now() - interval '1 day'
+    from spark_outbox_event as event, spark_outbox_pause as pause
+    where event.status = 'pending' and event.key like '5 %' and pause.kind = 'group'
+    """,
+    """
+    insert into spark_outbox_delivery (event_id, handler, error, available_at)
+    select id, 'handler 2', 'spark_outbox: not called, its circuit is open', now() + interval '1 minute'
+    from spark_outbox_event where status = 'pending' and key like '5 %'
+    """,
 ]
 
 
@@ -140,7 +222,7 @@ def crowded(django_db_setup, django_db_blocker):
         for statement in (*CROWD, "vacuum analyze spark_outbox_event, spark_outbox_delivery"):
             session.execute(statement)
         yield
-        session.execute("truncate spark_outbox_event cascade")
+        session.execute("truncate spark_outbox_event, spark_outbox_pause cascade")
 
 
 def rows_read(sql):
@@ -156,16 +238,24 @@ def rows_read(sql):
 
 def test_looking_costs_nothing(crowded):
     """Promise 18: no view reads more than a bounded number of rows."""
+    read, found = rows_read("select kind, name, waiting from spark_outbox_pauses order by name")
+    assert read < 2 * (10_000 + 50)
+    assert found == [("group", "group 1", 10_000), ("handler", "handler 1", 0)]
     read, found = rows_read("select * from spark_outbox_status")
-    assert read < 6 * 10_000 + 2 * 10_000 + 3 * 10_000 + 20 * 10_000 + 1000
+    assert read < 6 * 10_000 + 2 * 10_000 + 3 * 10_000 + 20 * 10_000 + 2 * 20_000 + 1000
     counts = {row[0]: row[1:] for row in found}
     assert counts["group 1"][:5] == (10_000, 10_000, 0, 0, 10_000)
+    assert counts["group 1"][7:9] == (10_000, 10_000)  # wait for a circuit, and for a pause
+    assert counts["group 1"][9] > dt.timedelta(hours=23)
     assert counts["group 19"][0] == 0
     assert counts["group 19"][6] == 10_000  # in the last hour
     assert all(row[-1] for row in found)  # there are more
     read, found = rows_read("select * from spark_outbox_failures")
-    assert read < 3 * 10_000 + 100
-    assert [row[1:4] for row in found] == [("ValueError: order # is bad", 10_000, 0)] * 3
+    assert read < 4 * 10_000 + 100
+    assert sorted(row[1:4] for row in found) == [
+        *[("ValueError: order # is bad", 10_000, 0)] * 3,
+        ("spark_outbox: not called, its circuit is open", 0, 10_000),
+    ]
     read, _ = rows_read("select * from spark_outbox_health")
     assert read < 400_000
 
@@ -250,6 +340,7 @@ def test_health_says_what_is_wrong_and_what_to_do(own_registry, failing):
         "failed": "ok",
         "unhandled": "ok",
         "circuits": "ok",
+        "pauses": "ok",
         "workers": "critical",
         "trigger": "ok",
         "snapshot": "ok",
@@ -435,7 +526,7 @@ def test_a_retry_leaves_what_a_handler_has_given_up(own_registry):
 
 def test_the_lag_counts_what_could_be_handled_now(failing):
     def lag():
-        rows, _ = run("select max(oldest_ready_age) as lag from spark_outbox_status")
+        rows, _ = run("select max(late) as lag from spark_outbox_status")
         return rows[0]["lag"]
 
     for key, order in (("head", "o"), ("behind", "o"), ("retried", None)):
@@ -448,6 +539,58 @@ def test_the_lag_counts_what_could_be_handled_now(failing):
     assert lag() is None
     keys("spark_replay(%s, %s)", "retried", "other")
     assert lag() is None
+
+
+def test_the_lag_counts_what_waits_for_a_pause_or_a_circuit_since_it_could_have_been_handled(
+    own_registry, settings
+):
+    settings.SPARK_OUTBOX = {"BREAK_AFTER": 2}
+    clock, bad = Clock(), [True]
+
+    def fail(event):
+        if bad[0]:
+            raise ValueError
+
+    handler("^g$", name="fails", backoff=HOUR)(fail)
+    own_registry.add_handler(lambda event: None, group="^paused$", name="works")
+    worker = Worker(clock=clock)
+
+    def late():
+        rows, _ = run("select event_group, late from spark_outbox_status")
+        return {row["event_group"]: row["late"] and row["late"] > dt.timedelta(hours=12) for row in rows}
+
+    def age():
+        """Have everything been a day ago, but for what is still to come."""
+        with connect() as other:
+            other.execute(
+                "update spark_outbox_event set created_at = created_at - interval '1 day';"
+                "update spark_outbox_delivery set attempted_at = attempted_at - interval '1 day'"
+            )
+
+    names("spark_pause('group', 'paused')")
+    emit("paused", "delayed", delay=HOUR)
+    emit("g", "0")
+    emit("g", "1")
+    worker.drain()
+    age()
+    assert late() == {"g": None, "paused": None}  # the next attempt, and a delay
+    make_due()
+    emit("g", "2")
+    worker.drain()  # the circuit is open
+    assert late() == {"g": False, "paused": False}  # since now, though it was emitted a day ago
+    age()
+    assert late() == {"g": True, "paused": True}
+    for _ in range(2):
+        make_due()
+        worker.drain()  # it is put off again
+        assert Delivery.objects.filter(error__contains="not called").count() == 4
+        assert late() == {"g": True, "paused": True}
+    names("spark_resume('group', 'paused')")
+    bad[0] = False
+    clock.now += 60
+    make_due()
+    worker.drain()
+    assert late() == {"g": None, "paused": None}
 
 
 def test_a_replay_that_fails_is_retried_alone(failing, own_registry):

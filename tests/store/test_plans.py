@@ -10,6 +10,7 @@ from spark_outbox.store import (
     checking,
     claiming,
     ordering,
+    pausing,
     reading,
     repairing,
     resting,
@@ -271,6 +272,42 @@ def test_events_of_other_groups_cost_each_look_no_more_than_a_piece(look, ordere
     handled, rows = look(worker)
     assert handled == 1
     assert rows < 2 * scanning.PIECE
+
+
+PUT_ASIDE = """
+insert into spark_outbox_pause (kind, name) select 'group', 'g' || n from generate_series(1, 5) as n;
+insert into spark_outbox_delivery (event_id, handler, error, available_at)
+select event.id, 'handler ' || event.id % 3, spark_outbox_pause_mark(pause.id), '9999-01-01'
+from spark_outbox_event as event, spark_outbox_pause as pause
+where event.status = 'unhandled' and pause.name = 'g' || event.id % 5 + 1;
+insert into spark_outbox_delivery (event_id, handler, status, error)
+select id, 'failing', 'failed', 'Error: ' || translate(key, '0123456789abcdef-', 'ghijklmnopqrstuv')
+from spark_outbox_event where status = 'done' limit 20000;
+analyze spark_outbox_delivery
+"""
+
+
+def test_what_has_waited_is_found_past_what_waits_and_what_fails(full_table):
+    """20,000 deliveries that wait for five pauses, and as many that fail, each in another way."""
+    with connection.cursor() as cursor:
+        cursor.execute(PUT_ASIDE)
+        nodes, pages = explain(pausing.ENDED, None)
+        assert nodes[0]["Actual Rows"] == 0
+        assert set(indexes(nodes)) == {"spark_outbox_delivery_failing"}
+        assert pages < 200
+        cursor.execute(
+            "delete from spark_outbox_pause where name = 'g2' returning spark_outbox_pause_mark(id)"
+        )
+        ((mark,),) = cursor.fetchall()
+        assert sorted(pausing.ended(using="default")) == [(f"handler {n}", mark) for n in range(3)]
+        cursor.execute("update spark_outbox_event set status = 'pending' where status = 'unhandled'")
+        params = {"handler": "handler 0", "mark": mark, "limit": 100}
+        nodes, pages = explain(pausing.PUT_BACK, params)
+        assert "spark_outbox_delivery_failing" in indexes(nodes)
+        assert pages < 100 * 60  # what it costs to write a hundred deliveries and events
+        counts = [pausing.put_back("handler 0", mark, limit=1000, using="default") for _ in range(3)]
+        assert counts in ([1000, 333, 0], [1000, 334, 0])
+        assert sorted(pausing.ended(using="default")) == [(f"handler {n}", mark) for n in (1, 2)]
 
 
 @pytest.mark.parametrize("count", [1, 100])

@@ -125,14 +125,14 @@ def test_a_look_of_a_sleeping_worker_prepares_its_statement_again(session):
 
 def test_claims_among_many_are_planned_for_the_table_as_it_is(own_registry):
     own_registry.add_handler(lambda event: None, group="", name="h")
-    with worker_thread(poll_interval=HOUR), Statements() as statements:
+    with worker_thread(poll_interval=HOUR):
         wait_until_asleep()
-        with connect() as other:
+        with Statements() as statements, connect() as other:
             other.execute(
                 "insert into spark_outbox_event (key, event_group) select number::text, 'g' "
                 "from generate_series(1, 2000) as number; notify spark_outbox"
             )
-        wait_until_done(2000)
+            wait_until_done(2000)
     claim = f"execute {claiming.PREPARED_CLAIM}|and id >= %.floor.s"
     claims = [sql for sql in statements.sql if re.search(claim, sql)]
     assert "execute" in claims[0]

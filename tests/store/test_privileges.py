@@ -8,7 +8,16 @@ from psycopg.errors import InsufficientPrivilege
 
 from spark_outbox import emit
 from spark_outbox.models import OutboxEvent
-from spark_outbox.store import claiming, detached, emitting, pruning, replaying, sessions, settling
+from spark_outbox.store import (
+    claiming,
+    detached,
+    emitting,
+    pausing,
+    pruning,
+    replaying,
+    sessions,
+    settling,
+)
 from spark_outbox.store.connection import run_query
 from spark_outbox.store.detached import Running
 from spark_outbox.store.emitting import NewRow
@@ -58,6 +67,8 @@ NOT_FOR_ANYBODY = [
     "delete from spark_outbox_delivery",
     "truncate spark_outbox_delivery",
     "update spark_outbox_delivery set handler = 'other'",
+    "update spark_outbox_pause set why = 'other'",
+    "insert into spark_outbox_pause (kind, name, paused_by) values ('group', 'g', 'somebody else')",
     "create role spark_test_other",
     "set session_replication_role = replica",
 ]
@@ -67,6 +78,7 @@ EMIT_MANY = (
 )
 PRUNE = f"select spark_outbox_prune({OUTBOX}, 'done', 'g', now(), 1)"
 FORGET_KEYS = f"select spark_outbox_forget_keys({OUTBOX}, 0, now(), 1)"
+PAUSES = ["select spark_pause('group', 'g')", "select spark_resume('group', 'g')"]
 DENIED = {
     "nobody": [
         "select id from spark_outbox_event",
@@ -80,11 +92,15 @@ DENIED = {
         PRUNE,
         FORGET_KEYS,
         "select spark_outbox_close_circuit('h')",
+        *PAUSES,
+        "select * from spark_outbox_pauses",
     ],
     "emitter": [
         PRUNE,
         FORGET_KEYS,
         "select spark_outbox_close_circuit('h')",
+        *PAUSES,
+        "select * from spark_outbox_pause",
         *(
             f"select {column} from spark_outbox_event"
             for column in ("*", "key", "event_group", "payload", "headers", "status", "last_error")
@@ -105,6 +121,7 @@ DENIED = {
         "set role spark_outbox_worker",
     ],
     "worker": [
+        *PAUSES,
         "update spark_outbox_event set headers = '{}'",
         "update spark_outbox_event set ordering_key = null",
         "update spark_outbox_event set created_at = now()",
@@ -139,6 +156,7 @@ DENIED = {
         PRUNE,
         FORGET_KEYS,
         "select spark_outbox_close_circuit('h')",
+        *PAUSES,
         "update spark_outbox_event set status = 'done'",
         "insert into spark_outbox_delivery (event_id, handler) select id, 'h' from spark_outbox_event",
         "update spark_outbox_delivery set status = 'pending'",
@@ -213,14 +231,24 @@ def works(event_id):
     yield partial(pruning.oldest_snapshot, seconds=1, xids=1)
     yield partial(pruning.prune, "done", "g", seconds=1, most=1)
     yield partial(pruning.forget_keys, 0, seconds=1, most=1)
+    yield pausing.paused
+    yield pausing.ended
+    yield partial(pausing.put_back, "h", "mark", limit=1)
     yield from emits()
 
 
 def looks():
-    for view in ("events", "status", "failures", "workers", "snapshots", "health"):
+    for view in ("events", "status", "pauses", "failures", "workers", "snapshots", "health"):
         yield partial(run_query, f"select * from spark_outbox_{view}")
-    yield partial(run_query, "select * from spark_outbox_delivery, spark_outbox_session")
+    yield partial(
+        run_query, "select * from spark_outbox_delivery, spark_outbox_session, spark_outbox_pause"
+    )
     yield partial(run_query, "select spark_explain('key')")
+
+
+def pauses():
+    yield partial(pausing.pause, "group", "g", "why")
+    yield partial(pausing.resume, "group", "g")
 
 
 def repairs():
@@ -272,7 +300,7 @@ def test_each_privilege_of_the_emitter_and_the_worker_is_needed(logins):
         ("emitter", list(emits())),
         ("worker", [*works(event.id), *repairs()]),
         ("viewer", [sees, *looks()]),
-        ("operator", list(repairs())),
+        ("operator", [*repairs(), *pauses()]),
     ):
         role = f"spark_outbox_{kind}"
         with connection.cursor() as cursor:

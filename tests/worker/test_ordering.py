@@ -10,6 +10,7 @@ from django.db import connection
 from spark_outbox import Retry, emit, emit_many, handler
 from spark_outbox.models import OutboxEvent
 from spark_outbox.store import ordering, scanning
+from spark_outbox.worker import pauses
 from spark_outbox.worker.loop import Worker
 from tests.tools import (
     HOUR,
@@ -329,7 +330,8 @@ def test_a_key_that_a_person_sets_free_is_found_among_many_that_are_blocked(own_
 
 
 @pytest.mark.usefixtures("small_looks")
-def test_after_a_look_at_many_keys_that_are_blocked_a_worker_comes_to_rest(own_registry):
+def test_after_a_look_at_many_keys_that_are_blocked_a_worker_comes_to_rest(own_registry, monkeypatch):
+    monkeypatch.setattr(pauses, "PUT_BACK_INTERVAL", math.inf)
     own_registry.add_handler(note, group="")
     fill(60, key="blocked", status="failed", events=2)
     clock, waits = Clock(), []

@@ -64,9 +64,10 @@ def test_an_event_that_nobody_handles_is_unhandled_and_not_done(own_registry, ca
 
 def test_the_happy_path_is_one_insert_one_update_and_no_savepoint(own_registry):
     own_registry.add_handler(lambda event: None, group="", name="nothing")
+    worker = Worker()
+    worker.handle_batch()  # it looks what is paused, and what waits for a pause that has ended
     with Statements() as statements:
         emit_many({"group": "g", "key": f"{n}"} for n in range(10))
-        worker = Worker()
         worker.handle_batch()
     assert statements.count("insert|spark_outbox_emit_many") == 1
     assert statements.count("update spark") == 1

@@ -13,6 +13,9 @@ from spark_outbox.management.output import as_age, as_time, print_table
 from spark_outbox.operating import look
 from spark_outbox.store.viewing import Row
 
+HELD = {"waits_for_circuit": "circuit", "paused": "paused"}
+"""Columns that are shown if there is something in them."""
+
 COUNTS = ("ready", "delayed", "retrying", "running", "failed", "unhandled")
 
 CLEAR = "\x1b[2J\x1b[H"
@@ -72,18 +75,18 @@ class Command(OutboxCommand):
     def _show(self, found: dict[str, list[Row]]) -> None:
         self.stdout.write(timezone.localtime().isoformat(sep=" ", timespec="seconds"))
         groups = found["groups"]
-        circuits = any(group["waits_for_circuit"] for group in groups)
-        header = ["group", "late", *COUNTS, "done/h", *(["circuit"] if circuits else []), "oldest"]
+        held = [name for name in HELD if any(group[name] for group in groups)]
+        header = ["group", "late", *COUNTS, "done/h", *(HELD[name] for name in held), "oldest"]
         print_table(
             self.stdout,
             header,
             [
                 [
                     group["group"],
-                    as_age(group["oldest_ready_age"]),
+                    as_age(group["late"]),
                     *(f"{group[name]:,}" for name in COUNTS),
                     f"{group['done_last_hour']:,}",
-                    *([f"{group['waits_for_circuit']:,}"] if circuits else []),
+                    *(f"{group[name]:,}" for name in held),
                     as_age(group["oldest_pending_age"]),
                 ]
                 for group in groups

@@ -80,7 +80,7 @@ with status as (
     select
         coalesce(sum(ready), 0) as ready, coalesce(sum(failed), 0) as failed,
         coalesce(sum(unhandled), 0) as unhandled,
-        coalesce(sum(waits_for_circuit), 0) as waits_for_circuit, max(oldest_ready_age) as lag
+        coalesce(sum(waits_for_circuit), 0) as waits_for_circuit, max(late) as lag
     from spark_outbox_status
 ),
 workers as (
@@ -116,8 +116,8 @@ select
     case
         when lag is null then 'No event waits.'
         else concat(
-            'The oldest event that could be handled has waited for ', date_trunc('seconds', lag), '; ',
-            ready, ' are ready.'
+            'The oldest event that could be handled if all were well has waited for ',
+            date_trunc('seconds', lag), '; ', ready, ' are ready.'
         )
     end as detail,
     'select * from spark_outbox_status; select spark_explain(key) says why one of them waits.' as remedy
@@ -140,6 +140,24 @@ select
     concat(waits_for_circuit, ' events wait since a handler fails on everything.'),
     'select * from spark_outbox_failures; once it works, spark_outbox_close_circuit(handler).'
 from status
+union all
+select
+    'pauses', case when count(*) > 0 then 'warning' else 'ok' end,
+    case
+        when count(*) = 0 then 'Nothing is paused.'
+        else concat(
+            string_agg(
+                concat(
+                    'The ', kind, ' ', name, ' is paused since ', date_trunc('seconds', paused_at), ', by ',
+                    paused_by, ': ' || nullif(why, ''), '; ', waiting, ' events wait for it'
+                ),
+                '. ' order by paused_at
+            ),
+            case when count(*) = 20 then '. There may be more' end, '.'
+        )
+    end,
+    'select * from spark_outbox_pauses; then spark_resume(kind, name).'
+from (select * from spark_outbox_pauses limit 20) as pause
 union all
 select
     'workers',
@@ -213,6 +231,8 @@ declare
     event record;
     owed record;
     head record;
+    paused record;
+    is_held boolean := false;
     workers record;
     holder record;
     refusing text;
@@ -229,17 +249,45 @@ begin
             'None of the ', workers.there, ' workers that are there takes its group: they have --groups.'
         );
     end if;
+    -- A pause may be younger than the event's last turn, or its event not have had one yet.
+    for paused in
+        select kind, name, why, paused_by, date_trunc('seconds', paused_at) as paused_at
+        from spark_outbox_pause as pause
+        where kind = 'group' and name = event.event_group or kind = 'handler' and name in (
+            select delivery.handler from spark_outbox_delivery as delivery
+            where delivery.event_id = $1 and delivery.status = 'pending'
+        )
+        order by pause.id limit 20
+    loop
+        return next concat(
+            case paused.kind when 'group' then 'Its group ' else 'The handler ' end, paused.name,
+            ' is paused since ', paused.paused_at, ', by ', paused.paused_by,
+            ': ' || nullif(paused.why, ''), '. It goes on after select spark_resume(',
+            quote_literal(paused.kind), ', ', quote_literal(paused.name),
+            '); spark_retry(key) does not change that.'
+        );
+    end loop;
     for owed in
         select
             handler, attempts, date_trunc('seconds', attempted_at) as attempted_at,
             date_trunc('seconds', available_at) as again_at, available_at > moment as waits,
             error = 'spark_outbox: not called, its circuit is open' as waits_for_circuit,
+            error like 'spark\_outbox: not called, it is paused (%' as was_paused,
+            error in (select spark_outbox_pause_mark(id) from spark_outbox_pause) as is_paused,
             regexp_replace(left(split_part(error, E'\n', 1), 300), '[^ -~]+$', '') as error
         from spark_outbox_delivery as delivery
         where delivery.event_id = $1 and delivery.status = 'pending'
         order by available_at limit 20
     loop
-        if owed.waits_for_circuit then
+        if owed.was_paused then
+            is_held := true;
+            if owed.waits and not owed.is_paused then
+                return next concat(
+                    'The handler ', owed.handler, ' was paused. A worker puts the event back within a '
+                    'minute.'
+                );
+            end if;
+        elsif owed.waits_for_circuit then
             return next concat(
                 'The handler ', owed.handler, ' is not called: it has failed on everything, and its '
                 'circuit is open. It is tried again at ', owed.again_at, ', or now after select '
@@ -260,7 +308,7 @@ begin
             );
         end if;
     end loop;
-    if event.available_at > moment then
+    if event.available_at > moment and not (is_held and event.available_at >= '9999-01-01 00:00+00') then
         return next concat(
             'It is not to be handled before ', date_trunc('seconds', event.available_at), '.'
         );

@@ -97,7 +97,7 @@ waiting as (
         least(count(*) filter (where kind >= 4 and attempts <= 0), 10000) as delayed,
         least(count(*) filter (where kind >= 4 and attempts > 0), 10000) as retrying,
         -- Not of those that a person has made ready: since when is not known.
-        statement_timestamp() - min(coalesce(available_at, created_at)) filter (
+        min(coalesce(available_at, created_at)) filter (
             where kind < 4 and (available_at is not null or attempts <= 0)
                 and isfinite(coalesce(available_at, created_at))
                 and (ordering_key is null or id = (
@@ -107,7 +107,7 @@ waiting as (
                         and head.status in ('pending', 'running', 'failed')
                     order by head.ordering_key, head.id limit 1
                 ))
-        ) as oldest_ready_age,
+        ) as ready_since,
         statement_timestamp() - min(created_at) filter (where isfinite(created_at)) as oldest_pending_age
     from pending
     group by event_group
@@ -159,16 +159,27 @@ failing (handler) as (
         order by delivery.handler limit 1
     ) as following
 ),
-circuits as (
-    select event_group, least(count(distinct id), 10000) as waits_for_circuit
+-- What could be handled but for an open circuit or a pause; a delivery keeps the time when it was first put
+-- aside for one.
+held as (
+    select
+        event_group,
+        least(count(distinct id) filter (where pause_id is null), 10000) as waits_for_circuit,
+        least(count(distinct id) filter (where pause_id is not null), 10000) as paused,
+        min(attempted_at) filter (where isfinite(attempted_at)) as held_since
     from (select * from failing limit 1000) as named
     cross join lateral (
-        select delivery.event_id from spark_outbox_delivery as delivery
+        select null as pause_id, 'spark_outbox: not called, its circuit is open' as mark
+        union all
+        select pause.id, spark_outbox_pause_mark(pause.id) from spark_outbox_pause as pause
+        where pause.kind = 'group' or pause.name = named.handler
+    ) as reason
+    cross join lateral (
+        select delivery.event_id, delivery.attempted_at from spark_outbox_delivery as delivery
         where delivery.status in ('pending', 'failed') and delivery.error <> ''
             and delivery.handler = named.handler
-            and spark_outbox_fingerprint(delivery.error)
-                = 'spark_outbox: not called, its circuit is open'
-        limit 10000
+            and spark_outbox_fingerprint(delivery.error) = reason.mark
+        order by delivery.attempted_at limit 10000
     ) as waiting
     join spark_outbox_event as event on event.id = waiting.event_id
     where event.status = 'pending'
@@ -210,19 +221,56 @@ select
     coalesce(unhandled, 0) as unhandled,
     coalesce(done_last_hour, 0) as done_last_hour,
     coalesce(waits_for_circuit, 0) as waits_for_circuit,
-    oldest_ready_age,
+    coalesce(paused, 0) as paused,
+    statement_timestamp() - least(ready_since, held_since) as late,
     oldest_pending_age,
     more
 from waiting
 full join put_aside using (event_group)
 full join ended using (event_group)
-full join circuits using (event_group)
+full join held using (event_group)
 cross join cut
 order by event_group;
 
 comment on view spark_outbox_status is
-    'The state of the outbox, by group. A count of 10000 means that or more. `more`: there are more '
-    'pending events than were counted, maybe of other groups.';
+    'The state of the outbox, by group. A count of 10000 means that or more. `late`: the age of the oldest '
+    'event that could be handled if all were well. `more`: there are more pending events than were '
+    'counted, maybe of other groups.';
+
+
+create view spark_outbox_pauses as
+with recursive failing (handler) as (
+    (
+        select handler from spark_outbox_delivery
+        where status in ('pending', 'failed') and error <> '' order by handler limit 1
+    )
+    union all
+    select following.handler from failing cross join lateral (
+        select delivery.handler from spark_outbox_delivery as delivery
+        where delivery.status in ('pending', 'failed') and delivery.error <> ''
+            and delivery.handler > failing.handler
+        order by delivery.handler limit 1
+    ) as following
+)
+select pause.kind, pause.name, pause.why, pause.paused_by, pause.paused_at, of_it.waiting
+from spark_outbox_pause as pause cross join lateral (
+    select count(distinct event_id) as waiting from (
+        select held.event_id
+        from (select * from failing limit 1000) as named cross join lateral (
+            select delivery.event_id from spark_outbox_delivery as delivery
+            where delivery.status in ('pending', 'failed') and delivery.error <> ''
+                and delivery.handler = named.handler
+                and spark_outbox_fingerprint(delivery.error) = spark_outbox_pause_mark(pause.id)
+            limit 10000
+        ) as held
+        where pause.kind = 'group' or pause.name = named.handler
+        limit 10000
+    ) as first
+) as of_it
+order by pause.paused_at;
+
+comment on view spark_outbox_pauses is
+    'Handlers and groups that are paused: why, by whom and since when, and how many events wait for that.';
 
 
 create view spark_outbox_failures as
@@ -264,7 +312,9 @@ select
             and spark_outbox_fingerprint(delivery.error) = named.fingerprint
         order by delivery.attempted_at desc limit 1
     ) as example_key
-from (select * from kind limit 1000) as named cross join lateral (
+from (
+    select * from kind where fingerprint not like 'spark_outbox: not called, it is paused (%' limit 1000
+) as named cross join lateral (
     select
         count(*) filter (where status = 'failed') as failed,
         count(*) filter (where status = 'pending') as retrying
