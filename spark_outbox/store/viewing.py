@@ -27,7 +27,7 @@ order by late desc nulls last, event_group
 WORKERS = """
 select
     host, pid, started_at, state, extract(epoch from state_for)::float as state_for, groups, handlers,
-    version, backend
+    version, backend, handler, event_key, extract(epoch from in_hand_for)::float as in_hand_seconds
 from spark_outbox_workers
 """
 

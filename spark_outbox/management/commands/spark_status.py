@@ -97,7 +97,7 @@ class Command(OutboxCommand):
         self.stdout.write("")
         print_table(
             self.stdout,
-            ("worker", "state", "for", "since", "groups", "handlers", "version"),
+            ("worker", "state", "for", "since", "groups", "in hand", "version"),
             [
                 (
                     f"{worker['host']}:{worker['pid']}",
@@ -105,7 +105,7 @@ class Command(OutboxCommand):
                     as_age(worker["state_for"]),
                     as_time(worker["started_at"]),
                     worker["groups"] or "",
-                    len(worker["handlers"]),
+                    _in_hand(worker),
                     worker["version"],
                 )
                 for worker in found["workers"]
@@ -123,3 +123,10 @@ class Command(OutboxCommand):
                 self.stdout.write("")
                 self.stdout.write(style(f"{check['status']}: {check['detail']}"))
                 self.stdout.write(f"    {check['remedy']}")
+
+
+def _in_hand(worker: Row) -> str:
+    """Return what a handler has had in hand for a while."""
+    if not worker["handler"]:
+        return ""
+    return f"{worker['handler']} ({worker['event_key']}), {as_age(worker['in_hand_seconds'])}"
