@@ -16,7 +16,7 @@ from django.db import Error, connections
 import spark_outbox
 from spark_outbox.errors import NotMigrated, RegistrationError, SettingsError, describe
 from spark_outbox.processes import systemd
-from spark_outbox.processes.fork import SIGNALS
+from spark_outbox.processes.fork import SIGNALS, name_process
 from spark_outbox.processes.guard import Guard
 from spark_outbox.processes.probes import Probes
 from spark_outbox.processes.reload import Reload
@@ -54,6 +54,7 @@ class Service:
             getattr(connection, "close_pool", bool)()
         gc.collect()
         gc.freeze()  # loaded code stays: no collection must scan it, and copy its pages
+        name_process("spark_worker")
         timeout = self._options["shutdown_timeout"]
         reload = Reload([sys.executable, *sys.orig_argv[1:], "--check"])
         supervisor = Supervisor(

@@ -1,6 +1,7 @@
 """Prune events by hand: those that the settings name, or others that somebody chooses."""
 
 import re
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -12,6 +13,9 @@ from spark_outbox.worker.retention import Chunks, Portion
 
 CHUNK_SECONDS = 0.05
 """The time of a chunk: it locks rows that have ended, so no worker waits for it."""
+
+LONGEST_REST = 1.0
+"""Seconds between two chunks at the most."""
 
 COUNTED = 100_000
 """To count more events of a group than this would take too long."""
@@ -63,14 +67,27 @@ def count_keys(seconds: float, *, using: str) -> int:
 
 
 def prune(portions: Sequence[Portion], *, using: str) -> Iterator[Pruned | Holder]:
-    """Prune events; yield what each chunk did, or who holds a snapshot, as long as somebody does."""
+    """Prune events; yield what each chunk did, or who holds a snapshot, as long as somebody does.
+
+    Rests after each chunk for as long as that took: a server that is busy gets more time.
+    """
     chunks = _chunks(using)
-    return chain.from_iterable(map(chunks.prune, portions))
+    return _paced(chain.from_iterable(map(chunks.prune, portions)))
 
 
 def forget_keys(seconds: float, *, using: str) -> Iterator[Pruned | Holder]:
     """Delete the keys of pruned events that were emitted so many seconds ago; yield as `prune` does."""
-    return _chunks(using).forget_keys(seconds)
+    return _paced(_chunks(using).forget_keys(seconds))
+
+
+def _paced(chunks: Iterator[Pruned | Holder]) -> Iterator[Pruned | Holder]:
+    started = time.monotonic()
+    for each in chunks:
+        took = time.monotonic() - started
+        yield each
+        if isinstance(each, Pruned):
+            time.sleep(min(took, LONGEST_REST))
+        started = time.monotonic()
 
 
 def _chunks(using: str) -> Chunks:

@@ -7,7 +7,7 @@ import signal
 from collections.abc import Callable
 from functools import partial
 
-from spark_outbox.processes.fork import SIGNALS, STOPS, Pipes, be_process, signals_blocked
+from spark_outbox.processes.fork import SIGNALS, STOPS, Pipes, be_process, name_process, signals_blocked
 from spark_outbox.processes.place import Booking, InHand
 from spark_outbox.processes.slot import Slot
 
@@ -34,6 +34,7 @@ def book(
 
 def _write(slot: Slot, write: Callable[[InHand, int], None], patience: float, pipes: Pipes) -> int:
     pipes.leave_parent()
+    name_process("spark_booking")
     for number in STOPS:
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)

@@ -8,6 +8,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import NoReturn
 
 STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
@@ -64,6 +65,12 @@ class Pipes:
         """Wake the supervisor with a byte."""
         with contextlib.suppress(BlockingIOError):  # it has enough of them to wake up
             os.write(self._wake_write, byte)
+
+
+def name_process(name: str) -> None:
+    """Have `top` and `ps -o comm` show this process by a name of up to 15 characters, where they can."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/comm").write_text(name)
 
 
 def default_signals() -> None:

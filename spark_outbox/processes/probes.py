@@ -17,7 +17,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 from spark_outbox.errors import SettingsError
-from spark_outbox.processes.fork import Pipes, be_process, signals_blocked
+from spark_outbox.processes.fork import Pipes, be_process, name_process, signals_blocked
 from spark_outbox.processes.place import exit_code, send
 
 logger = logging.getLogger(__name__)
@@ -95,6 +95,7 @@ class Probes:
     def _serve(self, board: Board, pipes: Pipes) -> int:
         pipes.leave_parent()
         pipes.follow_parent()
+        name_process("spark_probes")
         for number in (signal.SIGINT, signal.SIGHUP):
             signal.signal(number, signal.SIG_IGN)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -28,7 +28,7 @@ from functools import partial
 
 from spark_outbox.errors import HandlerTimeout, WorkerDied
 from spark_outbox.processes.crash import book, booked
-from spark_outbox.processes.fork import READY, be_process, signals_blocked
+from spark_outbox.processes.fork import READY, be_process, name_process, signals_blocked
 from spark_outbox.processes.keeper import Keeper
 from spark_outbox.processes.place import Child, InHand, Place, exit_code, reap_orphans, send
 from spark_outbox.processes.reload import Reload, inherit
@@ -215,6 +215,7 @@ class Supervisor:
         try:
             self._pipes.leave_parent()
             self._pipes.follow_parent()
+            name_process(f"spark_worker:{slot.number + 1}")
             self._signs.leave()
             is_alone = len(self._places) == 1
             watch = OwnWatch() if is_alone else SharedWatch(slot, wake, self._pipes.tell)

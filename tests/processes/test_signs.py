@@ -88,6 +88,14 @@ def has_stopped(pid):
     return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
 
 
+def test_each_process_is_named_for_what_it_does():
+    with WorkerProcess("--processes", "2", "--health-port", str(free_port())) as worker:
+        worker.wait_until_ready()
+        pids = [worker.process.pid, *worker.children()]
+        names = {Path(f"/proc/{pid}/comm").read_text().strip() for pid in pids}
+        assert names == {"spark_worker", "spark_worker:1", "spark_worker:2", "spark_probes"}
+
+
 # Processes that hang
 
 

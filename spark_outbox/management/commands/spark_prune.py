@@ -16,9 +16,6 @@ from spark_outbox.operating.prune import COUNTED, Choice
 from spark_outbox.store.pruning import Pruned
 from spark_outbox.worker.retention import Portion
 
-PAUSE = 0.005
-"""Seconds between two chunks, for others."""
-
 HOLDER_PAUSE = 1.0
 """Seconds between two looks whether a snapshot is still held."""
 
@@ -124,7 +121,6 @@ class Command(OutboxCommand):
             for each in self._chunks(portions, keys_seconds):
                 done = Pruned(done.stripped + each.stripped, done.deleted + each.deleted)
                 self.show_progress(f"{done.total:,} of {bounded(total, COUNTED)}")
-                time.sleep(PAUSE)
         except KeyboardInterrupt:
             raise CommandError(
                 f"Stopped. {done.total:,} events are pruned; run it again to go on.", returncode=130
