@@ -14,12 +14,17 @@ from spark_outbox.processes.slot import Slot
 logger = logging.getLogger(__name__)
 
 
+BOOKING_PATIENCE = 30.0
+"""The most seconds that the booking of a crash may take."""
+
+
 def book(
     slot: Slot, write: Callable[[InHand, int], None], patience: float, pipes: Pipes
 ) -> Booking | None:
     """Start a process that calls `write` with what the dead process had in hand, and its session.
 
-    It ignores signals to stop, and has so many seconds. Returns None if there can be no process.
+    It ignores signals to stop, and has BOOKING_PATIENCE, or `patience` if that is less.
+    Returns None if there can be no process.
     """
     with signals_blocked():
         try:
@@ -39,7 +44,7 @@ def _write(slot: Slot, write: Callable[[InHand, int], None], patience: float, pi
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
     signal.signal(signal.SIGALRM, signal.SIG_DFL)  # it ends this process in any state
-    signal.setitimer(signal.ITIMER_REAL, patience)
+    signal.setitimer(signal.ITIMER_REAL, min(BOOKING_PATIENCE, patience))
     write(slot.in_hand(), slot.session())
     return 0
 

@@ -41,8 +41,9 @@ logger = logging.getLogger(__name__)
 GRACE = 5.0
 """Seconds beyond a handler's timeout after which its process is killed: the alarm comes first."""
 
-BOOKING_PATIENCE = 30.0
-"""The most seconds that the booking of a crash may take."""
+STUCK = 10.0
+"""Seconds beyond the end of its sleep after which a process is killed: also a busy machine gives it some
+time within these."""
 
 READY_PATIENCE = 30.0
 """Seconds after which the service counts as started although some process has no database yet: it waits
@@ -278,7 +279,7 @@ class Supervisor:
             elif now - child.slot.waits_since() > self._answer_timeout:
                 self._signs.log_kill(child, "has had no answer from the database in time")
                 child.kill()
-            elif now >= child.slot.back_by() + GRACE:
+            elif now >= child.slot.back_by() + STUCK:
                 self._signs.log_kill(child, "does nothing, though it should")
                 child.kill()
         if now >= self._deadline:
@@ -294,6 +295,6 @@ class Supervisor:
         place.booking = book(
             child.slot,
             lambda in_hand, session: self._on_crash(in_hand, error, session),
-            min(BOOKING_PATIENCE, self._answer_timeout),
+            self._answer_timeout,
             self._pipes,
         )

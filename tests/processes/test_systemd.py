@@ -105,12 +105,32 @@ sys.exit(supervisor.run())
 """
 
 
+NEVER_READY = """
+def work(slot, watch, ready):
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+    signal.pause()
+
+"""
+
+
 def test_ready_waits_for_each_process_however_often_another_connects(tmp_path):
     done = subprocess.run(
         [sys.executable, "-c", SUPERVISE, tmp_path], cwd=postgres.ROOT, timeout=PATIENCE, check=False
     )
     assert done.returncode == 0
     assert (tmp_path / "log").read_text().splitlines() == ["the second is ready", "READY"]
+
+
+def test_ready_is_sent_without_a_database_after_a_while(tmp_path):
+    """A host that boots need not wait for a database that the worker waits for by itself."""
+    script = SUPERVISE.replace("folder = Path", "supervisor.READY_PATIENCE = 0.1\nfolder = Path", 1)
+    script = script.replace("import os", "from spark_outbox.processes import supervisor\nimport os", 1)
+    script = re.sub(r"def work.*?def on_ready", NEVER_READY + "def on_ready", script, flags=re.DOTALL)
+    done = subprocess.run(
+        [sys.executable, "-c", script, tmp_path], cwd=postgres.ROOT, timeout=PATIENCE, check=False
+    )
+    assert done.returncode == 0
+    assert (tmp_path / "log").read_text() == "READY\n"
 
 
 def test_ready_is_sent_once_listen_stands_and_stopping_on_the_way_out():
