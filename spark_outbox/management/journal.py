@@ -19,22 +19,23 @@ def set_up_logging(verbosity: int) -> None:
     """Show our own log with -v 2 or more; and to the journal in any case, warnings at least. Not if the
     project's LOGGING does so already."""
     logger = logging.getLogger("spark_outbox")
-    is_journal = _is_journal()
-    if logger.hasHandlers() if is_journal else (verbosity < 2 or logger.handlers):
+    to_journal = is_journal()
+    if logger.hasHandlers() if to_journal else (verbosity < 2 or logger.handlers):
         return
     handler: logging.Handler
-    if is_journal:
+    if to_journal:
         handler = _journal_handler()
     else:
         handler = logging.StreamHandler()
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     logger.addHandler(handler)
-    logger.setLevel(
-        {0: logging.WARNING, 1: logging.WARNING, 2: logging.INFO}.get(verbosity, logging.DEBUG)
-    )
+    if logger.level == logging.NOTSET:
+        logger.setLevel(
+            {0: logging.WARNING, 1: logging.WARNING, 2: logging.INFO}.get(verbosity, logging.DEBUG)
+        )
 
 
-def _is_journal() -> bool:
+def is_journal() -> bool:
     """Return whether stderr goes to the journal, as systemd says."""
     try:
         found = os.fstat(sys.stderr.fileno())

@@ -2,6 +2,7 @@
 
 import contextlib
 import gc
+import logging
 import os
 import signal
 import sys
@@ -11,10 +12,11 @@ from typing import Any
 
 from django.core.management.base import OutputWrapper
 from django.core.management.color import Style
-from django.db import Error, connections
+from django.db import Error, OperationalError, connections
 
 import spark_outbox
 from spark_outbox.errors import NotMigrated, RegistrationError, SettingsError, describe
+from spark_outbox.management.journal import is_journal
 from spark_outbox.processes import systemd
 from spark_outbox.processes.fork import SIGNALS, name_process
 from spark_outbox.processes.guard import Guard
@@ -28,7 +30,9 @@ from spark_outbox.registry.handlers import registry
 from spark_outbox.worker import booking, bounds, forks
 from spark_outbox.worker.context import make_context
 from spark_outbox.worker.loop import Worker
-from spark_outbox.worker.session import check_handlers
+from spark_outbox.worker.session import check_handlers, check_outbox
+
+logger = logging.getLogger(__name__)
 
 
 class Service:
@@ -43,8 +47,16 @@ class Service:
         self._style = style
 
     def check(self) -> None:
-        """Say what the worker would handle. Raises SettingsError if it can't work."""
-        check_handlers(make_context(using=self._options["database"]))
+        """Say what the worker would handle.
+
+        Raises SettingsError if it can't work, NotMigrated if the database answers and has no outbox.
+        """
+        using, groups = self._options["database"], self._options["groups"]
+        check_handlers(make_context(using=using))
+        try:
+            check_outbox(groups, using=using)
+        except OperationalError as error:
+            self._complain(f"Database {using!r} is not looked at: {describe(error)}")
         self._stdout.write(f"spark_outbox {spark_outbox.__version__}. {self._handlers()}")
 
     def supervise(self, *, finite: bool) -> int:
@@ -122,15 +134,14 @@ class Service:
             forks.watch()
             worker.run(drain=self._options["drain"], once=self._options["once"])
         except (SettingsError, NotMigrated, RegistrationError) as error:
-            self._stderr.write(self._style.ERROR(str(error)))
+            self._complain(str(error))
             return os.EX_CONFIG
         except Error as error:  # with --drain or --once; otherwise it reconnects
-            message = f"Database {self._options['database']!r} can't be used: {describe(error)}"
-            self._stderr.write(self._style.ERROR(message))
+            self._complain(f"Database {self._options['database']!r} can't be used: {describe(error)}")
             return 1
         except Exception as error:  # noqa: BLE001, printed; the supervisor restarts the process
             lines = traceback.format_tb(error.__traceback__)  # of code, without values
-            self._stderr.write("".join([*lines, f"The worker process dies of {describe(error)}."]))
+            self._complain("".join([*lines, f"The worker process dies of {describe(error)}."]))
             return 1
         return 0
 
@@ -174,7 +185,14 @@ class Service:
             booking.book(in_hand, error, registry, session=number, using=using)
         except Error as refusal:
             event_id, _ = in_hand[0]
-            self._stderr.write(f"A crash on event {event_id} could not be counted: {describe(refusal)}")
+            self._complain(f"A crash on event {event_id} could not be counted: {describe(refusal)}")
+
+    def _complain(self, text: str) -> None:
+        """Say why it does not work: to people, or as an error to the journal."""
+        if is_journal():
+            logger.error(text)
+        else:
+            self._stderr.write(self._style.ERROR(text))
 
     def _print_current_calls(self, calls: str) -> None:
         """Print, after a Ctrl-C, why the worker has not ended yet."""

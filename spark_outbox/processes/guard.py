@@ -21,6 +21,12 @@ class Notes(Protocol):
     def take_in_hand(self, *called: tuple[int, int]) -> None:
         """Note the current calls, as pairs of an event's id and its handler's number."""
 
+    def keep(self, *called: tuple[int, int]) -> None:
+        """Note the async calls that are under way, for people."""
+
+    def under_way(self) -> list[tuple[int, int]]:
+        """Return the current calls, and async ones that go on."""
+
     def put_down(self) -> None:
         """Note that there is no current call, and start the answer timeout of the database."""
 
@@ -76,6 +82,12 @@ class OwnNotes:
     def put_down(self) -> None:
         self._called = ()
 
+    def keep(self, *called: tuple[int, int]) -> None:
+        pass
+
+    def under_way(self) -> list[tuple[int, int]]:
+        return list(self._called)
+
     def rest(self, seconds: float = NEVER) -> None:
         pass
 
@@ -103,6 +115,8 @@ class _Noting:
         notes = OwnNotes() if notes is None else notes
         self.take_in_hand = notes.take_in_hand
         self.put_down = notes.put_down
+        self.keep = notes.keep
+        self.under_way = notes.under_way
         self.rest = notes.rest
         self.lose_database = notes.lose_database
         self.tally = notes.tally

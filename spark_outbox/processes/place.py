@@ -6,6 +6,7 @@ import signal
 import time
 from collections.abc import Container
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from spark_outbox.processes.slot import NEVER, Slot
 
@@ -15,8 +16,23 @@ RESTART_PAUSES = (0.1, 30.0)
 HEALTHY = 60.0
 """A process that lives this many seconds is restarted after the first pause."""
 
+GRACE = 5.0
+"""Seconds beyond a handler's timeout after which its process is killed: the alarm comes first."""
+
+STUCK = 10.0
+"""Seconds beyond the end of its sleep after which a process is killed: also a busy machine gives it some
+time within these."""
+
 InHand = list[tuple[int, int]]
 """The current calls: ids of events, and the numbers of their handlers."""
+
+
+class Fault(NamedTuple):
+    """Why a child is to be killed."""
+
+    what: str
+    due: float = NEVER
+    """The deadline that it has exceeded."""
 
 
 @dataclass(slots=True)
@@ -59,6 +75,18 @@ class Child:
     def close(self) -> None:
         for end in self.wake:
             os.close(end)
+
+    def fault(self, now: float, answer_timeout: float) -> Fault | None:
+        """Return why it is to be killed, unless it is well, or was killed already."""
+        if self.killed:
+            return None
+        if now >= (due := self.slot.due()) + GRACE:
+            return Fault("does not end in time", due)
+        if now - self.slot.waits_since() > answer_timeout:
+            return Fault("has had no answer from the database in time")
+        if now >= self.slot.back_by() + STUCK:
+            return Fault("does nothing, though it should")
+        return None
 
     def was_killed(self, code: int) -> bool:
         """Return whether the supervisor has caused this exit code."""

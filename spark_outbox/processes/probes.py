@@ -58,6 +58,7 @@ class Probes:
         self._file = liveness_file
         self.pid = 0
         """Of the server; 0 if there is none."""
+        self._is_touched = False
         self._board: Board | None = None
         if address is not None:
             self._board = Board()
@@ -74,7 +75,8 @@ class Probes:
         """Start the server if it does not run. In the main thread only."""
         if self._board is None or (self.pid and exit_code(self.pid) is None):
             return
-        with signals_blocked():
+        with signals_blocked(), contextlib.suppress(OSError):  # there can be no process: the next look
+            self.pid = 0
             self.pid = os.fork()
             if not self.pid:
                 be_process(partial(self._serve, self._board, pipes))
@@ -85,12 +87,12 @@ class Probes:
             self._socket.close()
 
     def stop(self) -> None:
+        """End the server."""
         if self.pid:
             send(self.pid, signal.SIGKILL)
             with contextlib.suppress(ChildProcessError):
                 os.waitpid(self.pid, 0)
             self.pid = 0
-        self.leave()
 
     def _serve(self, board: Board, pipes: Pipes) -> int:
         pipes.leave_parent()
@@ -114,8 +116,12 @@ class Probes:
         except OSError as error:
             if at_start:
                 raise SettingsError(f"--liveness-file {self._file}: {error.strerror}.") from None
-            details: dict[str, object] = {"error": error.strerror}
-            logger.warning("The liveness file can't be renewed: %(error)s.", details, extra=details)
+            if self._is_touched:
+                details: dict[str, object] = {"error": error.strerror}
+                logger.warning("The liveness file can't be renewed: %(error)s.", details, extra=details)
+            self._is_touched = False
+        else:
+            self._is_touched = True
 
 
 class Answer(BaseHTTPRequestHandler):

@@ -13,10 +13,9 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
-from typing import NoReturn
 
 from spark_outbox.processes import systemd
-from spark_outbox.processes.fork import SIGNALS, Pipes
+from spark_outbox.processes.fork import Pipes, signals_blocked
 from spark_outbox.processes.place import exit_code, send
 from spark_outbox.processes.slot import NEVER
 
@@ -24,6 +23,10 @@ logger = logging.getLogger(__name__)
 
 VARIABLE = "SPARK_OUTBOX_FORMER"
 """The environment variable by which the new program gets the former children and the pipes."""
+
+
+CHECK_PATIENCE = 60.0
+"""The most seconds that trying the new code may take."""
 
 
 class Former:
@@ -69,46 +72,71 @@ class Former:
 
 
 class Reload:
-    """A reload, from the signal to the new program."""
+    """A reload, from the signal to the new program. `check` is the command that tries the new code."""
 
     def __init__(self, check: Sequence[str] = ()) -> None:
         self._check = check
         self._wanted = False
+        self._kill_at = NEVER
         self.pid = 0  # of the process that tries the new code
 
     def ask(self) -> None:
         """Signal handlers may call it."""
         self._wanted = bool(self._check)
 
-    def step(self, pids: Sequence[int], pipes: Pipes, leave: Callable[[], None]) -> None:
+    def step(self, pids: Sequence[int], pipes: Pipes, prepare: Callable[[], bool]) -> None:
         """Begin a reload that was asked for, or end it: then this function does not return, and the
-        processes `pids` have a new parent program. Before that it calls `leave`."""
+        processes `pids` have a new parent program; unless `prepare` returns False, with SIGNALS blocked.
+        """
         if self.pid and (code := exit_code(self.pid)) is not None:
             self.pid = 0
             if code == 0:
-                leave()
-                _become_new(pids, pipes)
-            logger.error("The new code can't be loaded: the worker goes on with the old code.")
-            systemd.notify("READY=1")
+                with signals_blocked():
+                    if prepare():
+                        _become_new(pids, pipes)
+            else:
+                self._give_up(f"it ended with {code}")
+        elif self.pid and time.monotonic() >= self._kill_at:
+            self._kill_at = NEVER
+            send(self.pid, signal.SIGKILL)
         elif self._wanted and not self.pid:
             self._wanted = False
             logger.info("Loading new code.")
             systemd.reloading()
             try:
                 self.pid = os.posix_spawn(sys.executable, [*self._check], os.environ, setsigmask=())
+                self._kill_at = time.monotonic() + CHECK_PATIENCE
             except OSError as error:
-                logger.error("The new code can't be loaded: %s.", error.strerror)
-                systemd.notify("READY=1")
+                self._give_up(str(error.strerror))
+
+    def stop(self) -> None:
+        """There is to be no new program any more. Signal handlers may call it."""
+        self._wanted = False
+        if self.pid:
+            send(self.pid, signal.SIGKILL)
+
+    def _give_up(self, why: str) -> None:
+        details = {"why": why}
+        logger.error(
+            "The new code can't be loaded (%(why)s): the worker goes on with the old code.",
+            details,
+            extra=details,
+        )
+        systemd.notify("READY=1")
 
 
-def _become_new(pids: Sequence[int], pipes: Pipes) -> NoReturn:
+def _become_new(pids: Sequence[int], pipes: Pipes) -> None:
+    """Become the new program. It unblocks the signals as soon as it has handlers."""
     for descriptor in pipes.descriptors:
         os.set_inheritable(descriptor, True)
     os.environ[VARIABLE] = " ".join(map(str, [*pipes.descriptors, *pids]))
-    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # until the new program has its handlers
     sys.stdout.flush()
     sys.stderr.flush()
-    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])  # noqa: S606, there is no shell to want
+    try:
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])  # noqa: S606, no shell
+    except OSError as error:
+        logger.error("The new code can't be loaded: %s.", error.strerror)
+        del os.environ[VARIABLE]
 
 
 def inherit() -> tuple[Former, Pipes]:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 from spark_outbox.processes import systemd
 from spark_outbox.processes.fork import Pipes
-from spark_outbox.processes.place import Child
+from spark_outbox.processes.place import Child, Place
 from spark_outbox.processes.probes import Probes
 from spark_outbox.processes.slot import NEVER
 
@@ -23,6 +23,9 @@ LONG = 60.0
 
 SHOWN = 10.0
 """Seconds after which the status line names a call."""
+
+CALLBACKS = (0, -1)
+"""What is noted of a process that runs callbacks after a commit."""
 
 UNKILLABLE = 30.0
 """Seconds after which a process that was killed should be gone. It may hang in the kernel: then systemd
@@ -47,6 +50,7 @@ class Signs:
         self._since: dict[tuple[int, int, int], float] = {}  # by process, event and handler
         self._warn_after: dict[tuple[int, int, int], float] = {}
         self._ended = (0, 0)  # what processes have handled that are gone
+        self._missing = 0
         self._has_database = False
         self._text = ""
         self._said = ""
@@ -63,14 +67,16 @@ class Signs:
         """The process that answers probes; 0 if there is none."""
         return self._probes.pid
 
-    def look(self, children: Sequence[Child], pipes: Pipes, *, state: str = "") -> None:
+    def look(self, places: Sequence[Place], pipes: Pipes, *, state: str = "") -> None:
         """Tell everybody how the processes are; `state` is what the service itself does."""
         now = self._clock()
         if now < self._look_at:
             return
         self._look_at = now + min(INTERVAL, (self._watchdog or NEVER) / 3)
+        children = [place.child for place in places if place.child is not None]
         self._note_calls(children, now)
-        has_database = bool(children) and all(child.slot.has_database() for child in children)
+        self._missing = len(places) - len(children)
+        has_database = not self._missing and all(child.slot.has_database() for child in children)
         if now - self._said_at >= STATUS_INTERVAL or has_database != self._has_database:
             self._has_database = has_database
             self._text = ", ".join(filter(None, (state, self._summary(children, now))))
@@ -118,29 +124,39 @@ class Signs:
     def _note_calls(self, children: Iterable[Child], now: float) -> None:
         known, self._since = self._since, {}
         for child in children:
-            for event_id, number in child.slot.in_hand():
+            calls = [CALLBACKS] if child.slot.runs_callbacks() else child.slot.under_way()
+            for event_id, number in calls:
                 call = (child.pid, event_id, number)
                 since = self._since[call] = known.get(call, now)
                 if now - since >= self._warn_after.get(call, LONG):
                     self._warn_after[call] = 2 * (now - since)
                     details: dict[str, object] = {
-                        "handler": self._name_of(number),
-                        "event_id": event_id,
+                        "pid": child.pid,
+                        "call": self._call(event_id, number),
                         "seconds": int(now - since),
                     }
+                    if number >= 0:
+                        details |= {"handler": self._name_of(number), "event_id": event_id}
                     logger.warning(
-                        "Handler %(handler)s has had event %(event_id)s in hand for %(seconds)s s.",
+                        "The worker process %(pid)s has been at %(call)s for %(seconds)s s.",
                         details,
                         extra=details,
                     )
         self._warn_after = {call: at for call, at in self._warn_after.items() if call in self._since}
+
+    def _call(self, event_id: int, number: int) -> str:
+        if number < 0:
+            return "callbacks after a commit"
+        return f"{self._name_of(number)} on event {event_id}"
 
     def _summary(self, children: Sequence[Child], now: float) -> str:
         handled, failed = _sum([self._ended, *(child.slot.tallies() for child in children)])
         rate = (handled - self._counted) / (now - self._said_at)
         self._counted = handled
         parts = [f"{rate:.1f} events/s" if 0 < rate < 10 else f"{rate:.0f} events/s"]
-        if not self._has_database:
+        if self._missing:
+            parts.append(f"{len(children)} of {len(children) + self._missing} processes run")
+        elif not self._has_database:
             parts.append("waiting for the database")
         elif all(child.slot.back_by() < NEVER for child in children):
             parts.append("0 ready")
@@ -151,7 +167,7 @@ class Signs:
         if self._since:
             call, since = min(self._since.items(), key=lambda item: item[1])
             if now - since >= SHOWN:
-                parts.append(f"{self._name_of(call[2])} on event {call[1]} for {now - since:.0f} s")
+                parts.append(f"{self._call(*call[1:])} for {now - since:.0f} s")
         return ", ".join(parts)
 
 

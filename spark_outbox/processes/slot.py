@@ -11,7 +11,8 @@ NEVER = float("inf")
 
 _SIZE = 16 * mmap.PAGESIZE
 _ASKED, _DUE, _BACK, _READY, _UP, _SESSION, _IDLE, _WATCH, _HANDLED, _FAILED = range(-10, 0)
-_ROOM = (_SIZE // 8 - 11) // 2  # pairs of words, beside their count and the ten at the end
+_ROOM = (_SIZE // 8 - 12) // 4  # pairs in each of two lists, beside their counts and ten more words
+_UNDER_WAY = 2 * _ROOM + 1  # where the second list begins
 
 
 class Slot:
@@ -20,10 +21,11 @@ class Slot:
     def __init__(self, number: int) -> None:
         self.number = number
         memory = mmap.mmap(-1, _SIZE)
-        # The number of current calls, then their events and handlers. At _READY, whether the child has
-        # been ready; at _UP, whether it has the database. At _SESSION, the number of its session. At
-        # _IDLE, whether it has nothing to do; at _WATCH, whether it has the watch, which the supervisor
-        # writes. At _HANDLED and _FAILED, how many events it has settled, and how many of them failed.
+        # The number of current calls, then their events and handlers; at _UNDER_WAY the same of async
+        # calls that go on. At _READY, whether the child has been ready; at _UP, whether it has the
+        # database. At _SESSION, the number of its session. At _IDLE, whether it has nothing to do; at
+        # _WATCH, whether it has the watch, which the supervisor writes. At _HANDLED and _FAILED, how
+        # many events it has settled, and how many of them failed.
         self._words = memoryview(memory).cast("q")
         # The same memory. At _ASKED, when the child began to wait for the database. At _DUE, its
         # deadline. At _BACK, by when it is back if it rests.
@@ -44,6 +46,15 @@ class Slot:
         for number, pair in enumerate(called[:_ROOM]):
             words[2 * number + 1], words[2 * number + 2] = pair
         words[0] = len(called[:_ROOM])
+
+    def keep(self, *called: tuple[int, int]) -> None:
+        """Note the async calls that are under way, for people."""
+        words = self._words
+        words[_UNDER_WAY] = 0
+        for number, pair in enumerate(called[:_ROOM]):
+            place = _UNDER_WAY + 2 * number
+            words[place + 1], words[place + 2] = pair
+        words[_UNDER_WAY] = len(called[:_ROOM])
 
     def put_down(self) -> None:
         """Note that there is no current call, and start the answer timeout of the database."""
@@ -85,6 +96,16 @@ class Slot:
     def in_hand(self) -> list[tuple[int, int]]:
         words = self._words[1 : 2 * self._words[0] + 1].tolist()
         return list(zip(words[::2], words[1::2], strict=True))
+
+    def under_way(self) -> list[tuple[int, int]]:
+        """Return the current calls, and async ones that go on."""
+        words = self._words[_UNDER_WAY + 1 : _UNDER_WAY + 1 + 2 * self._words[_UNDER_WAY]].tolist()
+        return list(dict.fromkeys([*self.in_hand(), *zip(words[::2], words[1::2], strict=True)]))
+
+    def runs_callbacks(self) -> bool:
+        """Return whether the child runs callbacks after a commit, which take what they take."""
+        rests = self._times[_ASKED] == NEVER and not self._words[0]
+        return bool(rests and self._times[_BACK] == NEVER)
 
     def waits_since(self) -> float:
         """Return when the child began to wait for the database; infinity if it does not wait."""

@@ -30,20 +30,13 @@ from spark_outbox.errors import HandlerTimeout, WorkerDied
 from spark_outbox.processes.crash import book, booked
 from spark_outbox.processes.fork import READY, be_process, name_process, signals_blocked
 from spark_outbox.processes.keeper import Keeper
-from spark_outbox.processes.place import Child, InHand, Place, exit_code, reap_orphans, send
+from spark_outbox.processes.place import GRACE, Child, InHand, Place, exit_code, reap_orphans, send
 from spark_outbox.processes.reload import Reload, inherit
 from spark_outbox.processes.signs import Signs
 from spark_outbox.processes.slot import NEVER, Slot
 from spark_outbox.processes.watch import WORK, OwnWatch, SharedWatch, Watch
 
 logger = logging.getLogger(__name__)
-
-GRACE = 5.0
-"""Seconds beyond a handler's timeout after which its process is killed: the alarm comes first."""
-
-STUCK = 10.0
-"""Seconds beyond the end of its sleep after which a process is killed: also a busy machine gives it some
-time within these."""
 
 READY_PATIENCE = 30.0
 """Seconds after which the service counts as started although some process has no database yet: it waits
@@ -106,6 +99,7 @@ class Supervisor:
         """Let the children finish their current calls; kill those that take too long."""
         self._stopping = True
         self._deadline = time.monotonic() + self._shutdown_timeout
+        self._reload.stop()
         self._former.send(signal.SIGTERM)
         for child in self._children():
             child.send(signal.SIGTERM)
@@ -113,6 +107,7 @@ class Supervisor:
     def kill(self) -> None:
         """Kill the children at once. Events that they have not committed are handled again."""
         self._stopping = True
+        self._reload.stop()
         self._former.send(signal.SIGKILL)
         for child in self._children():
             child.kill()
@@ -135,7 +130,7 @@ class Supervisor:
                 for place in self._vacant():
                     if place.start_at <= now:
                         self._start(place)
-                self._signs.look(list(self._children()), self._pipes, state=self._state())
+                self._signs.look(self._places, self._pipes, state=self._state())
                 self._wait(now)
                 self._reap()
                 reap_orphans(self._pids())
@@ -153,7 +148,7 @@ class Supervisor:
     def _state(self) -> str:
         if self._stopping:
             return "stopping"
-        return "loading new code" if self._former else ""
+        return "loading new code" if self._former or self._reload.pid else ""
 
     def _wait(self, now: float) -> None:
         # A call that starts later has a later deadline: it can't be late before now + GRACE.
@@ -165,12 +160,15 @@ class Supervisor:
         now = time.monotonic()
         if now > until + GRACE:  # we were stopped, maybe with all of them: let them catch up
             self._judge_at = now + GRACE
-        is_ready = READY in received and all(place.has_been_ready() for place in self._places)
-        if is_ready or now > self._ready_by:
+        if (READY in received and self._is_ready()) or now > self._ready_by:
             self._ready_by = NEVER
             self._on_ready()
         if WORK in received:
             self._keeper.works()
+
+    def _is_ready(self) -> bool:
+        """Return whether all processes have been ready, and no reload is under way."""
+        return not self._state() and all(place.has_been_ready() for place in self._places)
 
     def _children(self) -> Iterator[Child]:
         return (place.child for place in self._places if place.child is not None)
@@ -194,12 +192,21 @@ class Supervisor:
         if self._stopping:
             return
         if self._former:
+            self._ready_by = time.monotonic() + READY_PATIENCE
             started = self._places[: self._former.room(len(self._places))]
             if all(place.has_been_ready() for place in started):
                 self._former.stop_one(self._shutdown_timeout)
         elif all(place.booking is None for place in self._places):
             pids = [child.pid for child in self._children()]
-            self._reload.step(pids, self._pipes, self._signs.stop)
+            self._reload.step(pids, self._pipes, self._leave)
+            if self._ready_by < NEVER and self._is_ready():
+                self._ready_by = NEVER
+                self._on_ready()
+
+    def _leave(self) -> bool:
+        """Prepare for another program; return False if there is to be none."""
+        self._signs.stop()
+        return not self._stopping
 
     # Children
 
@@ -249,8 +256,9 @@ class Supervisor:
             place.start_at = NEVER if self._finite else 0.0
             return
         late = child.was_late(code)
-        if code == os.EX_CONFIG or (self._finite and not in_hand and (late or code > 0)):
-            self._exit_code = self._exit_code or (code if code == os.EX_CONFIG else 1)
+        is_wrong = code == os.EX_CONFIG and not self._former and self._ready_by < NEVER
+        if is_wrong or (self._finite and not in_hand and (late or code > 0)):
+            self._exit_code = self._exit_code or (code if is_wrong else 1)
             self.stop()
             return
         place.restart_later(child.started)
@@ -271,17 +279,9 @@ class Supervisor:
         """
         now = time.monotonic()
         for child in self._children():
-            if child.killed or now < self._judge_at:
-                continue
-            if now >= (due := child.slot.due()) + GRACE:
-                self._signs.log_kill(child, "does not end in time")
-                child.kill(overdue=due)
-            elif now - child.slot.waits_since() > self._answer_timeout:
-                self._signs.log_kill(child, "has had no answer from the database in time")
-                child.kill()
-            elif now >= child.slot.back_by() + STUCK:
-                self._signs.log_kill(child, "does nothing, though it should")
-                child.kill()
+            if now >= self._judge_at and (fault := child.fault(now, self._answer_timeout)):
+                self._signs.log_kill(child, fault.what)
+                child.kill(overdue=fault.due)
         if now >= self._deadline:
             self._deadline = NEVER
             self._former.send(signal.SIGKILL)

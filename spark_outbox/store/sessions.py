@@ -59,24 +59,22 @@ where session <> %s and pg_try_advisory_xact_lock(7531003, session)
 """
 
 NOTE_CALL = """
-update spark_outbox_session set event_id = %(event_id)s, handler = %(handler)s, times = %(times)s
+update spark_outbox_session
+set event_id = %(event_id)s, handler = %(handler)s, times = %(times)s, called_at = null
 where session = any(%(sessions)s)
 """
 
 
-# Not the numbers of a call that is noted for another reason.
+# Not in the place of a call that is noted for another reason.
 SHOW_CALL = """
 update spark_outbox_session
-set event_id = %(event_id)s, handler = %(handler)s,
+set
+    event_id = %(event_id)s, handler = %(handler)s,
     called_at = statement_timestamp() - %(seconds)s * interval '1 second'
-where session = %(session)s
+where session = %(session)s and times <= 0
 """
 FORGET_SHOWN = """
-update spark_outbox_session
-set
-    called_at = null,
-    event_id = case when times > 0 then event_id end,
-    handler = case when times > 0 then handler else '' end
+update spark_outbox_session set event_id = null, handler = '', called_at = null
 where session = %s and called_at is not null
 """
 

@@ -132,11 +132,12 @@ class EventLoop:
         loop = self._loop()
         task = loop.create_task(self._go_on(coroutine))
         running = self._running.values()
-        self._guard.take_in_hand(*[(call.event.id, call.handler.number) for call in running])
+        self._guard.take_in_hand(*_called(running))
         try:
             return self._run_until_complete(loop, task)
         finally:
             self._stands_since = loop.time()
+            self._guard.keep(*_called(running))
             self._guard.put_down()
 
     async def _go_on(self, coroutine: Coroutine[Any, Any, T]) -> T:
@@ -168,6 +169,10 @@ class EventLoop:
                 self._guard.stop()
             watchdog.cancel()
         return task.result()
+
+
+def _called(calls: Iterable[Call]) -> list[tuple[int, int]]:
+    return [(call.event.id, call.handler.number) for call in calls]
 
 
 def poll(descriptors: list[int], seconds: float) -> set[int]:

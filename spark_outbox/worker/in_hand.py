@@ -8,8 +8,6 @@ import contextlib
 import threading
 import time
 
-from django.db import Error
-
 from spark_outbox.store import sessions
 from spark_outbox.worker.context import Context
 from spark_outbox.worker.presence import Presence
@@ -33,19 +31,22 @@ class InHand:
             self._thread.start()
 
     def _follow(self) -> None:
-        seen, since, is_shown = None, 0.0, False
+        guard, since, shown = self._context.guard, dict[tuple[int, int], float](), None
         while True:
             time.sleep(INTERVAL)
-            call = next(iter(self._context.guard.in_hand()), None)
-            with contextlib.suppress(Error):  # the main thread finds that, too
-                if is_shown and call != seen:
-                    self._presence.write(sessions.hide_call)
-                    is_shown = False
-                elif call is not None and call == seen and not is_shown:
-                    event_id, number = call
-                    name = self._context.registry.handlers[number].name
-                    seconds = time.monotonic() - since
-                    self._presence.write(sessions.show_call, event_id, name, seconds)
-                    is_shown = True
-            if call != seen:
-                seen, since = call, time.monotonic()
+            now = time.monotonic()
+            since = {call: since.get(call, now) for call in guard.under_way()}
+            oldest = min(since, key=since.__getitem__, default=None)
+            wanted = oldest if oldest and now - since[oldest] >= INTERVAL else None
+            if wanted != shown:
+                with contextlib.suppress(Exception):  # the next look tries again
+                    self._show(wanted, now - since[wanted] if wanted else 0.0)
+                    shown = wanted
+
+    def _show(self, call: tuple[int, int] | None, seconds: float) -> None:
+        if call is None:
+            self._presence.write(sessions.hide_call)
+            return
+        event_id, number = call
+        name = self._context.registry.handlers[number].name
+        self._presence.write(sessions.show_call, event_id, name, seconds)

@@ -74,10 +74,9 @@ class Presence:
             return self._private.run(statement, *arguments)
 
     def write(self, statement: Callable[..., None], *arguments: Any) -> None:
-        """Call a function of the store for our session, in whatever thread; or not, if there is no
-        connection: it is not made for that."""
-        if self._private.is_open and self.session:
-            self._private.run(statement, self.session, *arguments)
+        """Call a function of the store for our session, in whatever thread. Raises OperationalError if
+        there is no connection: none is made for that."""
+        self._private.use(statement, self.session, *arguments)
 
     def end(self) -> None:
         """Close the connection: others may take over whatever bears this session."""

@@ -8,7 +8,7 @@ belongs to no pool, and the server ends it only if the worker is gone: see the b
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from django.db import connections
+from django.db import OperationalError, connections
 from django.db.backends.base.base import BaseDatabaseWrapper
 
 from spark_outbox.worker import bounds
@@ -39,6 +39,12 @@ class PrivateConnection:
             self._connection = self._connect()
         self._connection.queries_log.clear()
         return statement(*arguments, **options, using=self._connection)
+
+    def use(self, statement: Callable[..., T], *arguments: Any) -> T:
+        """Do so if there is a connection; in any thread. Raises OperationalError if there is none."""
+        if (connection := self._connection) is None:
+            raise OperationalError("There is no private connection.")
+        return statement(*arguments, using=connection)
 
     def close(self) -> None:
         """Close the connection, if there is one. Its locks are free then."""

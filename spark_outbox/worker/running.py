@@ -82,10 +82,10 @@ class Running:
             return
         for call in ended:
             call.result = call.result or result_of(call, self._context) or done(call.seconds)
-        failed = sum(call.result.status == "failed" for call in ended if call.result is not None)
-        self._context.guard.tally(0, failed)
         left = settle.write_calls(ended, self._context.registry, using=self._context.using)
         self._calls = [call for call in self._calls if call not in ended or call in left]
+        failed = sum(call.result.status == "failed" for call in ended if call.result is not None)
+        self._context.guard.tally(0, failed)
         self._on_settled([str(key) for call in ended if (key := call.event.ordering_key) is not None])
 
     def finish(self) -> None:

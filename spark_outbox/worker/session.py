@@ -72,19 +72,15 @@ class Session:
         silence = self._longest_silence()
         self._version = bounds.set_up(using, direct=context.direct, idle_in_transaction=silence)
         self.first_statement = "" if context.is_direct else limiting.silence_limit(silence)
-        if not checking.has_outbox(using=using):
+        try:
+            check_outbox(context.groups, using=using)
+        except NotMigrated as error:
             if self._was_ready:
-                raise OperationalError("The outbox is gone. It may be coming back from a backup.")
-            raise NotMigrated(
-                f"Database {using!r} has no outbox. Run: manage.py migrate spark_outbox"
-                + ("" if using == "default" else f" --database {using}")
-            )
+                raise OperationalError(
+                    "The outbox is gone. It may be coming back from a backup."
+                ) from error
+            raise
         fix_schema(using=using)
-        if context.groups is not None:
-            try:
-                filtering.check_groups(context.groups, using=using)
-            except DataError as error:
-                raise SettingsError(f"--groups {context.groups!r}: {error}") from error
         self._check_direct()
         if context.is_direct:
             claiming.prepare(using=using)
@@ -179,6 +175,20 @@ class Session:
                 return None
             total += limit * PATIENCE if handler.kind is Kind.ASYNC else limit
         return total
+
+
+def check_outbox(groups: str | None, *, using: str) -> None:
+    """Raise NotMigrated if the database has no outbox, SettingsError if it can't read `groups`."""
+    if not checking.has_outbox(using=using):
+        raise NotMigrated(
+            f"Database {using!r} has no outbox. Run: manage.py migrate spark_outbox"
+            + ("" if using == "default" else f" --database {using}")
+        )
+    if groups is not None:
+        try:
+            filtering.check_groups(groups, using=using)
+        except DataError as error:
+            raise SettingsError(f"--groups {groups!r}: {error}") from error
 
 
 def check_handlers(context: Context) -> None:

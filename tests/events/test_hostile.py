@@ -14,7 +14,7 @@ from psycopg import errors
 from spark_outbox import emit, emit_many, handler
 from spark_outbox.errors import DuplicateKey
 from spark_outbox.models import Delivery, OutboxEvent
-from spark_outbox.processes.guard import Guard
+from spark_outbox.processes.guard import Guard, OwnNotes
 from spark_outbox.worker import invoke
 from spark_outbox.worker.loop import Worker
 from tests.challenges.models import Handled
@@ -311,27 +311,15 @@ def test_large_rows_fail_or_are_handled_and_the_memory_of_the_worker_comes_back(
     assert after < before + 50
 
 
-class Note:
+class Note(OwnNotes):
     """What is in hand when an alarm rings."""
 
     def __init__(self):
+        super().__init__()
         self.taken = []
 
     def take_in_hand(self, *called):
         self.taken.append(called)
-
-    def put_down(self):
-        pass
-
-    rest = put_down
-
-    def identify(self, session):
-        pass
-
-    end_by = identify
-
-    def in_hand(self):
-        return []
 
 
 @pytest.mark.usefixtures("unhurried")

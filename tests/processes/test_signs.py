@@ -2,6 +2,7 @@
 
 import http.client
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -10,11 +11,14 @@ import time
 from functools import partial
 from pathlib import Path
 
+import psycopg
 import pytest
 from django.db import connection
 
 from spark_outbox import emit
+from spark_outbox.processes.place import Child, Place
 from spark_outbox.processes.signs import LONG, Signs
+from spark_outbox.processes.slot import Slot
 from tests.tools import (
     WorkerProcess,
     eventually,
@@ -101,14 +105,16 @@ def test_each_process_is_named_for_what_it_does():
 
 @pytest.mark.parametrize("processes", ["1", "2"])
 def test_a_sleeping_process_that_is_stopped_is_replaced(processes):
-    with WorkerProcess("--poll-interval", "1", "--processes", processes) as worker:
+    options = ("--poll-interval", "1", "--answer-timeout", "8", "--processes", processes)
+    with WorkerProcess(*options) as worker:
         worker.wait_until_ready()
         wait_until_asleep()
         (stopped, *_) = worker.children()
-        os.kill(stopped, signal.SIGSTOP)
-        eventually(
-            lambda: f"The worker process {stopped} does nothing, though it should" in worker.output
-        )
+        os.kill(
+            stopped, signal.SIGSTOP
+        )  # in its sleep; or as it waits for an answer, which is killed, too
+        kills = re.compile(f"The worker process {stopped} .*, and is killed.")
+        eventually(lambda: kills.search(worker.output))
         emit("probe", "key")
         eventually(lambda: status() == "done")
         assert stopped not in worker.children()
@@ -129,45 +135,40 @@ def test_a_supervisor_that_was_stopped_itself_judges_nobody():
         assert "is killed" not in worker.output
 
 
-class Hand:
-    """A slot with one call in hand."""
-
-    pid = 1
-
-    def __init__(self):
-        self.slot = self
-        self.killed_at = float("inf")
-        self.calls = [(4711, 0)]
-
-    def in_hand(self):
-        return self.calls
-
-    def tallies(self):
-        return 0, 0
-
-    def back_by(self):
-        return float("inf")
-
-    def has_database(self):
-        return True
+def place_with(slot):
+    """Return a place whose child has this slot, and no process."""
+    place = Place(0, child=Child(slot, pid=1))
+    place.child.slot.be_ready()
+    return place
 
 
-def test_a_call_that_takes_long_is_logged_and_again_after_twice_the_time(caplog):
-    now = [0.0]
-    child = Hand()
+@pytest.mark.parametrize(
+    ("note", "called"),
+    [
+        (lambda slot: slot.take_in_hand((4711, 0)), "handler 0 on event 4711"),
+        (lambda slot: slot.keep((4711, 0)), "handler 0 on event 4711"),  # an async call beside others
+        (lambda slot: slot.rest(), "callbacks after a commit"),
+    ],
+)
+def test_what_takes_long_is_logged_and_again_after_twice_the_time(caplog, note, called):
+    now, slot = [0.0], Slot(0)
+    place = place_with(slot)
     signs = Signs(name_of=lambda number: f"handler {number}", clock=lambda: now[0])
+    note(slot)
     for _ in range(int(5 * LONG)):
-        signs.look([child], pipes=None)
+        signs.look([place], pipes=None)
         now[0] += 1
     assert [record.getMessage() for record in caplog.records] == [
-        f"Handler handler 0 has had event 4711 in hand for {seconds} s." for seconds in (60, 120, 240)
+        f"The worker process 1 has been at {called} for {seconds} s." for seconds in (60, 120, 240)
     ]
-    child.calls = []
-    signs.look([child], pipes=None)
-    child.calls = [(4711, 0)]
+    slot.put_down()
+    slot.keep()
+    signs.look([place], pipes=None)
+    note(slot)
     now[0] += 1
-    signs.look([child], pipes=None)
+    signs.look([place], pipes=None)
     assert len(caplog.records) == 3
+    place.child.close()
 
 
 def test_the_handler_in_hand_is_seen_by_all(flags):
@@ -295,7 +296,7 @@ def test_code_that_can_not_be_loaded_changes_nothing(fresh):
         handlers.write_text("import nothing_of_this_name")
         worker.signal(signal.SIGHUP)
         assert [worker.message() for _ in range(2)] == ["RELOADING=1", "READY=1"]
-        assert "The new code can't be loaded: the worker goes on with the old code." in worker.output
+        assert "The new code can't be loaded (it ended with 1): the worker goes on" in worker.output
         assert "nothing_of_this_name" in worker.output
         emit("fresh", "key")
         eventually(lambda: handled_by("key") == ("old",))
@@ -349,3 +350,54 @@ def test_each_line_to_the_journal_has_its_priority(verbosity, lines):
         [sys.executable, "-c", JOURNAL, verbosity], capture_output=True, text=True, check=True
     )
     assert said.stderr.splitlines() == lines
+
+
+# A reload that goes wrong
+
+
+def test_a_check_that_hangs_is_given_up(fresh):
+    handlers, environment = fresh
+    environment |= {"CHECK_PATIENCE": "1", "DJANGO_SETTINGS_MODULE": "tests.hurried"}
+    with WorkerProcess(**environment) as worker:
+        worker.wait_until_ready()
+        children = worker.children()
+        good = handlers.read_text()
+        handlers.write_text("import time\ntime.sleep(3600)")
+        worker.signal(signal.SIGHUP)
+        assert [worker.message() for _ in range(2)] == ["RELOADING=1", "READY=1"]
+        assert "can't be loaded (it ended with -9)" in worker.output
+        handlers.write_text(good)
+        worker.signal(signal.SIGHUP)
+        assert [worker.message() for _ in range(2)] == ["RELOADING=1", "READY=1"]
+        eventually(lambda: worker.children() not in ([], children))
+
+
+def test_new_code_without_its_tables_changes_nothing(fresh, own_server):
+    url, _, _ = own_server
+    with WorkerProcess(url=url, **fresh[1]) as worker:
+        worker.wait_until_ready()
+        children = worker.children()
+        with psycopg.connect(url, autocommit=True) as admin:
+            admin.execute("alter view spark_outbox_status rename to away")
+            worker.signal(signal.SIGHUP)
+            assert [worker.message() for _ in range(2)] == ["RELOADING=1", "READY=1"]
+            assert "has no outbox. Run: manage.py migrate" in worker.output
+            os.kill(children[0], signal.SIGSEGV)  # nor does the end of a process stop the service
+            eventually(lambda: "exit code 78" in worker.output)
+            admin.execute("alter view away rename to spark_outbox_status")
+        worker.wait_until_ready()
+
+
+def test_the_service_is_ready_after_a_reload_once_the_former_processes_are_gone(fresh):
+    with WorkerProcess("--max-events", "1", "--processes", "2", **fresh[1]) as worker:
+        worker.wait_until_ready()
+        former = worker.children()
+        worker.signal(signal.SIGHUP)
+        for number in range(20):  # processes end and are ready all the time
+            emit("fresh", f"during {number}")
+        messages = [worker.message()]
+        while messages[-1] != "RELOADING=1":
+            messages.append(worker.message())
+        worker.wait_until_ready()
+        assert not set(former) & set(worker.children())
+        wait_until_done(20)

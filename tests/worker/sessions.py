@@ -9,7 +9,7 @@ from spark_outbox.worker import takeover
 from spark_outbox.worker.private import NAME
 from tests.tools import connect, statuses
 
-LOCKS = f"select pid from pg_stat_activity where application_name = '{NAME}'"
+LOCKS = f"select pid from pg_stat_activity where starts_with(application_name, '{NAME} ')"
 
 
 def private_sessions() -> set[Any]:

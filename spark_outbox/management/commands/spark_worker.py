@@ -29,7 +29,7 @@ class Command(OutboxCommand):
         how_long = parser.add_mutually_exclusive_group()
         how_long.add_argument("--drain", action="store_true", help="exit 0 as soon as no event is ready")
         how_long.add_argument("--once", action="store_true", help="handle one batch and exit 0")
-        how_long.add_argument(
+        parser.add_argument(
             "--check", action="store_true", help="load settings and handlers, say which, and exit 0"
         )
         parser.add_argument(

@@ -24,9 +24,11 @@ select
     session.handlers,
     session.version,
     session.backend,
-    case when session.called_at is null then '' else session.handler end as handler,
-    event.key as event_key,
-    date_trunc('seconds', statement_timestamp() - session.called_at) as in_hand_for
+    case when session.called_at is null or presence.pid is null then '' else session.handler end as handler,
+    case when presence.pid is not null then event.key end as event_key,
+    case when presence.pid is not null then
+        date_trunc('seconds', statement_timestamp() - session.called_at)
+    end as in_hand_for
 from spark_outbox_session as session
 left join spark_outbox_event as event
     on event.id = session.event_id and session.called_at is not null
