@@ -37,7 +37,7 @@ class Project:
             "--database=default": f"--database={self.database}",
             "User=shop": f"User={self.user}",
             "u shop": f"u {self.user}",  # of sysusers.d
-            "shop shop": f"{self.user} {self.user}",  # a folder's owner and group, of tmpfiles.d
+            ":shop :shop": f":{self.user} :{self.user}",  # a folder's owner and group, of tmpfiles.d
             "shop_": self.name.replace("-", "_") + "_",
         }
         if self.database != DEFAULT_DB_ALIAS:

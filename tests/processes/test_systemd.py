@@ -47,6 +47,30 @@ def test_the_units_expose_little(unit):
     assert float(exposure) <= 1.5
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may give folders to others")
+def test_folders_that_are_there_keep_their_mode_and_owners(tmp_path):
+    systemd_tmpfiles = shutil.which("systemd-tmpfiles")
+    if systemd_tmpfiles is None:
+        pytest.skip("systemd-tmpfiles is not installed")
+    (tmp_path / "etc").mkdir()
+    (tmp_path / "etc" / "passwd").write_text("root:x:0:0::/:\nshop:x:4712:4712::/:\n")
+    (tmp_path / "etc" / "group").write_text("root:x:0:\nshop:x:4712:\n")
+    media = tmp_path / "srv" / "shop" / "media"
+    media.mkdir(parents=True)
+    for folder, mode in ((media.parent, 0o750), (media, 0o2770)):
+        os.chown(folder, 4711, 4711)
+        folder.chmod(mode)
+    create = [systemd_tmpfiles, "--create", f"--root={tmp_path}", FOLDER / "tmpfiles.conf"]
+    done = subprocess.run(create, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    found = {path: path.stat() for path in (media.parent, media)}
+    assert [(each.st_uid, each.st_gid) for each in found.values()] == [(4711, 4711)] * 2
+    assert [each.st_mode & 0o7777 for each in found.values()] == [0o750, 0o2770]
+    shutil.rmtree(media)
+    subprocess.run(create, check=True)
+    assert (media.stat().st_uid, media.stat().st_mode & 0o7777) == (4712, 0o755)
+
+
 def test_the_unit_says_what_the_worker_does():
     lines = UNIT.read_text().splitlines()
     for line in (
