@@ -105,6 +105,25 @@ def test_nothing_of_the_shop_is_left_in_another_project(kit):
     assert "--database=default" not in texts
 
 
+@pytest.mark.parametrize("kit", ["systemd", "timers"])
+def test_projects_on_one_host_share_no_unit_and_no_file_of_theirs(kit):
+    def places(project):
+        """Return the units, and the files below /etc that they and the steps name."""
+        texts = KITS[kit].texts(project)
+        units = [name for name in texts if name.endswith((".service", ".timer"))]
+        return {
+            *units,
+            *re.findall(
+                r"(?<!\w)/etc/[^\s:,]+", "\n".join([*texts.values(), project.fill(KITS[kit].steps)])
+            ),
+        }
+
+    shared = places(SHOP) & places(OTHER)
+    assert {path for path in shared if not path.endswith("/")} <= {
+        "/etc/systemd/journald.conf.d/spark-worker.conf"
+    }
+
+
 @pytest.mark.parametrize("project", [SHOP, OTHER])
 def test_the_dockerfile_passes_hadolint(project, tmp_path):
     (tmp_path / "Dockerfile").write_text(text("docker", "Dockerfile", project))
@@ -228,6 +247,31 @@ def test_it_writes_the_files_and_overwrites_none_unless_told_to(tmp_path):
 def test_a_name_that_kubernetes_would_refuse_is_refused(name):
     with pytest.raises(CommandError, match="is no name"):
         call_command("spark_deploy", "kubernetes", f"--name={name}")
+
+
+@pytest.mark.parametrize(
+    ("module", "folder", "name"),
+    [
+        ("club.settings", "/srv/www", "club"),
+        ("my_club.settings", "/srv/www", "my-club"),
+        ("config.settings.production", "/srv/Club_2", "club-2"),
+        ("settings", "/srv/club", "club"),
+    ],
+)
+def test_a_project_whose_settings_are_called_like_many_has_its_folders_name(
+    module, folder, name, monkeypatch, capsys
+):
+    monkeypatch.setenv("DJANGO_SETTINGS_MODULE", module)
+    call_command("spark_deploy", "kubernetes", folder=folder)
+    assert f"deployment/{name}-worker" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("folder", ["/app", "/", "/srv/42"])
+def test_a_project_without_a_name_is_asked_for_one(folder, monkeypatch):
+    monkeypatch.setenv("DJANGO_SETTINGS_MODULE", "config.settings")
+    with pytest.raises(CommandError, match="give --name"):
+        call_command("spark_deploy", "kubernetes", folder=folder)
+    call_command("spark_deploy", "kubernetes", folder=folder, name="club")
 
 
 def test_an_unknown_database_is_refused():

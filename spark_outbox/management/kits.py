@@ -53,16 +53,16 @@ class Kit(NamedTuple):
     steps: str
 
     def texts(self, project: Project) -> dict[str, str]:
-        """Return each file's text by its name."""
+        """Return each file's text by its name, both filled in."""
         paths = [FOLDER / file for file in self.files]
-        return {path.name: project.fill(path.read_text()) for path in paths}
+        return {project.fill(path.name): project.fill(path.read_text()) for path in paths}
 
 
 KITS = {
     "systemd": Kit(
         (
-            "systemd/spark-worker@.service",
-            "systemd/spark-worker.env",
+            "systemd/shop-worker@.service",
+            "systemd/worker.env",
             "systemd/sysusers.conf",
             "systemd/tmpfiles.conf",
             "systemd/journald.conf",
@@ -72,25 +72,25 @@ As root, on the machine that is to run it:
 
     cp sysusers.conf /etc/sysusers.d/shop.conf && systemd-sysusers
     cp tmpfiles.conf /etc/tmpfiles.d/shop.conf && systemd-tmpfiles --create
-    cp spark-worker@.service /etc/systemd/system/
-    install -m 0600 spark-worker.env /etc/spark-worker/shop.env
-    editor /etc/spark-worker/shop.env
+    cp shop-worker@.service /etc/systemd/system/
+    install -m 0600 worker.env /etc/shop/worker.env
+    editor /etc/shop/worker.env
     systemctl daemon-reload
-    systemctl enable --now spark-worker@shop
-    systemctl status spark-worker@shop
+    systemctl enable --now shop-worker@main
+    systemctl status shop-worker@main
 
-After each deployment of new code: systemctl reload spark-worker@shop
+After each deployment of new code: systemctl reload shop-worker@main
 journald.conf is an example of how long to keep the log.
 """,
     ),
     "timers": Kit(
-        ("systemd/spark-sources@.service", "systemd/spark-sources@.timer"),
+        ("systemd/shop-sources.service", "systemd/shop-sources.timer"),
         """\
 As root, where `spark_deploy systemd` has made user and folders:
 
-    cp spark-sources@.service spark-sources@.timer /etc/systemd/system/
+    cp shop-sources.service shop-sources.timer /etc/systemd/system/
     systemctl daemon-reload
-    systemctl enable --now spark-sources@shop.timer
+    systemctl enable --now shop-sources.timer
 """,
     ),
     "roles": Kit(

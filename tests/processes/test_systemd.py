@@ -16,7 +16,8 @@ from tests.tools import PATIENCE, WorkerProcess, eventually, status
 pytestmark = pytest.mark.django_db(transaction=True)
 
 FOLDER = postgres.ROOT / "deploy" / "systemd"
-UNIT = FOLDER / "spark-worker@.service"
+UNIT = FOLDER / "shop-worker@.service"
+UNITS = sorted(path.name for path in FOLDER.glob("shop-*"))
 NEWER = ("RestartSteps", "RestartMaxDelaySec")
 """Keys of systemd 254, which older ones say that they ignore."""
 
@@ -28,19 +29,19 @@ def analyze(*arguments):
     return subprocess.run([systemd_analyze, *arguments], capture_output=True, text=True, check=False)
 
 
-@pytest.mark.parametrize("unit", sorted(path.name for path in FOLDER.glob("*@.*")))
+@pytest.mark.parametrize("unit", UNITS)
 def test_the_units_are_valid(unit, tmp_path):
     text = (FOLDER / unit).read_text().replace("/srv/shop/venv/bin/python", sys.executable)
-    for path in FOLDER.glob("*@.*"):
-        shutil.copy(path, tmp_path)
+    for name in UNITS:
+        shutil.copy(FOLDER / name, tmp_path)
     (tmp_path / unit).write_text(text)
     verified = analyze("verify", "--man=no", tmp_path / unit)
-    complaints = [line for line in verified.stderr.splitlines() if "spark-" in line]
+    complaints = [line for line in verified.stderr.splitlines() if "shop-" in line]
     complaints = [line for line in complaints if not any(f"'{key}'" in line for key in NEWER)]
     assert (verified.returncode, complaints) == (0, []), verified.stderr
 
 
-@pytest.mark.parametrize("unit", ["spark-worker@.service", "spark-sources@.service"])
+@pytest.mark.parametrize("unit", ["shop-worker@.service", "shop-sources.service"])
 def test_the_units_expose_little(unit):
     rated = analyze("security", "--offline=yes", FOLDER / unit)
     (exposure,) = re.findall(r"Overall exposure level for \S+: ([\d.]+)", rated.stdout)
