@@ -24,8 +24,12 @@ class Project:
     user: str
     folder: str
     settings: str
+    wsgi: str
+    """As gunicorn wants it: `module`, or `module:name`."""
     database: str
     python: str
+    protect_home: str = "yes"
+    """As systemd has it: `yes`, or `read-only`."""
 
     def fill(self, text: str) -> str:
         """Put this project in the place of the shop."""
@@ -33,9 +37,10 @@ class Project:
             "/srv/shop/venv/bin/python": self.python,
             "/srv/shop": self.folder,
             "shop.settings": self.settings,
-            "shop.wsgi": self.settings.partition(".")[0] + ".wsgi",
+            "shop.wsgi": self.wsgi,
             "--database=default": f"--database={self.database}",
             "User=shop": f"User={self.user}",
+            "ProtectHome=yes": f"ProtectHome={self.protect_home}",
             "u shop": f"u {self.user}",  # of sysusers.d
             ":shop :shop": f":{self.user} :{self.user}",  # a folder's owner and group, of tmpfiles.d
             "shop_": self.name.replace("-", "_") + "_",

@@ -23,6 +23,7 @@ PROJECT = Project(
     user="shop",
     folder="/srv/shop",
     settings="shop.settings",
+    wsgi="shop.wsgi",
     database="default",
     python="/srv/shop/venv/bin/python",
 )

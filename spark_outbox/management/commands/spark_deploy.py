@@ -10,8 +10,13 @@ from typing import Any
 from django.core.management.base import CommandError, CommandParser
 from django.db import DEFAULT_DB_ALIAS
 
+from spark_outbox import conf
+from spark_outbox.management import host
 from spark_outbox.management.command import OutboxCommand
 from spark_outbox.management.kits import KITS, Project
+
+ON_HOST = ("systemd", "timers")
+"""The kits that name the project's folder, interpreter and user."""
 
 NAME = "[a-z]([a-z0-9-]{0,38}[a-z0-9])?"
 
@@ -52,6 +57,12 @@ class Command(OutboxCommand):
             help="the interpreter, for systemd (default: %(default)s)",
         )
         parser.add_argument(
+            "--protect-home",
+            choices=("yes", "read-only"),
+            default="yes",
+            help="whether the units of systemd see home folders (default: %(default)s, they don't)",
+        )
+        parser.add_argument(
             "--database",
             default=DEFAULT_DB_ALIAS,
             metavar="ALIAS",
@@ -67,9 +78,13 @@ class Command(OutboxCommand):
             user=options["user"] or name,
             folder=options["folder"],
             settings=settings,
+            wsgi=_wsgi(settings),
             database=options["database"],
             python=options["python"],
+            protect_home=options["protect_home"],
         )
+        if options["kit"] in ON_HOST and (problems := list(host.problems(project))):
+            raise CommandError("\n".join(problems))
         kit, output = KITS[options["kit"]], options["output"]
         texts = kit.texts(project)
         if output is None:
@@ -101,6 +116,13 @@ def _default_name(settings: str, folder: str) -> str:
         if name not in GENERAL and re.fullmatch(NAME, name):
             return name
     raise CommandError("Neither the settings nor the folder name the project: give --name.")
+
+
+def _wsgi(settings: str) -> str:
+    module, _, name = (conf.wsgi_application() or "").rpartition(".")
+    if not module:
+        return settings.partition(".")[0] + ".wsgi"
+    return module if name == "application" else f"{module}:{name}"
 
 
 def _name(text: str) -> str:
