@@ -188,6 +188,11 @@ def use_tz() -> bool:
     return bool(django_settings.USE_TZ)
 
 
+def wsgi_application() -> str | None:
+    """Return the dotted path that `startproject` writes into the settings; None if there is none."""
+    return getattr(django_settings, "WSGI_APPLICATION", None)
+
+
 def _seconds(name: str, value: object, *, most: float = 10**8) -> float:
     if isinstance(value, timedelta):
         value = value.total_seconds()

@@ -22,6 +22,7 @@ SHOP = Project(
     user="shop",
     folder="/srv/shop",
     settings="shop.settings",
+    wsgi="shop.wsgi",
     database="default",
     python="/srv/shop/venv/bin/python",
 )
@@ -30,6 +31,7 @@ OTHER = Project(
     user="anna",
     folder="/opt/workshop",
     settings="club.settings.production",
+    wsgi="club.web:app",
     database="other",
     python="/opt/workshop/.venv/bin/python",
 )
@@ -105,6 +107,25 @@ def test_nothing_of_the_shop_is_left_in_another_project(kit):
     assert "--database=default" not in texts
 
 
+@pytest.mark.parametrize("kit", ["systemd", "timers"])
+def test_projects_on_one_host_share_no_unit_and_no_file_of_theirs(kit):
+    def places(project):
+        """Return the units, and the files below /etc that they and the steps name."""
+        texts = KITS[kit].texts(project)
+        units = [name for name in texts if name.endswith((".service", ".timer"))]
+        return {
+            *units,
+            *re.findall(
+                r"(?<!\w)/etc/[^\s:,]+", "\n".join([*texts.values(), project.fill(KITS[kit].steps)])
+            ),
+        }
+
+    shared = places(SHOP) & places(OTHER)
+    assert {path for path in shared if not path.endswith("/")} <= {
+        "/etc/systemd/journald.conf.d/spark-worker.conf"
+    }
+
+
 @pytest.mark.parametrize("project", [SHOP, OTHER])
 def test_the_dockerfile_passes_hadolint(project, tmp_path):
     (tmp_path / "Dockerfile").write_text(text("docker", "Dockerfile", project))
@@ -142,7 +163,7 @@ def test_the_commands_are_those_of_the_project():
     assert {parsed(command).database for command in commands} == {"other"}
     parsed(pods(OTHER)["CronJob"]["containers"][0]["command"])
     parsed(shlex.split(re.search(r"do (.*?);", services(OTHER)["sweep"]["command"][-1])[1]))
-    assert services(OTHER)["web"]["command"][-1] == "club.wsgi"
+    assert services(OTHER)["web"]["command"][-1] == "club.web:app"
 
 
 def test_the_image_looks_at_the_file_that_its_worker_renews():
@@ -228,6 +249,105 @@ def test_it_writes_the_files_and_overwrites_none_unless_told_to(tmp_path):
 def test_a_name_that_kubernetes_would_refuse_is_refused(name):
     with pytest.raises(CommandError, match="is no name"):
         call_command("spark_deploy", "kubernetes", f"--name={name}")
+
+
+@pytest.mark.parametrize(
+    ("module", "folder", "name"),
+    [
+        ("club.settings", "/srv/www", "club"),
+        ("my_club.settings", "/srv/www", "my-club"),
+        ("config.settings.production", "/srv/Club_2", "club-2"),
+        ("settings", "/srv/club", "club"),
+    ],
+)
+def test_a_project_whose_settings_are_called_like_many_has_its_folders_name(
+    module, folder, name, monkeypatch, capsys
+):
+    monkeypatch.setenv("DJANGO_SETTINGS_MODULE", module)
+    call_command("spark_deploy", "kubernetes", folder=folder)
+    assert f"deployment/{name}-worker" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("folder", ["/app", "/", "/srv/42"])
+def test_a_project_without_a_name_is_asked_for_one(folder, monkeypatch):
+    monkeypatch.setenv("DJANGO_SETTINGS_MODULE", "config.settings")
+    with pytest.raises(CommandError, match="give --name"):
+        call_command("spark_deploy", "kubernetes", folder=folder)
+    call_command("spark_deploy", "kubernetes", folder=folder, name="club")
+
+
+@pytest.mark.parametrize(
+    ("given", "found"),
+    [
+        (None, "config.wsgi"),
+        ("config.web.wsgi.application", "config.web.wsgi"),
+        ("config.web.app", "config.web:app"),
+    ],
+)
+def test_the_web_processes_serve_the_application_of_the_settings(
+    given, found, monkeypatch, settings, capsys
+):
+    monkeypatch.setenv("DJANGO_SETTINGS_MODULE", "config.settings")
+    settings.WSGI_APPLICATION = given
+    call_command("spark_deploy", "compose", name="club")
+    services = yaml.safe_load(capsys.readouterr().out)["services"]
+    assert services["web"]["command"][-1] == found
+
+
+def deploy_on_host(kit="systemd", **options):
+    given = {"name": "club", "folder": "/srv/club", "python": "/srv/club/venv/bin/python", **options}
+    call_command("spark_deploy", kit, **given)
+
+
+@pytest.mark.parametrize("kit", ["systemd", "timers"])
+@pytest.mark.parametrize("option", ["folder", "python"])
+@pytest.mark.parametrize(
+    "path", ["/srv/my club", "/srv/100%", "/srv/'", '/srv/"', "/srv/\\", "club", "."]
+)
+def test_a_path_that_a_unit_would_misread_is_refused(kit, option, path):
+    with pytest.raises(CommandError, match=rf"--{option} .*absolute path, without spaces.* link"):
+        deploy_on_host(kit, **{option: path})
+
+
+@pytest.mark.parametrize("kit", ["systemd", "timers"])
+@pytest.mark.parametrize(
+    ("option", "way_out"), [("folder", "Move the project"), ("python", "Install Python elsewhere")]
+)
+def test_a_path_that_the_units_do_not_see_is_refused(kit, option, way_out, tmp_path, capsys):
+    (tmp_path / "link").symlink_to("/root/.local/share/python3")
+    for path in ("/home/anna/club", "/srv/../home/anna", "/run/user/1000/club", str(tmp_path / "link")):
+        with pytest.raises(CommandError, match=f"--{option} {path} is at /.*{way_out}"):
+            deploy_on_host(kit, **{option: path})
+        deploy_on_host(kit, **{option: path, "protect_home": "read-only"})
+        printed = capsys.readouterr().out
+        assert path in printed
+        assert "ProtectHome=read-only" in printed
+        assert "ProtectHome=yes" not in printed
+    deploy_on_host(kit, **{option: "/srv/home/club"})
+
+
+def test_containers_do_not_mind_where_the_project_is():
+    call_command("spark_deploy", "docker", folder="/home/anna/my club", user="no user")
+
+
+@pytest.mark.parametrize("user", ["c" * 32, "Anna", "anna b", "4711", "-club"])
+def test_a_name_that_no_system_user_can_have_is_refused(user):
+    with pytest.raises(CommandError, match="can't be a system user"):
+        deploy_on_host(user=user)
+    deploy_on_host(user="c" * 31)
+
+
+def test_a_long_name_needs_another_user_on_a_host_alone():
+    with pytest.raises(CommandError, match="Give another --user"):
+        deploy_on_host(name="c" * 32)
+    deploy_on_host(name="c" * 32, user="club")
+    call_command("spark_deploy", "kubernetes", name="c" * 32)
+
+
+def test_the_user_of_the_image_is_the_same_for_each_project():
+    (line,) = re.findall("^RUN useradd .*", text("docker", "Dockerfile", OTHER), re.MULTILINE)
+    assert "--uid 10001 " in line
+    assert line.endswith(" worker")
 
 
 def test_an_unknown_database_is_refused():

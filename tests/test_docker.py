@@ -32,6 +32,7 @@ PROJECT = Project(
     user="",
     folder="",
     settings="shop.settings",
+    wsgi="shop.wsgi",
     database="default",
     python="",
 )

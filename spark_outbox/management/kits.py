@@ -24,8 +24,12 @@ class Project:
     user: str
     folder: str
     settings: str
+    wsgi: str
+    """As gunicorn wants it: `module`, or `module:name`."""
     database: str
     python: str
+    protect_home: str = "yes"
+    """As systemd has it: `yes`, or `read-only`."""
 
     def fill(self, text: str) -> str:
         """Put this project in the place of the shop."""
@@ -33,11 +37,12 @@ class Project:
             "/srv/shop/venv/bin/python": self.python,
             "/srv/shop": self.folder,
             "shop.settings": self.settings,
-            "shop.wsgi": self.settings.partition(".")[0] + ".wsgi",
+            "shop.wsgi": self.wsgi,
             "--database=default": f"--database={self.database}",
             "User=shop": f"User={self.user}",
+            "ProtectHome=yes": f"ProtectHome={self.protect_home}",
             "u shop": f"u {self.user}",  # of sysusers.d
-            "shop shop": f"{self.user} {self.user}",  # a folder's owner and group, of tmpfiles.d
+            ":shop :shop": f":{self.user} :{self.user}",  # a folder's owner and group, of tmpfiles.d
             "shop_": self.name.replace("-", "_") + "_",
         }
         if self.database != DEFAULT_DB_ALIAS:
@@ -53,16 +58,16 @@ class Kit(NamedTuple):
     steps: str
 
     def texts(self, project: Project) -> dict[str, str]:
-        """Return each file's text by its name."""
+        """Return each file's text by its name, both filled in."""
         paths = [FOLDER / file for file in self.files]
-        return {path.name: project.fill(path.read_text()) for path in paths}
+        return {project.fill(path.name): project.fill(path.read_text()) for path in paths}
 
 
 KITS = {
     "systemd": Kit(
         (
-            "systemd/spark-worker@.service",
-            "systemd/spark-worker.env",
+            "systemd/shop-worker@.service",
+            "systemd/worker.env",
             "systemd/sysusers.conf",
             "systemd/tmpfiles.conf",
             "systemd/journald.conf",
@@ -72,25 +77,25 @@ As root, on the machine that is to run it:
 
     cp sysusers.conf /etc/sysusers.d/shop.conf && systemd-sysusers
     cp tmpfiles.conf /etc/tmpfiles.d/shop.conf && systemd-tmpfiles --create
-    cp spark-worker@.service /etc/systemd/system/
-    install -m 0600 spark-worker.env /etc/spark-worker/shop.env
-    editor /etc/spark-worker/shop.env
+    cp shop-worker@.service /etc/systemd/system/
+    install -m 0600 worker.env /etc/shop/worker.env
+    editor /etc/shop/worker.env
     systemctl daemon-reload
-    systemctl enable --now spark-worker@shop
-    systemctl status spark-worker@shop
+    systemctl enable --now shop-worker@main
+    systemctl status shop-worker@main
 
-After each deployment of new code: systemctl reload spark-worker@shop
+After each deployment of new code: systemctl reload shop-worker@main
 journald.conf is an example of how long to keep the log.
 """,
     ),
     "timers": Kit(
-        ("systemd/spark-sources@.service", "systemd/spark-sources@.timer"),
+        ("systemd/shop-sources.service", "systemd/shop-sources.timer"),
         """\
 As root, where `spark_deploy systemd` has made user and folders:
 
-    cp spark-sources@.service spark-sources@.timer /etc/systemd/system/
+    cp shop-sources.service shop-sources.timer /etc/systemd/system/
     systemctl daemon-reload
-    systemctl enable --now spark-sources@shop.timer
+    systemctl enable --now shop-sources.timer
 """,
     ),
     "roles": Kit(

@@ -23,6 +23,7 @@ PROJECT = Project(
     user="shop",
     folder="/srv/shop",
     settings="shop.settings",
+    wsgi="shop.wsgi",
     database="default",
     python="/srv/shop/venv/bin/python",
 )
@@ -106,7 +107,7 @@ class Machine:
     def status(self, key):
         return self.sql(f"select status from spark_outbox_event where key = '{key}'")
 
-    def show(self, what, unit="spark-worker@shop"):
+    def show(self, what, unit="shop-worker@main"):
         return self.run(f"systemctl show --value --property {what} {unit}")
 
     def await_status(self, part):
@@ -123,7 +124,7 @@ class Machine:
 
     def option(self, line):
         """Set something of the worker's unit."""
-        folder = "/etc/systemd/system/spark-worker@.service.d"
+        folder = "/etc/systemd/system/shop-worker@.service.d"
         self.run(f"mkdir -p {folder}")
         self.write(f"{folder}/test.conf", f"[Service]\n{line}\n")
         self.run("systemctl daemon-reload")
@@ -178,38 +179,38 @@ def machine(engine, tmp_path_factory):  # noqa: F811
             machine.run(step)
         yield machine
     finally:
-        print(machine.run("journalctl --no-pager -n 300 -u 'spark-*'", check=False))
+        print(machine.run("journalctl --no-pager -n 300 -u 'shop-*'", check=False))
         container.remove(force=True)
         engine.images.remove(TAG, force=True)
 
 
 def test_set_up_as_the_readme_says_it_runs_and_says_how_it_goes(machine):
-    units = "spark-worker@shop spark-sources@shop.timer"
+    units = "shop-worker@main shop-sources.timer"
     assert machine.run(f"systemctl is-active {units}") == "active\nactive"
     machine.await_status("events/s, 0 ready, 0 failed")
     for group in ("plain", "detached"):
         machine.emit(group, group)
         eventually(partial(machine.is_done, group))
-    machine.run("systemctl start spark-sources@shop")
-    assert machine.show("Result", "spark-sources@shop") == "success"
+    machine.run("systemctl start shop-sources")
+    assert machine.show("Result", "shop-sources") == "success"
     rights = machine.run(f"grep CapEff /proc/{machine.show('MainPID')}/status")
     assert rights.split() == ["CapEff:", "0000000000000000"]
 
 
 def test_a_second_worker_of_the_project_is_another_instance(machine):
-    machine.write("/etc/spark-worker/shop-export.env", "SPARK_WORKER_OPTIONS=--processes=2\n")
-    machine.run("systemctl start spark-worker@shop-export")
-    main = machine.show("MainPID", "spark-worker@shop-export")
+    machine.write("/etc/shop/worker-export.env", "SPARK_WORKER_OPTIONS=--processes=2\n")
+    machine.run("systemctl start shop-worker@export")
+    main = machine.show("MainPID", "shop-worker@export")
     assert "--processes=2" in machine.run(f"cat /proc/{main}/cmdline").split("\0")
-    machine.run("systemctl stop spark-worker@shop-export")
-    assert machine.show("Result", "spark-worker@shop-export") == "success"
+    machine.run("systemctl stop shop-worker@export")
+    assert machine.show("Result", "shop-worker@export") == "success"
 
 
 def test_the_journal_has_priorities_and_fields(machine):
     machine.emit("failing", "failing")
     eventually(lambda: machine.status("failing") == "failed")
     machine.run("journalctl --sync")
-    errors = machine.run("journalctl -o json --no-pager -u spark-worker@shop -p err").splitlines()
+    errors = machine.run("journalctl -o json --no-pager -u shop-worker@main -p err").splitlines()
     (line,) = map(json.loads, errors)
     assert "failed for good" in line["MESSAGE"]
     assert line["SYSLOG_IDENTIFIER"] == "spark-worker"
@@ -219,8 +220,8 @@ def test_the_journal_has_priorities_and_fields(machine):
 
 def test_a_process_and_a_supervisor_that_are_stopped_are_replaced(machine):
     machine.option("WatchdogSec=5")
-    machine.write("/etc/spark-worker/shop.env", "SPARK_WORKER_OPTIONS=--poll-interval=1\n", append=True)
-    machine.run("systemctl restart spark-worker@shop")
+    machine.write("/etc/shop/worker.env", "SPARK_WORKER_OPTIONS=--poll-interval=1\n", append=True)
+    machine.run("systemctl restart shop-worker@main")
     machine.await_status("0 ready")
     main, (child,) = machine.show("MainPID"), machine.children()
     machine.run(f"kill -STOP {child}")
@@ -238,39 +239,39 @@ def test_a_reload_loads_new_code_and_keeps_the_service(machine):
     main, (child,) = machine.show("MainPID"), machine.children()
     new = '\n\n@handler("^new$")\ndef new(event):\n    pass\n'
     machine.write("/srv/shop/shop/handlers.py", new, append=True)
-    machine.run("systemctl reload spark-worker@shop")
+    machine.run("systemctl reload shop-worker@main")
     eventually(lambda: machine.children() not in ([], [child]) and child not in machine.children())
     machine.emit("new", "new")
     eventually(partial(machine.is_done, "new"))
     assert machine.show("MainPID") == main
-    assert machine.run("systemctl is-active spark-worker@shop") == "active"
+    assert machine.run("systemctl is-active shop-worker@main") == "active"
 
 
 def test_a_stop_takes_the_time_that_the_worker_asks_for(machine):
     machine.option("TimeoutStopSec=2")
-    machine.run("systemctl restart spark-worker@shop")
+    machine.run("systemctl restart shop-worker@main")
     machine.await_status("0 ready")
     machine.emit("slow", "slow", seconds=6)
     machine.await_status("1 of 1 processes at work")
-    machine.run("systemctl stop spark-worker@shop")
+    machine.run("systemctl stop shop-worker@main")
     assert machine.status("slow") == "done"
     assert machine.show("Result") == "success"
 
 
 def test_a_worker_that_is_up_before_its_database_says_so(machine):
-    machine.run("systemctl stop spark-worker@shop postgresql@15-main")
-    machine.run("systemctl start --no-block spark-worker@shop")
+    machine.run("systemctl stop shop-worker@main postgresql@15-main")
+    machine.run("systemctl start --no-block shop-worker@main")
     machine.await_status("waiting for the database")
     machine.run("systemctl start postgresql@15-main")
     machine.await_status("0 ready")
-    assert machine.run("systemctl is-active spark-worker@shop") == "active"
+    assert machine.run("systemctl is-active shop-worker@main") == "active"
 
 
 def test_what_no_restart_mends_is_not_restarted(machine):
-    machine.run("systemctl stop spark-worker@shop")
+    machine.run("systemctl stop shop-worker@main")
     machine.manage("migrate spark_outbox zero")
     try:
-        machine.run("systemctl start spark-worker@shop", check=False)
+        machine.run("systemctl start shop-worker@main", check=False)
         eventually(lambda: machine.show("ActiveState") == "failed")
         assert (machine.show("ExecMainStatus"), machine.show("NRestarts")) == ("78", "0")
     finally:

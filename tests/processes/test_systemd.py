@@ -16,7 +16,8 @@ from tests.tools import PATIENCE, WorkerProcess, eventually, status
 pytestmark = pytest.mark.django_db(transaction=True)
 
 FOLDER = postgres.ROOT / "deploy" / "systemd"
-UNIT = FOLDER / "spark-worker@.service"
+UNIT = FOLDER / "shop-worker@.service"
+UNITS = sorted(path.name for path in FOLDER.glob("shop-*"))
 NEWER = ("RestartSteps", "RestartMaxDelaySec")
 """Keys of systemd 254, which older ones say that they ignore."""
 
@@ -28,23 +29,47 @@ def analyze(*arguments):
     return subprocess.run([systemd_analyze, *arguments], capture_output=True, text=True, check=False)
 
 
-@pytest.mark.parametrize("unit", sorted(path.name for path in FOLDER.glob("*@.*")))
+@pytest.mark.parametrize("unit", UNITS)
 def test_the_units_are_valid(unit, tmp_path):
     text = (FOLDER / unit).read_text().replace("/srv/shop/venv/bin/python", sys.executable)
-    for path in FOLDER.glob("*@.*"):
-        shutil.copy(path, tmp_path)
+    for name in UNITS:
+        shutil.copy(FOLDER / name, tmp_path)
     (tmp_path / unit).write_text(text)
     verified = analyze("verify", "--man=no", tmp_path / unit)
-    complaints = [line for line in verified.stderr.splitlines() if "spark-" in line]
+    complaints = [line for line in verified.stderr.splitlines() if "shop-" in line]
     complaints = [line for line in complaints if not any(f"'{key}'" in line for key in NEWER)]
     assert (verified.returncode, complaints) == (0, []), verified.stderr
 
 
-@pytest.mark.parametrize("unit", ["spark-worker@.service", "spark-sources@.service"])
+@pytest.mark.parametrize("unit", ["shop-worker@.service", "shop-sources.service"])
 def test_the_units_expose_little(unit):
     rated = analyze("security", "--offline=yes", FOLDER / unit)
     (exposure,) = re.findall(r"Overall exposure level for \S+: ([\d.]+)", rated.stdout)
     assert float(exposure) <= 1.5
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may give folders to others")
+def test_folders_that_are_there_keep_their_mode_and_owners(tmp_path):
+    systemd_tmpfiles = shutil.which("systemd-tmpfiles")
+    if systemd_tmpfiles is None:
+        pytest.skip("systemd-tmpfiles is not installed")
+    (tmp_path / "etc").mkdir()
+    (tmp_path / "etc" / "passwd").write_text("root:x:0:0::/:\nshop:x:4712:4712::/:\n")
+    (tmp_path / "etc" / "group").write_text("root:x:0:\nshop:x:4712:\n")
+    media = tmp_path / "srv" / "shop" / "media"
+    media.mkdir(parents=True)
+    for folder, mode in ((media.parent, 0o750), (media, 0o2770)):
+        os.chown(folder, 4711, 4711)
+        folder.chmod(mode)
+    create = [systemd_tmpfiles, "--create", f"--root={tmp_path}", FOLDER / "tmpfiles.conf"]
+    done = subprocess.run(create, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    found = {path: path.stat() for path in (media.parent, media)}
+    assert [(each.st_uid, each.st_gid) for each in found.values()] == [(4711, 4711)] * 2
+    assert [each.st_mode & 0o7777 for each in found.values()] == [0o750, 0o2770]
+    shutil.rmtree(media)
+    subprocess.run(create, check=True)
+    assert (media.stat().st_uid, media.stat().st_mode & 0o7777) == (4712, 0o755)
 
 
 def test_the_unit_says_what_the_worker_does():

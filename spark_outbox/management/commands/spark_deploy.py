@@ -10,8 +10,18 @@ from typing import Any
 from django.core.management.base import CommandError, CommandParser
 from django.db import DEFAULT_DB_ALIAS
 
+from spark_outbox import conf
+from spark_outbox.management import host
 from spark_outbox.management.command import OutboxCommand
 from spark_outbox.management.kits import KITS, Project
+
+ON_HOST = ("systemd", "timers")
+"""The kits that name the project's folder, interpreter and user."""
+
+NAME = "[a-z]([a-z0-9-]{0,38}[a-z0-9])?"
+
+GENERAL = {"app", "backend", "conf", "config", "core", "django", "project", "settings", "src"}
+"""Names of settings' packages that many projects have: they tell no project from another."""
 
 
 class Command(OutboxCommand):
@@ -27,12 +37,11 @@ class Command(OutboxCommand):
             "--output", type=Path, metavar="DIR", help="write the files into this folder"
         )
         parser.add_argument("--force", action="store_true", help="overwrite files that are there")
-        settings = os.environ.get("DJANGO_SETTINGS_MODULE", "")
         parser.add_argument(
             "--name",
             type=_name,
-            default=settings.partition(".")[0].lower().replace("_", "-"),
-            help="the project's name, in lower-case letters, digits and hyphens (default: %(default)s)",
+            help="the project's name, in lower-case letters, digits and hyphens (default: the settings' "
+            "top package; if that is a general word, such as config, the folder's name)",
         )
         parser.add_argument("--user", help="who runs it, for systemd (default: the name)")
         parser.add_argument(
@@ -48,6 +57,12 @@ class Command(OutboxCommand):
             help="the interpreter, for systemd (default: %(default)s)",
         )
         parser.add_argument(
+            "--protect-home",
+            choices=("yes", "read-only"),
+            default="yes",
+            help="whether the units of systemd see home folders (default: %(default)s, they don't)",
+        )
+        parser.add_argument(
             "--database",
             default=DEFAULT_DB_ALIAS,
             metavar="ALIAS",
@@ -56,14 +71,20 @@ class Command(OutboxCommand):
 
     def handle(self, **options: Any) -> None:
         self.check_database(options["database"])
+        settings = os.environ["DJANGO_SETTINGS_MODULE"]
+        name = options["name"] or _default_name(settings, options["folder"])
         project = Project(
-            name=options["name"],
-            user=options["user"] or options["name"],
+            name=name,
+            user=options["user"] or name,
             folder=options["folder"],
-            settings=os.environ["DJANGO_SETTINGS_MODULE"],
+            settings=settings,
+            wsgi=_wsgi(settings),
             database=options["database"],
             python=options["python"],
+            protect_home=options["protect_home"],
         )
+        if options["kit"] in ON_HOST and (problems := list(host.problems(project))):
+            raise CommandError("\n".join(problems))
         kit, output = KITS[options["kit"]], options["output"]
         texts = kit.texts(project)
         if output is None:
@@ -88,7 +109,23 @@ class Command(OutboxCommand):
             self.stderr.write(f"{folder / name} is written.", style_func=str)
 
 
+def _default_name(settings: str, folder: str) -> str:
+    """Return a name that no other project on this host is likely to have."""
+    for word in (settings.partition(".")[0], Path(folder).name):
+        name = re.sub("[^a-z0-9]+", "-", word.lower()).strip("-")
+        if name not in GENERAL and re.fullmatch(NAME, name):
+            return name
+    raise CommandError("Neither the settings nor the folder name the project: give --name.")
+
+
+def _wsgi(settings: str) -> str:
+    module, _, name = (conf.wsgi_application() or "").rpartition(".")
+    if not module:
+        return settings.partition(".")[0] + ".wsgi"
+    return module if name == "application" else f"{module}:{name}"
+
+
 def _name(text: str) -> str:
-    if not re.fullmatch("[a-z]([a-z0-9-]{0,38}[a-z0-9])?", text):
+    if not re.fullmatch(NAME, text):
         raise argparse.ArgumentTypeError(f"{text!r} is no name: use a-z, 0-9 and hyphens, up to 40")
     return text
