@@ -16,7 +16,7 @@ from spark_outbox.worker.refusals import Refused, refusals
 logger = logging.getLogger(__name__)
 
 READ_INTERVAL = 0.8
-"""Seconds for which a worker relies on what it has read: all shall heed a pause within one."""
+"""Seconds for which a worker relies on what it has read. A batch that has begun does not read again."""
 
 PUT_BACK_INTERVAL = 60.0
 """Seconds between two looks for what others have left."""

@@ -1,9 +1,9 @@
 -- Pause a handler or a group by hand, and resume it.
 --
--- A worker heeds a pause from its first batch on that begins 0.8 s later. An event that meets one gets a
--- delivery that is due in the year 9999, with the mark of that pause as the first line of its error, before
--- its former error: so it stands in front of nobody, and is found again in the index of failures.
--- spark_outbox/worker/pauses.py has the workers' half.
+-- A worker heeds a pause at the latest from its first batch that begins 0.8 s later. An event that meets
+-- one gets a delivery that is due in the year 9999, with the mark of that pause as the first line of its
+-- error, before its former error: so it stands in front of nobody, and is found again in the index of
+-- failures. spark_outbox/worker/pauses.py has the workers' half.
 
 -- The error of deliveries that wait for a pause. Its id is in letters, as a fingerprint has no digits, and
 -- in others than a to f, as these may be hexadecimal.

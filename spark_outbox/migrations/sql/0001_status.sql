@@ -161,7 +161,8 @@ failing (handler) as (
 ),
 -- From one mark to the next: also of pauses that have ended, whose events are still to be put back.
 marked (handler, mark) as (
-    select handler, 'spark_outbox: not called, it is paused (' from (select * from failing limit 1000) as named
+    select handler, 'spark_outbox: not called, it is paused ('
+    from (select * from failing limit 1000) as named
     union all
     select marked.handler, following.mark from marked cross join lateral (
         select spark_outbox_fingerprint(delivery.error) as mark from spark_outbox_delivery as delivery
