@@ -9,7 +9,8 @@ from spark_outbox.store.viewing import Row
 
 
 def pause(kind: str, name: str, why: str, *, using: str) -> Changed:
-    """Have workers call this handler, or any of this group's, no more, from within a second on."""
+    """Have workers call this handler, or any of this group's, no more: at the latest from their first
+    batch that begins 0.8 s later."""
     return pausing.pause(kind, name, why, using=using)
 
 

@@ -33,6 +33,19 @@ class Stored(NamedTuple):
         return self.due_for is not None
 
 
+_NOT_CALLED = """
+excluded.status = 'pending' and starts_with(excluded.error, 'spark_outbox: not called, ')
+"""
+
+_FORMER_ERROR = """
+case
+    when not starts_with(delivery.error, 'spark_outbox: not called, ') then delivery.error
+    when delivery.error like E'%%\\n%%'
+        then substr(delivery.error, strpos(delivery.error, E'\\n') + 1)
+    else ''
+end
+"""
+
 COUNT_PENDING = "select count(*) from spark_outbox_event where id = any(%s) and status = 'pending'"
 
 _ONE_MORE = "least(greatest(attempts, 0), 2147483646) + 1"  # of an integer, whatever SQL has put there
@@ -77,8 +90,10 @@ where event.id = fate.event_id and event.status = 'pending'
 returning event.status
 """
 
-# What is put aside again and again keeps the time of the first: since then it could have been handled.
-RECORD_RESULTS = """
+# What is not called, for a pause or an open circuit, keeps its traceback, and its former error below the
+# line that says why. If that happens again and again, it keeps the time of the first: since then it
+# could have been handled.
+RECORD_RESULTS = f"""
 insert into spark_outbox_delivery as delivery
     (event_id, handler, status, error, traceback, duration, available_at, worker, session, attempts,
     attempted_at)
@@ -92,8 +107,11 @@ from unnest(
 ) as result (event_id, handler, status, error, traceback, duration, delay, at, counts)
 on conflict (event_id, handler) do update set
     status = excluded.status,
-    error = excluded.error,
-    traceback = excluded.traceback,
+    error = case
+        when {_NOT_CALLED} then concat_ws(E'\\n', excluded.error, nullif({_FORMER_ERROR}, ''))
+        else excluded.error
+    end,
+    traceback = case when {_NOT_CALLED} then delivery.traceback else excluded.traceback end,
     duration = excluded.duration,
     available_at = excluded.available_at,
     worker = excluded.worker,
@@ -103,8 +121,8 @@ on conflict (event_id, handler) do update set
     end,
     attempts = least(greatest(delivery.attempts, 0), 2147483646) + excluded.attempts,
     attempted_at = case
-        when excluded.status = 'pending' and excluded.attempts = 0
-            and starts_with(delivery.error, 'spark_outbox: not called, ') then delivery.attempted_at
+        when {_NOT_CALLED} and starts_with(delivery.error, 'spark_outbox: not called, ')
+            then delivery.attempted_at
         else excluded.attempted_at
     end
 where delivery.status = 'pending'
@@ -125,7 +143,13 @@ select
             statement_timestamp() - greatest(available_at, statement_timestamp() - interval '1 day')
         )::float
     end,
-    status = 'pending' and error like 'spark\\_outbox.errors.WorkerDied:%%'
+    status = 'pending' and starts_with(
+        case
+            when starts_with(error, 'spark_outbox: not called, ') then split_part(error, E'\\n', 2)
+            else error
+        end,
+        'spark_outbox.errors.WorkerDied:'
+    )
 from spark_outbox_delivery
 where event_id = any(%s)
 """

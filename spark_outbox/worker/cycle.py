@@ -47,16 +47,22 @@ class Cycle:
         """How many events it has settled so far."""
 
     def run(self, *, sweep: bool, inline: bool) -> int:
-        """Claim, dispatch and settle; return how many events that settled. Heed the pauses, and put back
-        what has waited for one that has ended.
+        """Claim, dispatch and settle; return how many events that settled. Heed the pauses; unless
+        `inline`, put back what has waited for one that has ended.
 
         With `sweep`, claim wherever they are in the outbox. With `inline`, call one handler after the
         other, also async ones. If PostgreSQL refuses to settle the events, they are handled again, one
         by one; an event that it refuses alone fails. Raises the error of an outage.
         """
         handled = self._handle(sweep=sweep, inline=inline)
-        self._pauses.put_back_if_due(using=self._using)
+        if not inline:
+            self._pauses.put_back_if_due(using=self._using)
         return handled
+
+    def put_back(self) -> None:
+        """Put back a chunk of what has waited for a pause that has ended, if it is time."""
+        self._pauses.look(using=self._using)
+        self._pauses.put_back_if_due(using=self._using)
 
     def _handle(self, *, sweep: bool, inline: bool) -> int:
         paused = self._pauses.look(using=self._using)

@@ -124,6 +124,7 @@ class Worker:
     def drain(self) -> int:
         """Handle ready events until none is left, on the current connection; return how many.
 
+        Of what has waited for a pause that has ended, put back one chunk: its caller may be a request.
         Raises SettingsError if there are detached handlers, and no connection but a pooler's.
         """
         check_handlers(self._context)
@@ -131,6 +132,7 @@ class Worker:
         with fixed_schema(using=self._context.using):
             try:
                 self._running.take_over()
+                self._cycle.put_back()
                 while handled := self.handle_batch() or self.handle_batch(sweep=True):
                     total += handled
             finally:

@@ -16,7 +16,7 @@ from spark_outbox.worker.refusals import Refused, refusals
 logger = logging.getLogger(__name__)
 
 READ_INTERVAL = 0.8
-"""Seconds for which a worker relies on what it has read: all shall heed a pause within one."""
+"""Seconds for which a worker relies on what it has read. A batch that has begun does not read again."""
 
 PUT_BACK_INTERVAL = 60.0
 """Seconds between two looks for what others have left."""
@@ -45,16 +45,19 @@ class Pauses:
     def look(self, *, using: str) -> Paused:
         """Return what is paused, as it was within the last READ_INTERVAL.
 
-        Call it outside of a batch's transaction.
+        Call it outside of a batch's transaction. If the query fails, the next call repeats it. Threads
+        that come here together each read: none waits for another's connection, and none relies on what
+        nobody has read yet.
         """
         now = self._clock()
-        if now >= self._read_at:
-            self._read_at = now + READ_INTERVAL
-            self._paused = pausing.paused(using=using)
-            if not self._heeded.items() <= self._paused.items():
-                self._put_back_at = now
-            self._heeded = self._paused
-        return self._paused
+        if now < self._read_at:
+            return self._paused
+        paused = pausing.paused(using=using)
+        if not self._heeded.items() <= paused.items():
+            self._put_back_at = now
+        self._heeded = self._paused = paused
+        self._read_at = now + READ_INTERVAL
+        return paused
 
     def were_heeded(self, paused: Paused) -> None:
         """After the commit of a batch that knew of these pauses: if one has ended meanwhile, look for

@@ -310,6 +310,37 @@ def test_what_has_waited_is_found_past_what_waits_and_what_fails(full_table):
         assert sorted(pausing.ended(using="default")) == [(f"handler {n}", mark) for n in (1, 2)]
 
 
+UNSEEN = """
+insert into spark_outbox_event (key, event_group, attempts, available_at)
+select 'unseen ' || n, 'g', 1, '9999-01-01' from generate_series(1, 20000) as n;
+insert into spark_outbox_delivery (event_id, handler, error, available_at)
+select id, 'mail', (select spark_outbox_pause_mark(id) from spark_pause('handler', 'mail')), '9999-01-01'
+from spark_outbox_event where key like 'unseen %%'
+"""
+
+
+def test_what_has_waited_is_put_back_cheaply_though_no_statistics_know_of_it(full_table):
+    """Autovacuum comes after a minute at the earliest."""
+    with transaction.atomic():
+        with connection.cursor() as cursor:
+            cursor.execute(UNSEEN, {})
+            cursor.execute("select spark_outbox_pause_mark(id) from spark_outbox_pause")
+            ((mark,),) = cursor.fetchall()
+            _, pages = explain("select spark_resume('handler', 'mail')", [])
+            assert pages < 1000 * 60
+            cursor.execute("delete from spark_outbox_pause")
+        params = {"handler": "mail", "mark": mark, "limit": 1000}
+        nodes, pages = explain(pausing.PUT_BACK, params)
+        assert indexes(nodes).count("spark_outbox_delivery_event_handler") == 1
+        assert indexes(nodes).count("spark_outbox_delivery_failing") == 1
+        assert "Seq Scan" not in kinds(nodes)
+        assert pages < 1000 * 60
+        assert pausing.put_back(**params, using="default") == 1000
+        transaction.set_rollback(True)
+    with connect() as other:
+        other.execute("vacuum spark_outbox_event")  # others count pages, too
+
+
 @pytest.mark.parametrize("count", [1, 100])
 def test_whether_keys_are_there_is_read_off_their_index(full_table, count):
     with connection.cursor() as cursor:

@@ -2,15 +2,19 @@
 
 import random
 import threading
+import time
 from collections import Counter
 
 import pytest
-from django.db import transaction
+from django.db import OperationalError, transaction
 
 from spark_outbox import emit, emit_many
 from spark_outbox.models import Delivery, OutboxEvent
+from spark_outbox.store import pausing, settling
 from spark_outbox.worker import pauses
 from spark_outbox.worker.loop import Worker
+from spark_outbox.worker.outcome import put_off
+from spark_outbox.worker.pauses import Pauses
 from tests.challenges.models import Handled
 from tests.statements import Statements
 from tests.tools import (
@@ -297,6 +301,120 @@ def test_in_process_pauses_are_heeded(settings, calls, monkeypatch):
     assert Counter(key for _, key in calls) == dict.fromkeys(("before", "meanwhile", "too", "after"), 2)
 
 
+def test_no_handler_is_called_before_the_pauses_have_been_read(calls, clock, monkeypatch):
+    """The first look fails: so does the batch, and the next looks again."""
+    pause("handler", "mail")
+    emit("g", "key")
+    worker, read = Worker(clock=clock), pausing.paused
+
+    def fail(*, using):
+        monkeypatch.setattr(pausing, "paused", read)
+        raise OperationalError
+
+    monkeypatch.setattr(pausing, "paused", fail)
+    with pytest.raises(OperationalError):
+        worker.drain()
+    worker.drain()
+    assert calls == [("other", "key")]
+
+
+def test_threads_that_begin_together_all_heed_a_pause(monkeypatch):
+    shared, read, both = Pauses(time.monotonic), pausing.paused, threading.Barrier(2)
+    pause("handler", "mail")
+
+    def read_together(*, using):
+        both.wait(30)
+        return read(using=using)
+
+    monkeypatch.setattr(pausing, "paused", read_together)
+    looks = []
+    threads = [
+        threading.Thread(target=elsewhere, args=(lambda: looks.append(shared.look(using="default")),))
+        for _ in range(2)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert [list(look) for look in looks] == [[("handler", "mail")]] * 2
+
+
+def die(handler):
+    """Note that the last worker has died of this delivery."""
+    run(
+        "update spark_outbox_delivery set error = 'spark_outbox.errors.WorkerDied: gone', "
+        "available_at = now(), session = 7 where handler = %s",
+        [handler],
+    )
+    run("update spark_outbox_event set available_at = now()")
+
+
+def failed_once(own_registry):
+    def fail(event):
+        raise ValueError("first\nsecond")
+
+    own_registry.add_handler(fail, group="", name="mail")
+    emit("g", "key")
+    Worker().drain()
+    delivery = Delivery.objects.get()
+    assert delivery.traceback
+    return delivery
+
+
+def test_an_error_and_its_traceback_outlast_pauses(own_registry):
+    before = failed_once(own_registry)
+    for _ in range(2):
+        make_due()
+        pause("handler", "mail")
+        pause("group", "g")
+        worker = Worker()
+        worker.drain()
+        make_due()  # somebody has it looked at again
+        worker.drain()
+        held = Delivery.objects.get()
+        assert "it is paused" in held.error.split("\n")[0]
+        assert held.error.split("\n", 1)[1] == before.error
+        assert held.traceback == before.traceback
+        assert waiting() == {"mail": 0, "g": 1}
+        run("delete from spark_outbox_pause")
+        ((handler, mark),) = pausing.ended(using="default")
+        assert pausing.put_back(handler, mark, limit=10, using="default") == 1
+        after = Delivery.objects.get()
+        assert (after.error, after.traceback, after.attempts) == (before.error, before.traceback, 1)
+
+
+def test_an_event_that_has_killed_its_worker_is_known_for_it_while_it_waits(own_registry):
+    event_id = failed_once(own_registry).event_id
+    die("mail")
+
+    def died():
+        return settling.deliveries([event_id], using="default")[event_id]["mail"].died
+
+    assert died()
+    pause("handler", "mail")
+    Worker().drain()
+    assert put_aside() == 1
+    assert died()
+    run("delete from spark_outbox_pause")
+    ((handler, mark),) = pausing.ended(using="default")
+    pausing.put_back(handler, mark, limit=10, using="default")
+    assert not put_aside()
+    assert died()
+
+
+def test_an_error_outlasts_an_open_circuit_which_is_closed_by_hand_all_the_same(own_registry):
+    before = failed_once(own_registry)
+    row = (before.event_id, "mail", *put_off(100))
+    for _ in range(2):
+        settling.record_results([row], worker="w", session=0, using="default")
+        held = Delivery.objects.get()
+        assert held.error == f"spark_outbox: not called, its circuit is open\n{before.error}"
+        assert held.traceback == before.traceback
+    assert run("select event_group, waits_for_circuit from spark_outbox_status") == [("g", 1)]
+    run("select spark_outbox_close_circuit('mail')")
+    assert OutboxEvent.objects.get().available_at is None
+
+
 # What it costs
 
 
@@ -451,6 +569,51 @@ def test_pauses_that_come_and_go_under_load_lose_nothing_and_repeat_nothing(call
         wait_until_done(1200)
     assert len(calls) == len(set(calls)) == 2400
     assert not put_aside()
+
+
+@pytest.mark.parametrize("ended", ["discarded", "done"])
+def test_what_somebody_has_ended_by_an_update_is_not_looked_at_again_and_again(calls, clock, ended):
+    pause("group", "g")
+    for number in range(5):
+        emit("g", f"{number}")
+    Worker(clock=clock).drain()
+    run("update spark_outbox_event set status = %s, finished_at = now()", [ended])
+    resume("group", "g")
+    for handler, mark in pausing.ended(using="default"):
+        assert pausing.put_back(handler, mark, limit=3, using="default") == 3
+        assert pausing.put_back(handler, mark, limit=3, using="default") == 2
+    assert not put_aside()
+    Worker(clock=clock).drain()
+    assert set(statuses().values()) == {ended}
+    assert calls == []
+
+
+def test_what_waits_to_be_put_back_counts_as_late(calls, clock):
+    pause("handler", "mail")
+    emit_many({"group": "g", "key": f"{number}"} for number in range(1200))
+    Worker(clock=clock).drain()
+    run("update spark_outbox_delivery set attempted_at = now() - interval '1 h' where handler = 'mail'")
+    resume("handler", "mail")
+    ((paused, is_late),) = run("select paused, late > interval '50 min' from spark_outbox_status")
+    assert (paused, is_late) == (200, True)
+    ((state, said),) = run("select status, detail from spark_outbox_health where name = 'pauses'")
+    assert state == "warning"
+    assert "200 events wait to be put back after a pause" in said
+    Worker(clock=clock).drain()
+    assert run("select sum(paused), count(late) from spark_outbox_status") == [(0, 0)]
+
+
+def test_a_commit_puts_back_no_more_than_one_chunk(settings, calls, monkeypatch):
+    monkeypatch.setattr(pauses, "READ_INTERVAL", 0)
+    monkeypatch.setattr(pauses, "PUT_BACK_CHUNK", 10)
+    pause("handler", "mail")
+    emit_many({"group": "g", "key": f"{number}"} for number in range(25))
+    Worker().drain()
+    run("delete from spark_outbox_pause")
+    settings.SPARK_OUTBOX = {"DISPATCH": "on_commit"}
+    for left in (15, 5, 0):
+        emit("g", f"then {left} are left")
+        assert put_aside() == left
 
 
 # Real processes

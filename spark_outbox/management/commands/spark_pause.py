@@ -11,10 +11,11 @@ from spark_outbox.operating import pauses
 
 class Command(PauseCommand):
     help = (
-        "Pauses a handler, or all handlers of a group; without either, lists what is paused. All "
-        "workers heed it within a second. Calls under way end as usual. Emits go on: the events wait "
-        "until spark_resume, and use up no attempt. Other handlers of these events are called, unless "
-        "their group is paused. An event that waits holds up those that come after it in their order."
+        "Pauses a handler, or all handlers of a group; without either, lists what is paused. A worker "
+        "heeds it at the latest from its first batch that begins 0.8 s later; a batch in progress goes "
+        "on, and calls under way end as usual. Emits go on: the events wait until spark_resume, and use "
+        "up no attempt. Other handlers of these events are called, unless their group is paused. An "
+        "event that waits holds up those that come after it in their order."
     )
 
     def add_arguments(self, parser: CommandParser) -> None:

@@ -13,8 +13,8 @@ language sql as $body$
             select event.id from spark_outbox_event as event
             where event.status = 'pending' and event.available_at is not null and event.id in (
                 select delivery.event_id from spark_outbox_delivery as delivery
-                where delivery.handler = $1 and delivery.status = 'pending'
-                    and delivery.error = 'spark_outbox: not called, its circuit is open'
+                where delivery.handler = $1 and delivery.status = 'pending' and delivery.error <> ''
+                    and starts_with(delivery.error, 'spark_outbox: not called, its circuit is open')
             )
             order by event.id
             for no key update skip locked -- a worker holds these: don't wait for it

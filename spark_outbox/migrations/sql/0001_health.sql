@@ -82,7 +82,8 @@ with status as (
     select
         coalesce(sum(ready), 0) as ready, coalesce(sum(failed), 0) as failed,
         coalesce(sum(unhandled), 0) as unhandled,
-        coalesce(sum(waits_for_circuit), 0) as waits_for_circuit, max(late) as lag
+        coalesce(sum(waits_for_circuit), 0) as waits_for_circuit, coalesce(sum(paused), 0) as paused,
+        max(late) as lag
     from spark_outbox_status
 ),
 workers as (
@@ -144,8 +145,13 @@ select
 from status
 union all
 select
-    'pauses', case when count(*) > 0 then 'warning' else 'ok' end,
+    'pauses',
+    case when count(*) > 0 or (select paused from status) > 0 then 'warning' else 'ok' end,
     case
+        when count(*) = 0 and (select paused from status) > 0 then concat(
+            'Nothing is paused; ', (select paused from status),
+            ' events wait to be put back after a pause: a worker does that within a minute.'
+        )
         when count(*) = 0 then 'Nothing is paused.'
         else concat(
             string_agg(
@@ -273,9 +279,12 @@ begin
         select
             handler, attempts, date_trunc('seconds', attempted_at) as attempted_at,
             date_trunc('seconds', available_at) as again_at, available_at > moment as waits,
-            error = 'spark_outbox: not called, its circuit is open' as waits_for_circuit,
+            split_part(error, E'\n', 1) = 'spark_outbox: not called, its circuit is open'
+                as waits_for_circuit,
             error like 'spark\_outbox: not called, it is paused (%' as was_paused,
-            error in (select spark_outbox_pause_mark(id) from spark_outbox_pause) as is_paused,
+            split_part(error, E'\n', 1) in (
+                select spark_outbox_pause_mark(id) from spark_outbox_pause
+            ) as is_paused,
             regexp_replace(left(split_part(error, E'\n', 1), 300), '[^ -~]+$', '') as error
         from spark_outbox_delivery as delivery
         where delivery.event_id = $1 and delivery.status = 'pending'

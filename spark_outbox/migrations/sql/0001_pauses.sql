@@ -1,8 +1,9 @@
 -- Pause a handler or a group by hand, and resume it.
 --
--- Workers read the pauses within a second. An event that meets one gets a delivery that is due in the year
--- 9999, with the mark of that pause as its error: so it stands in front of nobody, and is found again in the
--- index of failures. spark_outbox/worker/pauses.py has the workers' half.
+-- A worker heeds a pause at the latest from its first batch that begins 0.8 s later. An event that meets
+-- one gets a delivery that is due in the year 9999, with the mark of that pause as the first line of its
+-- error, before its former error: so it stands in front of nobody, and is found again in the index of
+-- failures. spark_outbox/worker/pauses.py has the workers' half.
 
 -- The error of deliveries that wait for a pause. Its id is in letters, as a fingerprint has no digits, and
 -- in others than a to f, as these may be hexadecimal.
@@ -55,7 +56,8 @@ comment on function spark_pause(text, text, text) is
 
 -- What is left after the first thousand is put back by workers; with what others hold at this moment, and
 -- what workers put aside that have not read yet that the pause has ended. The events are due rather than
--- ready: what they owe to other handlers has its own time.
+-- ready: what they owe to other handlers has its own time. As in PUT_BACK of store/pausing.py, the second
+-- statement does not have the condition of the index of failures.
 create function spark_resume(kind text, name text) returns setof spark_outbox_pause
 language plpgsql as $body$
 declare
@@ -93,7 +95,7 @@ begin
     );
     update spark_outbox_delivery as delivery set available_at = statement_timestamp()
     where delivery.event_id = any(locked) and delivery.status = 'pending'
-        and delivery.error = spark_outbox_pause_mark(ended.id);
+        and starts_with(delivery.error, spark_outbox_pause_mark(ended.id));
     update spark_outbox_event as event set available_at = statement_timestamp()
     where event.id = any(locked) and event.status = 'pending'
         and event.available_at > statement_timestamp();

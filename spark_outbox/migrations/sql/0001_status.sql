@@ -159,26 +159,41 @@ failing (handler) as (
         order by delivery.handler limit 1
     ) as following
 ),
+-- From one mark to the next: also of pauses that have ended, whose events are still to be put back.
+marked (handler, mark) as (
+    select handler, 'spark_outbox: not called, it is paused ('
+    from (select * from failing limit 1000) as named
+    union all
+    select marked.handler, following.mark from marked cross join lateral (
+        select spark_outbox_fingerprint(delivery.error) as mark from spark_outbox_delivery as delivery
+        where delivery.status in ('pending', 'failed') and delivery.error <> ''
+            and delivery.handler = marked.handler
+            and spark_outbox_fingerprint(delivery.error) > marked.mark
+        order by spark_outbox_fingerprint(delivery.error) limit 1
+    ) as following
+    where starts_with(following.mark, 'spark_outbox: not called, it is paused (')
+),
 -- What could be handled but for an open circuit or a pause; a delivery keeps the time when it was first put
 -- aside for one.
 held as (
     select
         event_group,
-        least(count(distinct id) filter (where pause_id is null), 10000) as waits_for_circuit,
-        least(count(distinct id) filter (where pause_id is not null), 10000) as paused,
+        least(count(distinct id) filter (where not is_pause), 10000) as waits_for_circuit,
+        least(count(distinct id) filter (where is_pause), 10000) as paused,
         min(attempted_at) filter (where isfinite(attempted_at)) as held_since
-    from (select * from failing limit 1000) as named
-    cross join lateral (
-        select null as pause_id, 'spark_outbox: not called, its circuit is open' as mark
+    from (
+        select handler, 'spark_outbox: not called, its circuit is open' as mark, false as is_pause
+        from (select * from failing limit 1000) as named
         union all
-        select pause.id, spark_outbox_pause_mark(pause.id) from spark_outbox_pause as pause
-        where pause.kind = 'group' or pause.name = named.handler
+        select handler, mark, true from (select * from marked limit 2000) as named
+        where mark like '%)'
     ) as reason
     cross join lateral (
         select delivery.event_id, delivery.attempted_at from spark_outbox_delivery as delivery
         where delivery.status in ('pending', 'failed') and delivery.error <> ''
-            and delivery.handler = named.handler
+            and delivery.handler = reason.handler
             and spark_outbox_fingerprint(delivery.error) = reason.mark
+            and (not reason.is_pause or delivery.available_at > statement_timestamp()) -- not put back yet
         order by delivery.attempted_at limit 10000
     ) as waiting
     join spark_outbox_event as event on event.id = waiting.event_id
