@@ -75,8 +75,8 @@ KITS = {
         """\
 As root, on the machine that is to run it:
 
-    cp sysusers.conf /etc/sysusers.d/shop.conf && systemd-sysusers
-    cp tmpfiles.conf /etc/tmpfiles.d/shop.conf && systemd-tmpfiles --create
+    install -D -m 0644 sysusers.conf /etc/sysusers.d/shop.conf && systemd-sysusers
+    install -D -m 0644 tmpfiles.conf /etc/tmpfiles.d/shop.conf && systemd-tmpfiles --create
     cp shop-worker@.service /etc/systemd/system/
     install -m 0600 worker.env /etc/shop/worker.env
     editor /etc/shop/worker.env
