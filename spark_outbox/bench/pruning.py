@@ -66,9 +66,8 @@ def with_rows(bench: Bench, kept: int, *runs: Callable[[], tuple[float, ...]]) -
     scratch.execute(WRITE_KEPT_KEYS, [kept])
     scratch.execute(WRITE_OLD_EVENTS, [bench.size(1_000_000)])
     scratch.execute("vacuum analyze spark_outbox_event")
-    with contextlib.suppress(
-        ProgrammingError
-    ):  # a role without rights: what was written is written later
+    # A role without the right to it: what was written is written out later.
+    with contextlib.suppress(ProgrammingError):
         scratch.execute("checkpoint")
     return bench.medians(*runs)
 

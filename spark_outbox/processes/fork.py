@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import NoReturn
 
 STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-"""The signals that stop the supervisor. A terminal sends the last two to the children as well."""
+"""The signals that stop the supervisor; without a terminal, the last has it load new code. A terminal
+sends the last two to the children as well."""
 
 SIGNALS = (*STOPS, signal.SIGCHLD)
 """Blocked around the fork: a child must not run the handlers of its parent."""

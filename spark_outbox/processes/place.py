@@ -4,7 +4,7 @@ import contextlib
 import os
 import signal
 import time
-from collections.abc import Container
+from collections.abc import Callable, Container
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -151,13 +151,13 @@ def exit_code(pid: int) -> int | None:
     return os.waitstatus_to_exitcode(status) if ended else None
 
 
-def reap_orphans(ours: Container[int]) -> None:
+def reap_orphans(ours: Callable[[], Container[int]]) -> None:
     """As the first process of a container, which gets all orphans for its own: let those go that have
-    ended. One of `ours` is left to `exit_code`, and others with it until then."""
+    ended. One of `ours()` is left to `exit_code`, and others with it until then."""
     if os.getpid() != 1:
         return
     with contextlib.suppress(ChildProcessError):
         while ended := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT):
-            if ended.si_pid in ours:
+            if ended.si_pid in ours():
                 return
             os.waitpid(ended.si_pid, 0)

@@ -91,9 +91,12 @@ class Reload:
         if self.pid and (code := exit_code(self.pid)) is not None:
             self.pid = 0
             if code == 0:
-                with signals_blocked():
-                    if prepare():
-                        _become_new(pids, pipes)
+                try:
+                    with signals_blocked():
+                        if prepare():
+                            _become_new(pids, pipes)
+                except OSError as error:
+                    self._give_up(str(error.strerror))
             else:
                 self._give_up(f"it ended with {code}")
         elif self.pid and time.monotonic() >= self._kill_at:
@@ -126,7 +129,7 @@ class Reload:
 
 
 def _become_new(pids: Sequence[int], pipes: Pipes) -> None:
-    """Become the new program. It unblocks the signals as soon as it has handlers."""
+    """Become the new program, which unblocks the signals as soon as it has handlers. Raises OSError."""
     for descriptor in pipes.descriptors:
         os.set_inheritable(descriptor, True)
     os.environ[VARIABLE] = " ".join(map(str, [*pipes.descriptors, *pids]))
@@ -134,8 +137,7 @@ def _become_new(pids: Sequence[int], pipes: Pipes) -> None:
     sys.stderr.flush()
     try:
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])  # noqa: S606, no shell
-    except OSError as error:
-        logger.error("The new code can't be loaded: %s.", error.strerror)
+    finally:  # it could not
         del os.environ[VARIABLE]
 
 

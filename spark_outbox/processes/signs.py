@@ -46,7 +46,8 @@ class Signs:
         self._probes = probes or Probes()
         self._clock = clock
         self._watchdog = systemd.watchdog_interval()
-        self._look_at = 0.0
+        self.look_at = 0.0
+        """When to look again, on the clock."""
         self._since: dict[tuple[int, int, int], float] = {}  # by process, event and handler
         self._warn_after: dict[tuple[int, int, int], float] = {}
         self._ended = (0, 0)  # what processes have handled that are gone
@@ -58,11 +59,6 @@ class Signs:
         self._counted = 0
 
     @property
-    def look_at(self) -> float:
-        """When to look again, on the clock."""
-        return self._look_at
-
-    @property
     def pid(self) -> int:
         """The process that answers probes; 0 if there is none."""
         return self._probes.pid
@@ -70,9 +66,9 @@ class Signs:
     def look(self, places: Sequence[Place], pipes: Pipes, *, state: str = "") -> None:
         """Tell everybody how the processes are; `state` is what the service itself does."""
         now = self._clock()
-        if now < self._look_at:
+        if now < self.look_at:
             return
-        self._look_at = now + min(INTERVAL, (self._watchdog or NEVER) / 3)
+        self.look_at = now + min(INTERVAL, (self._watchdog or NEVER) / 3)
         children = [place.child for place in places if place.child is not None]
         self._note_calls(children, now)
         self._missing = len(places) - len(children)
@@ -107,8 +103,7 @@ class Signs:
         for event_id, number in child.slot.in_hand():
             events.setdefault(number, []).append(event_id)
         return ", ".join(
-            f"{self._name_of(number)} on event {ids[0]}"
-            + (f" and {len(ids) - 1} more" if ids[1:] else "")
+            self._call(ids[0], number) + (f" and {len(ids) - 1} more" if ids[1:] else "")
             for number, ids in events.items()
         )
 

@@ -6,6 +6,7 @@ process has died.
 
 import mmap
 import time
+from collections.abc import Sequence
 
 NEVER = float("inf")
 
@@ -43,18 +44,20 @@ class Slot:
             words[0] = 1
             return
         self.put_down()
-        for number, pair in enumerate(called[:_ROOM]):
-            words[2 * number + 1], words[2 * number + 2] = pair
-        words[0] = len(called[:_ROOM])
+        self._write(0, called)
 
     def keep(self, *called: tuple[int, int]) -> None:
         """Note the async calls that are under way, for people."""
+        self._write(_UNDER_WAY, called)
+
+    def _write(self, place: int, called: Sequence[tuple[int, int]]) -> None:
+        """Write calls, and then how many; nobody sees a list that is half written."""
         words = self._words
-        words[_UNDER_WAY] = 0
+        words[place] = 0
         for number, pair in enumerate(called[:_ROOM]):
-            place = _UNDER_WAY + 2 * number
-            words[place + 1], words[place + 2] = pair
-        words[_UNDER_WAY] = len(called[:_ROOM])
+            first = place + 2 * number + 1
+            words[first], words[first + 1] = pair
+        words[place] = len(called[:_ROOM])
 
     def put_down(self) -> None:
         """Note that there is no current call, and start the answer timeout of the database."""
@@ -94,18 +97,22 @@ class Slot:
     # The supervisor reads
 
     def in_hand(self) -> list[tuple[int, int]]:
-        words = self._words[1 : 2 * self._words[0] + 1].tolist()
-        return list(zip(words[::2], words[1::2], strict=True))
+        return self._read(0)
 
     def under_way(self) -> list[tuple[int, int]]:
         """Return the current calls, and async ones that go on."""
-        words = self._words[_UNDER_WAY + 1 : _UNDER_WAY + 1 + 2 * self._words[_UNDER_WAY]].tolist()
-        return list(dict.fromkeys([*self.in_hand(), *zip(words[::2], words[1::2], strict=True)]))
+        return list(dict.fromkeys([*self.in_hand(), *self._read(_UNDER_WAY)]))
+
+    def _read(self, place: int) -> list[tuple[int, int]]:
+        words = self._words[place + 1 : place + 1 + 2 * self._words[place]].tolist()
+        return list(zip(words[::2], words[1::2], strict=True))
+
+    def _rests(self) -> bool:
+        return bool(self._times[_ASKED] == NEVER and not self._words[0])
 
     def runs_callbacks(self) -> bool:
         """Return whether the child runs callbacks after a commit, which take what they take."""
-        rests = self._times[_ASKED] == NEVER and not self._words[0]
-        return bool(rests and self._times[_BACK] == NEVER)
+        return self._rests() and self._times[_BACK] == NEVER
 
     def waits_since(self) -> float:
         """Return when the child began to wait for the database; infinity if it does not wait."""
@@ -117,8 +124,7 @@ class Slot:
 
     def back_by(self) -> float:
         """Return by when the child does something again; NEVER if nobody knows."""
-        rests = self._times[_ASKED] == NEVER and not self._words[0]
-        return float(self._times[_BACK]) if rests else NEVER
+        return float(self._times[_BACK]) if self._rests() else NEVER
 
     def has_been_ready(self) -> bool:
         return bool(self._words[_READY])

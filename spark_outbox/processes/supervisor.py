@@ -133,7 +133,7 @@ class Supervisor:
                 self._signs.look(self._places, self._pipes, state=self._state())
                 self._wait(now)
                 self._reap()
-                reap_orphans(self._pids())
+                reap_orphans(self._pids)
                 self._turn_over()
                 self._keeper.pass_on(self._children())
                 self._kill_late()

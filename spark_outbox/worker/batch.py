@@ -241,7 +241,8 @@ def turn_of(handler: Handler, stored: Mapping[str, Stored] | None) -> Turn:
 
 def log(batch: Batch) -> None:
     if batch.unhandled:
-        groups = sorted({event.group for event in batch.events if event.id in batch.unhandled})
+        unhandled = set(batch.unhandled)
+        groups = sorted({event.group for event in batch.events if event.id in unhandled})
         context = {
             "event_ids": batch.unhandled[:20],
             "events": len(batch.unhandled),

@@ -45,7 +45,7 @@ def get(port, path):
         client.request("GET", path)
         answer = client.getresponse()
         return answer.status, answer.read().decode()
-    except OSError:
+    except (OSError, http.client.HTTPException):  # it may die in the middle of an answer
         return None
     finally:
         client.close()
