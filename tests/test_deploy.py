@@ -15,17 +15,9 @@ from django.core.management.base import CommandError
 
 from spark_outbox.management.kits import FOLDER, KITS, Project
 from tests.postgres import ROOT
+from tests.shop import SHOP, build_wheel
 from tests.tools import PATIENCE, manage
 
-SHOP = Project(
-    name="shop",
-    user="shop",
-    folder="/srv/shop",
-    settings="shop.settings",
-    wsgi="shop.wsgi",
-    database="default",
-    python="/srv/shop/venv/bin/python",
-)
 OTHER = Project(
     name="my-club",
     user="anna",
@@ -356,7 +348,7 @@ def test_an_unknown_database_is_refused():
 
 
 def test_an_installed_wheel_has_the_files(tmp_path):
-    run(sys.executable, "-m", "hatchling", "build", "--target", "wheel", "--directory", tmp_path)
+    build_wheel(tmp_path)
     (wheel,) = tmp_path.glob("*.whl")
     installed = tmp_path / "installed"
     pip = (sys.executable, "-m", "pip", "install", "--no-deps", "--no-index")

@@ -6,17 +6,18 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 import threading
 import warnings
+from dataclasses import replace
 
 import docker
 import pytest
 
 from spark_outbox import emit
-from spark_outbox.management.kits import KITS, Project
+from spark_outbox.management.kits import KITS
 from spark_outbox.models import OutboxEvent
-from tests.postgres import IMAGE, ROOT
+from tests import shop
+from tests.postgres import IMAGE
 from tests.tools import PATIENCE, connect, conninfo, eventually, status
 
 pytestmark = [pytest.mark.docker, pytest.mark.django_db(transaction=True)]
@@ -27,22 +28,11 @@ BASE = os.environ.get("SPARK_OUTBOX_TEST_BASE", "python:3.13-slim-bookworm")
 WHEELS = os.environ.get("SPARK_OUTBOX_TEST_WHEELS")
 """A folder with wheels of Django and psycopg for its Python; without, pip downloads them."""
 
-PROJECT = Project(
-    name="sparkoutboxtest",
-    user="",
-    folder="",
-    settings="shop.settings",
-    wsgi="shop.wsgi",
-    database="default",
-    python="",
-)
+PROJECT = replace(shop.SHOP, name="sparkoutboxtest")
 
 FILES = {
     "requirements.txt": "spark_outbox\npsycopg[binary]\ngunicorn\n",
-    "manage.py": "from django.core.management import execute_from_command_line\n"
-    "import sys\n"
-    "execute_from_command_line(sys.argv)\n",
-    "shop/__init__.py": "",
+    **shop.FILES,
     "shop/urls.py": "urlpatterns = []\n",
     "shop/wsgi.py": "from django.core.wsgi import get_wsgi_application\n"
     "application = get_wsgi_application()\n",
@@ -109,16 +99,13 @@ def folder(engine, tmp_path_factory):
         required(f"Docker answers, but has no image {BASE}: {error}")
     if WHEELS:
         shutil.copytree(WHEELS, base / "wheels")
-    build = [sys.executable, "-m", "hatchling", "build", "--target", "wheel"]
-    subprocess.run([*build, "--directory", base / "wheels"], cwd=ROOT, capture_output=True, check=True)
+    shop.build_wheel(base / "wheels")
     index = "ENV PIP_NO_INDEX=1\n" if WHEELS else ""
     (base / "Dockerfile").write_text(
         f"FROM {BASE}\nCOPY wheels /wheels\nENV PIP_FIND_LINKS=/wheels\n{index}"
     )
     kits = {**KITS["docker"].texts(PROJECT), **KITS["compose"].texts(PROJECT)}
-    for name, text in {**FILES, **kits, ".env": "POSTGRES_PASSWORD=secret\n"}.items():
-        (folder / name).parent.mkdir(exist_ok=True)
-        (folder / name).write_text(text)
+    shop.write(folder, {**FILES, **kits, ".env": "POSTGRES_PASSWORD=secret\n"})
     tags = [f"{PROJECT.name}-base", f"{PROJECT.name}-build", PROJECT.name]
     engine.images.build(path=str(base), tag=tags[0], rm=True)
     for tag, target in zip(tags[1:], ("build", None), strict=True):  # a stage with no tag would stay

@@ -3,13 +3,13 @@
 import json
 import re
 import shlex
-import subprocess
-import sys
+import shutil
 from functools import partial
 
 import pytest
 
-from spark_outbox.management.kits import KITS, Project
+from spark_outbox.management.kits import KITS
+from tests import shop
 from tests.postgres import ROOT
 from tests.test_docker import BASE, WHEELS, engine, required  # noqa: F401, a fixture
 from tests.tools import eventually
@@ -17,16 +17,6 @@ from tests.tools import eventually
 pytestmark = pytest.mark.docker
 
 TAG = "sparkoutboxmachine"
-
-PROJECT = Project(
-    name="shop",
-    user="shop",
-    folder="/srv/shop",
-    settings="shop.settings",
-    wsgi="shop.wsgi",
-    database="default",
-    python="/srv/shop/venv/bin/python",
-)
 
 DOCKERFILE = f"""
 FROM {BASE}
@@ -42,10 +32,7 @@ ENTRYPOINT ["/lib/systemd/systemd"]
 """
 
 FILES = {
-    "manage.py": "from django.core.management import execute_from_command_line\n"
-    "import sys\n"
-    "execute_from_command_line(sys.argv)\n",
-    "shop/__init__.py": "",
+    **shop.FILES,
     "shop/settings.py": """
 SECRET_KEY = "not a secret"
 INSTALLED_APPS = ["spark_outbox", "shop"]
@@ -145,19 +132,12 @@ def machine(engine, tmp_path_factory):  # noqa: F811
     context = tmp_path_factory.mktemp("machine")
     if not engine.images.list(BASE):
         required(f"there is no image {BASE}")
-    build = [sys.executable, "-m", "hatchling", "build", "--target", "wheel"]
-    subprocess.run(
-        [*build, "--directory", context / "wheels"], cwd=ROOT, capture_output=True, check=True
-    )
+    shop.build_wheel(context / "wheels")
     if WHEELS:
-        subprocess.run(["cp", "-r", f"{WHEELS}/.", context / "wheels"], check=True)
-    for name, text in FILES.items():
-        (context / "project" / name).parent.mkdir(parents=True, exist_ok=True)
-        (context / "project" / name).write_text(text)
-    (context / "units").mkdir()
+        shutil.copytree(WHEELS, context / "wheels", dirs_exist_ok=True)
+    shop.write(context / "project", FILES)
     for kit in ("systemd", "timers"):
-        for name, text in KITS[kit].texts(PROJECT).items():
-            (context / "units" / name).write_text(text)
+        shop.write(context / "units", KITS[kit].texts(shop.SHOP))
     (context / "Dockerfile").write_text(DOCKERFILE)
     engine.images.build(path=str(context), tag=TAG, rm=True)
     container = engine.containers.run(
