@@ -295,6 +295,11 @@ class WorkerProcess:
         assert self.message() == "READY=1"
         return self
 
+    def wait_until_it_says(self, expected: str) -> None:
+        """Wait for a message. READY=1 may come again before it: each process says that it is ready."""
+        while (message := self.message()) != expected:
+            assert message == "READY=1"
+
     def kill(self) -> None:
         """kill -9 the supervisor and all of its children."""
         with contextlib.suppress(ProcessLookupError):

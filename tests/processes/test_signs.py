@@ -83,7 +83,7 @@ def test_stopping_takes_the_time_that_the_option_says():
     with WorkerProcess("--shutdown-timeout", "120") as worker:
         worker.wait_until_ready()
         worker.signal(signal.SIGTERM)
-        assert worker.message() == "STOPPING=1"
+        worker.wait_until_it_says("STOPPING=1")
         assert worker.last == "STOPPING=1\nEXTEND_TIMEOUT_USEC=135000000"
         assert worker.wait() == 0
 
@@ -270,7 +270,7 @@ def test_a_hangup_loads_new_code_and_leaves_no_gap(fresh, flags, processes):
         start_a_handler(flags)  # it takes its time
         handlers.write_text(HANDLERS.format(version="new"))
         worker.signal(signal.SIGHUP)
-        assert worker.message() == "RELOADING=1"
+        worker.wait_until_it_says("RELOADING=1")
         eventually(lambda: set(worker.children()) - set(former))
         number = 0
         by = None
@@ -284,7 +284,7 @@ def test_a_hangup_loads_new_code_and_leaves_no_gap(fresh, flags, processes):
         assert not set(former) & set(worker.children())
         wait_until_done(number + 2)
         worker.signal(signal.SIGTERM)
-        assert worker.message() == "STOPPING=1"
+        worker.wait_until_it_says("STOPPING=1")
         assert worker.wait() == 0
 
 
@@ -295,7 +295,8 @@ def test_code_that_can_not_be_loaded_changes_nothing(fresh):
         children = worker.children()
         handlers.write_text("import nothing_of_this_name")
         worker.signal(signal.SIGHUP)
-        assert [worker.message() for _ in range(2)] == ["RELOADING=1", "READY=1"]
+        worker.wait_until_it_says("RELOADING=1")
+        worker.wait_until_ready()
         assert "The new code can't be loaded (it ended with 1): the worker goes on" in worker.output
         assert "nothing_of_this_name" in worker.output
         emit("fresh", "key")
@@ -364,11 +365,13 @@ def test_a_check_that_hangs_is_given_up(fresh):
         good = handlers.read_text()
         handlers.write_text("import time\ntime.sleep(3600)")
         worker.signal(signal.SIGHUP)
-        assert [worker.message() for _ in range(2)] == ["RELOADING=1", "READY=1"]
+        worker.wait_until_it_says("RELOADING=1")
+        worker.wait_until_ready()
         assert "can't be loaded (it ended with -9)" in worker.output
         handlers.write_text(good)
         worker.signal(signal.SIGHUP)
-        assert [worker.message() for _ in range(2)] == ["RELOADING=1", "READY=1"]
+        worker.wait_until_it_says("RELOADING=1")
+        worker.wait_until_ready()
         eventually(lambda: worker.children() not in ([], children))
 
 
@@ -380,7 +383,8 @@ def test_new_code_without_its_tables_changes_nothing(fresh, own_server):
         with psycopg.connect(url, autocommit=True) as admin:
             admin.execute("alter view spark_outbox_status rename to away")
             worker.signal(signal.SIGHUP)
-            assert [worker.message() for _ in range(2)] == ["RELOADING=1", "READY=1"]
+            worker.wait_until_it_says("RELOADING=1")
+            worker.wait_until_ready()
             assert "has no outbox. Run: manage.py migrate" in worker.output
             os.kill(children[0], signal.SIGSEGV)  # nor does the end of a process stop the service
             eventually(lambda: "exit code 78" in worker.output)
@@ -395,9 +399,7 @@ def test_the_service_is_ready_after_a_reload_once_the_former_processes_are_gone(
         worker.signal(signal.SIGHUP)
         for number in range(20):  # processes end and are ready all the time
             emit("fresh", f"during {number}")
-        messages = [worker.message()]
-        while messages[-1] != "RELOADING=1":
-            messages.append(worker.message())
+        worker.wait_until_it_says("RELOADING=1")
         worker.wait_until_ready()
         assert not set(former) & set(worker.children())
         wait_until_done(20)
