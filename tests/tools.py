@@ -296,7 +296,7 @@ class WorkerProcess:
         return self
 
     def wait_until_it_says(self, expected: str) -> None:
-        """Wait for a message. READY=1 may come again before it: each process says that it is ready."""
+        """Wait for a message of a worker with several processes, each of which may have sent READY=1."""
         while (message := self.message()) != expected:
             assert message == "READY=1"
 

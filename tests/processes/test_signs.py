@@ -83,7 +83,7 @@ def test_stopping_takes_the_time_that_the_option_says():
     with WorkerProcess("--shutdown-timeout", "120") as worker:
         worker.wait_until_ready()
         worker.signal(signal.SIGTERM)
-        worker.wait_until_it_says("STOPPING=1")
+        assert worker.message() == "STOPPING=1"
         assert worker.last == "STOPPING=1\nEXTEND_TIMEOUT_USEC=135000000"
         assert worker.wait() == 0
 
@@ -295,8 +295,7 @@ def test_code_that_can_not_be_loaded_changes_nothing(fresh):
         children = worker.children()
         handlers.write_text("import nothing_of_this_name")
         worker.signal(signal.SIGHUP)
-        worker.wait_until_it_says("RELOADING=1")
-        worker.wait_until_ready()
+        assert [worker.message() for _ in range(2)] == ["RELOADING=1", "READY=1"]
         assert "The new code can't be loaded (it ended with 1): the worker goes on" in worker.output
         assert "nothing_of_this_name" in worker.output
         emit("fresh", "key")
@@ -365,13 +364,11 @@ def test_a_check_that_hangs_is_given_up(fresh):
         good = handlers.read_text()
         handlers.write_text("import time\ntime.sleep(3600)")
         worker.signal(signal.SIGHUP)
-        worker.wait_until_it_says("RELOADING=1")
-        worker.wait_until_ready()
+        assert [worker.message() for _ in range(2)] == ["RELOADING=1", "READY=1"]
         assert "can't be loaded (it ended with -9)" in worker.output
         handlers.write_text(good)
         worker.signal(signal.SIGHUP)
-        worker.wait_until_it_says("RELOADING=1")
-        worker.wait_until_ready()
+        assert [worker.message() for _ in range(2)] == ["RELOADING=1", "READY=1"]
         eventually(lambda: worker.children() not in ([], children))
 
 
@@ -383,8 +380,7 @@ def test_new_code_without_its_tables_changes_nothing(fresh, own_server):
         with psycopg.connect(url, autocommit=True) as admin:
             admin.execute("alter view spark_outbox_status rename to away")
             worker.signal(signal.SIGHUP)
-            worker.wait_until_it_says("RELOADING=1")
-            worker.wait_until_ready()
+            assert [worker.message() for _ in range(2)] == ["RELOADING=1", "READY=1"]
             assert "has no outbox. Run: manage.py migrate" in worker.output
             os.kill(children[0], signal.SIGSEGV)  # nor does the end of a process stop the service
             eventually(lambda: "exit code 78" in worker.output)

@@ -25,7 +25,7 @@ def test_a_signal_lets_the_handler_in_hand_finish_commits_and_exits_0(flags, num
         start_a_handler(flags)
         emit("probe", "next")
         worker.signal(number)
-        worker.wait_until_it_says("STOPPING=1")
+        assert worker.message() == "STOPPING=1"
         flags.go.touch()
         assert worker.wait() == 0
     assert (status("key"), status("next")) == ("done", "pending")
@@ -38,7 +38,7 @@ def test_a_second_signal_stops_at_once_and_loses_nothing(flags, second):
         worker.wait_until_ready()
         start_a_handler(flags)
         worker.signal(signal.SIGTERM)
-        worker.wait_until_it_says("STOPPING=1")
+        assert worker.message() == "STOPPING=1"
         worker.signal(second)
         assert worker.wait() == -second
     assert status() == "pending"
@@ -93,7 +93,7 @@ def test_a_terminal_that_goes_away_may_say_so_twice(flags, terminal):
         start_a_handler(flags)
         for _ in range(2):
             os.killpg(worker.process.pid, signal.SIGHUP)
-        worker.wait_until_it_says("STOPPING=1")
+        assert worker.message() == "STOPPING=1"
         os.killpg(worker.process.pid, signal.SIGHUP)
         flags.go.touch()
         assert worker.wait() == 0
@@ -108,7 +108,7 @@ def test_under_nohup_a_worker_outlives_its_terminal(flags):
         flags.go.touch()
         eventually(lambda: status() == "done")
         worker.signal(signal.SIGTERM)
-        worker.wait_until_it_says("STOPPING=1")
+        assert worker.message() == "STOPPING=1"
         assert worker.wait() == 0
 
 

@@ -164,5 +164,5 @@ def test_ready_is_sent_once_listen_stands_and_stopping_on_the_way_out():
         emit("probe", "key")  # from here on it is woken
         eventually(lambda: status() == "done")
         worker.signal(signal.SIGTERM)
-        worker.wait_until_it_says("STOPPING=1")
+        assert worker.message() == "STOPPING=1"
         assert worker.wait() == 0
