@@ -17,6 +17,7 @@ from django.db.models import Q
 from django.db.models.expressions import RawSQL
 from django.db.models.functions import Length
 from django.db.models.lookups import GreaterThanOrEqual, LessThanOrEqual
+from django.utils.translation import gettext_lazy as _
 
 from spark_outbox.events.event import MAX_LENGTH
 
@@ -82,7 +83,15 @@ class OutboxEvent(models.Model):
     class Meta:
         db_table = "spark_outbox_event"
         required_db_vendor = "postgresql"  # `migrate` skips other databases
-        verbose_name = "event"
+        verbose_name = _("event")
+        verbose_name_plural = _("events")
+        default_permissions = ("view",)  # nobody adds, changes or deletes events in the admin
+        permissions = [
+            ("retry_outboxevent", "Can retry events"),
+            ("discard_outboxevent", "Can discard events"),
+            ("replay_outboxevent", "Can replay events"),
+            ("rehearse_outboxevent", "Can rehearse a handler on events"),
+        ]
         constraints = [
             # Not unique=True: that adds a second index, for LIKE, which each emit would pay for.
             models.UniqueConstraint(fields=["key"], name="spark_outbox_event_key"),
@@ -140,6 +149,16 @@ class OutboxEvent(models.Model):
         return self.key
 
 
+class Dashboard(OutboxEvent):
+    """The dashboard's entry in the admin, with the permission to see it. It is no table."""
+
+    class Meta:
+        proxy = True
+        default_permissions = ("view",)
+        verbose_name = _("dashboard")
+        verbose_name_plural = _("dashboard")
+
+
 class Delivery(models.Model):
     """One handler's work on one event. Not stored if all handlers of the event succeed at once."""
 
@@ -166,7 +185,9 @@ class Delivery(models.Model):
     class Meta:
         db_table = "spark_outbox_delivery"
         required_db_vendor = "postgresql"
-        verbose_name_plural = "deliveries"
+        verbose_name = _("delivery")
+        verbose_name_plural = _("deliveries")
+        default_permissions = ("view",)
         constraints = [
             models.UniqueConstraint(
                 fields=["event", "handler"], name="spark_outbox_delivery_event_handler"

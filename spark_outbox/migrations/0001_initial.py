@@ -57,6 +57,14 @@ class Migration(migrations.Migration):
             ],
             options={
                 "verbose_name": "event",
+                "verbose_name_plural": "events",
+                "default_permissions": ("view",),
+                "permissions": [
+                    ("retry_outboxevent", "Can retry events"),
+                    ("discard_outboxevent", "Can discard events"),
+                    ("replay_outboxevent", "Can replay events"),
+                    ("rehearse_outboxevent", "Can rehearse a handler on events"),
+                ],
                 "db_table": "spark_outbox_event",
                 "required_db_vendor": "postgresql",
                 "constraints": [
@@ -178,7 +186,9 @@ class Migration(migrations.Migration):
                 ("traceback", models.TextField(blank=True, db_default="")),
             ],
             options={
+                "verbose_name": "delivery",
                 "verbose_name_plural": "deliveries",
+                "default_permissions": ("view",),
                 "db_table": "spark_outbox_delivery",
                 "required_db_vendor": "postgresql",
                 "constraints": [
@@ -244,6 +254,19 @@ class Migration(migrations.Migration):
                     ),
                 ],
             },
+        ),
+        migrations.CreateModel(
+            name="Dashboard",
+            fields=[],
+            options={
+                "proxy": True,
+                "default_permissions": ("view",),
+                "verbose_name": "dashboard",
+                "verbose_name_plural": "dashboard",
+                "indexes": [],
+                "constraints": [],
+            },
+            bases=("spark_outbox.outboxevent",),
         ),
         run_file("0001_tables"),
         run_file("0001_wake"),

@@ -1,0 +1,1 @@
+"""What others may observe: signals, and the exporters that listen to them."""
