@@ -15,6 +15,7 @@ from spark_outbox import conf
 from spark_outbox.errors import DuplicateKey, IdCollision, InvalidEvent, NotInTransaction, NotMigrated
 from spark_outbox.events.encoding import dump
 from spark_outbox.events.event import Event
+from spark_outbox.observing import hooks
 from spark_outbox.registry.backoff import MAX_DELAY
 from spark_outbox.store import emitting
 from spark_outbox.store.emitting import NewRow
@@ -79,6 +80,7 @@ def emit(
         _meet_duplicate(row, on_duplicate, alias)
         return None
     event.is_stored_as(*stored)
+    hooks.send(hooks.event_emitted, alias, group=event.group, key=event.key, using=alias)
     _announce(alias)
     return event
 
@@ -138,6 +140,7 @@ async def aemit_many(
 
 def prepare(event: Event) -> NewRow:
     """Return the row that will hold `event`. Raises InvalidEvent or UnstorableValue."""
+    hooks.send(hooks.event_emitting, event=event)
     delay = None if event.delay is None else _timedelta(event.delay)
     if event.available_at is not None:
         _check_time(event.available_at)
@@ -159,8 +162,16 @@ def write(rows: Sequence[NewRow], *, as_done: bool = False, using: str) -> int:
     with _uncommittable_if_lost(using):
         new = emitting.insert_many(rows, as_done=as_done, using=using)
     if new and not as_done:
+        if hooks.event_emitted.receivers:
+            _tell_of(rows, new, using)
         _announce(using)
-    return new
+    return len(new)
+
+
+def _tell_of(rows: Sequence[NewRow], new: Sequence[str], using: str) -> None:
+    groups = {row.key: row.group for row in reversed(rows)}  # of the same key, the first was written
+    for key in new:
+        hooks.send(hooks.event_emitted, using, group=groups[key], key=key, using=using)
 
 
 def _meet_duplicate(row: NewRow, on_duplicate: OnDuplicate, using: str) -> None:

@@ -68,13 +68,14 @@ def insert(row: NewRow, *, using: str) -> tuple[int, int] | None:
     return stored[0] if stored else None
 
 
-def insert_many(rows: Sequence[NewRow], *, as_done: bool = False, using: str) -> int:
-    """Write events in one statement, all or none of them; return how many were new.
+def insert_many(rows: Sequence[NewRow], *, as_done: bool = False, using: str) -> list[str]:
+    """Write events in one statement, all or none of them; return the keys that were new.
 
     Ids follow the order of `rows`. With `as_done` they are not to be handled. Raises IdCollision.
     """
     with _collisions():
-        return int(fetch_here(INSERT_MANY, [*_columns(rows), as_done], using=using)[0][0])
+        new: list[str] = fetch_here(INSERT_MANY, [*_columns(rows), as_done], using=using)[0][0]
+        return new
 
 
 def _columns(rows: Sequence[NewRow]) -> list[Any]:

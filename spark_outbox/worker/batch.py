@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from spark_outbox.events.event import Event
+from spark_outbox.observing.hooks import HandlerCall
 from spark_outbox.registry.handlers import Handler
 from spark_outbox.store.reading import EVERY_OTHER
 from spark_outbox.store.settling import Stored
@@ -35,6 +36,8 @@ class Call:
     """The session under which its delivery is `running`, if it goes on after the commit."""
     result: Result | None = None
     """To be settled, after that."""
+    observed: HandlerCall | None = None
+    """The same call, for those that listen to signals."""
 
 
 @dataclass(slots=True)

@@ -12,6 +12,7 @@ from spark_outbox.worker.dispatch import Dispatch
 from spark_outbox.worker.event_loop import EventLoop
 from spark_outbox.worker.invoke import BatchLost, Invoker
 from spark_outbox.worker.isolation import Isolation
+from spark_outbox.worker.observed import Observed, Timing
 from spark_outbox.worker.refusals import Refused, refusals
 from spark_outbox.worker.running import Running
 from spark_outbox.worker.session import Session
@@ -67,13 +68,15 @@ class Cycle:
     def _handle(self, *, sweep: bool, inline: bool) -> int:
         paused = self._pauses.look(using=self._using)
         references = References(self._using)
-        batch, dispatch = Batch(), None
+        batch, dispatch, timing = Batch(), None, Timing(self._context)
+        observed = Observed(self._using)
         try:
             with refusals(using=self._using), transaction.atomic(using=self._using):
                 batch = self._claim(references, sweep=sweep, inline=inline)
                 if not batch.events:
                     return 0
                 batch.paused = paused
+                timing.start()
                 self._wake.wake_up()
                 if self._context.guard.is_watched:  # callbacks after the commit take what they take
                     transaction.on_commit(self._context.guard.rest, using=self._using)
@@ -88,19 +91,25 @@ class Cycle:
                     dispatch = Dispatch(
                         batch,
                         self._context,
-                        invoker=Invoker(isolation, self._context.guard, announce, inline=inline),
+                        invoker=Invoker(
+                            isolation, self._context.guard, announce, observed, inline=inline
+                        ),
+                        observed=observed,
                         savepoints=isolation.savepoints,
                         loop=None if inline else self._loop,
                     )
                     dispatch.run()
                 self._context.guard.put_down()
+                timing.settle()
                 self._write(batch)
         except BatchLost as lost:
             self._forget(dispatch)
             self._claims.pass_over(settle.write_alone(lost.works, using=self._using))
+            observed.undone(lost.works)
             return len(lost.works)
         except Refused as refused:
             self._forget(dispatch)
+            observed.undone()
             if not batch.events:
                 raise refused.error from refused.error.__cause__  # which has the SQLSTATE
             return int(self._suspicion.refused(batch, refused)) or self._handle(
@@ -110,12 +119,15 @@ class Cycle:
             if isinstance(error, Error) and self._session.is_cut_off:
                 self._suspicion.cut_off(batch)
             self._forget(dispatch)
+            observed.undone()
             raise
         finally:
             references.close()
         self._running.go_on(batch.calls)
         self._pauses.were_heeded(paused)
         self._learn(batch)
+        timing.end(batch.count)
+        observed.settled(batch.works)
         self.handled += batch.count
         self._running.begin(batch.calls, inline=inline)
         return batch.count

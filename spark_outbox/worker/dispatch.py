@@ -14,6 +14,7 @@ from spark_outbox.worker.context import Context
 from spark_outbox.worker.event_loop import EventLoop
 from spark_outbox.worker.invoke import BatchLost, Invoker
 from spark_outbox.worker.judge import held_back, note_success, result_of
+from spark_outbox.worker.observed import Observed
 from spark_outbox.worker.outcome import RUNNING, Result, is_contention, worn_out
 from spark_outbox.worker.savepoints import Savepoints
 
@@ -45,6 +46,7 @@ class Dispatch:
         context: Context,
         *,
         invoker: Invoker,
+        observed: Observed,
         savepoints: Savepoints,
         loop: EventLoop | None,
     ) -> None:
@@ -54,6 +56,7 @@ class Dispatch:
         self._breakers = context.experience.breakers
         self._savepoints = savepoints
         self._invoker = invoker
+        self._observed = observed
         self._loop = loop
         self._called = False  # the transaction may hold a handler's locks
         self._contended = False  # a handler lost a fight for locks: others wait for ours
@@ -100,6 +103,7 @@ class Dispatch:
         """After a rollback: cancel calls that are under way, as others will handle their events."""
         if self._loop is not None and self._concurrent:
             self._loop.abandon(call for _, call in self._concurrent)
+        self._observed.take(call for _, call in self._concurrent)
 
     def _lacks_room(self, handlers: Matching) -> bool:
         return self._loop is not None and self._loop.lacks_room(handlers, begun=len(self._concurrent))
@@ -290,5 +294,7 @@ class Dispatch:
         for work, call in self._concurrent:
             if not call.has_ended:
                 self._outlive(Deferred(work, call))
-            elif (result := self._conclude(call)) is not None:
+                continue
+            self._observed.take([call])
+            if (result := self._conclude(call)) is not None:
                 work.results[call.handler.name] = result

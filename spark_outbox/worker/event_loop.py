@@ -21,6 +21,7 @@ from spark_outbox.processes.guard import CallGuard
 from spark_outbox.registry.handlers import Handler
 from spark_outbox.worker.batch import Call
 from spark_outbox.worker.context import Context
+from spark_outbox.worker.observed import observe
 
 T = TypeVar("T")
 
@@ -43,6 +44,7 @@ class EventLoop:
         """A batch waits for all of its calls: they can't go on after its commit."""
         self._concurrency = context.settings.ASYNC_CONCURRENCY
         self._guard = context.guard
+        self._using = context.using
         self._running: dict[asyncio.Task[None], Call] = {}
         self._timeouts: dict[asyncio.Task[None], asyncio.Timeout] = {}
         self._stands_since: float | None = None  # by the loop's clock
@@ -64,6 +66,7 @@ class EventLoop:
         loop = self._loop()
         self._turn(sync_to_async(_tidy)())
         for call in calls:
+            observe(call, self._using)
             timeout = asyncio.Timeout(None)
             task = loop.create_task(_run(call, timeout))
             task.add_done_callback(self._running.pop)
@@ -190,7 +193,8 @@ async def _run(call: Call, timeout: asyncio.Timeout) -> None:
         async with timeout:
             if limit is not None:
                 timeout.reschedule(asyncio.get_running_loop().time() + limit)
-            await call.handler.function(call.event)  # type: ignore[misc]
+            with call.observed.under_way() if call.observed is not None else contextlib.nullcontext():
+                await call.handler.function(call.event)  # type: ignore[misc]
     except BaseException as error:  # noqa: BLE001, whatever a handler raises is its delivery's fate
         call.error = error
         if timeout.expired():

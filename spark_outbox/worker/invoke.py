@@ -10,6 +10,7 @@ from spark_outbox.processes.guard import CallGuard
 from spark_outbox.registry.handlers import Handler
 from spark_outbox.worker.batch import Work
 from spark_outbox.worker.isolation import Isolation, TransactionLost
+from spark_outbox.worker.observed import Observed
 from spark_outbox.worker.outcome import explain
 
 READ_LIMIT = 30.0
@@ -34,23 +35,39 @@ class Invoker:
     Ctrl-C."""
 
     def __init__(
-        self, isolation: Isolation, guard: CallGuard, announce: Announce, *, inline: bool
+        self,
+        isolation: Isolation,
+        guard: CallGuard,
+        announce: Announce,
+        observed: Observed,
+        *,
+        inline: bool,
     ) -> None:
         self._isolation = isolation
+        self._observed = observed
         self._guard = guard
         self._announce = announce
         self._inline = inline
 
     def call(self, handler: Handler, event: Event) -> BaseException | None:
         """Call a handler with one event; return what it raised. Raises BatchLost."""
-        self._announce((event.id, handler.number))
-        argument = event if handler.batch is None else [event]
-        return self._run(handler.call, argument, handler.name, handler.policy.limit())
+        return self._call(handler, [event], event if handler.batch is None else [event])
 
     def call_list(self, handler: Handler, events: list[Event]) -> BaseException | None:
         """Call a handler with a list of events; return what it raised. Raises BatchLost."""
+        return self._call(handler, events, events)
+
+    def _call(self, handler: Handler, events: list[Event], argument: Any) -> BaseException | None:
         self._announce(*[(event.id, handler.number) for event in events])
-        return self._run(handler.call, events, handler.name, handler.policy.limit())
+        function = self._observed.function(handler, events)
+        try:
+            error = self._run(function, argument, handler.name, handler.policy.limit())
+        except BatchLost as lost:
+            self._observed.explain(lost.error)
+            raise
+        if error is not None:
+            self._observed.explain(error)
+        return error
 
     def read(
         self, read: Callable[[Event], None], handler: Handler, event: Event
@@ -59,7 +76,9 @@ class Invoker:
         self._announce((event.id, handler.number))
         error = self._run(read, event, "", READ_LIMIT)
         if isinstance(error, HandlerTimeout):
-            return HandlerTimeout(f"The payload takes more than {READ_LIMIT:g} s to decode.")
+            error = HandlerTimeout(f"The payload takes more than {READ_LIMIT:g} s to decode.")
+        if error is not None:
+            self._observed.refused(handler, event, error)
         return error
 
     def _run(

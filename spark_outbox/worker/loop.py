@@ -1,6 +1,5 @@
 """The worker: claim, dispatch and settle in one transaction on one connection; and sleep in between."""
 
-import logging
 from typing import Unpack
 
 from django.db import Error
@@ -21,8 +20,6 @@ from spark_outbox.worker.suspicion import Suspicion
 from spark_outbox.worker.tempo import POLL, Tempo
 from spark_outbox.worker.unhandled import Unhandled
 from spark_outbox.worker.wake import Wake
-
-logger = logging.getLogger(__name__)
 
 
 class Worker:
@@ -84,9 +81,7 @@ class Worker:
         finally:
             self._loop.close()
             self._running.close()
-        logger.info(
-            "Stopped on database %s.", self._context.using, extra={"database": self._context.using}
-        )
+        self._session.announce_end()
 
     def _work(self, *, drain: bool, once: bool) -> bool:
         """Claim, dispatch and settle until it is time to stop; return True if the work is done."""

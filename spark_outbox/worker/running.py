@@ -15,6 +15,7 @@ from spark_outbox.worker.context import Context
 from spark_outbox.worker.event_loop import EventLoop
 from spark_outbox.worker.invoke import call_in_time
 from spark_outbox.worker.judge import result_of
+from spark_outbox.worker.observed import finish, observe, surround
 from spark_outbox.worker.outcome import done
 from spark_outbox.worker.presence import Presence
 from spark_outbox.worker.wake import Wake
@@ -57,6 +58,8 @@ class Running:
 
     def close(self) -> None:
         """Give up the session: others may take over whatever is still running."""
+        for call in self._calls:
+            finish(call)
         self._presence.end()
 
     def go_on(self, calls: list[Call]) -> None:
@@ -84,6 +87,9 @@ class Running:
             call.result = call.result or result_of(call, self._context) or done(call.seconds)
         left = settle.write_calls(ended, self._context.registry, using=self._context.using)
         self._calls = [call for call in self._calls if call not in ended or call in left]
+        for call in ended:
+            if call not in left:
+                finish(call)
         failed = sum(call.result.status == "failed" for call in ended if call.result is not None)
         self._context.guard.tally(0, failed)
         self._on_settled([str(key) for call in ended if (key := call.event.ordering_key) is not None])
@@ -113,6 +119,7 @@ class Running:
             return
         self._loop.finish()  # it stands still meanwhile
         self._wake.stop_listening()
+        observe(call, self._context.using)
         with bounds.patience(self._context.using, direct=self._context.is_direct):
             self._calls.append(call)  # if anything failed before, it has not begun: see `take_over`
             self._run(call, inline=inline)
@@ -137,7 +144,7 @@ class Running:
         guard.take_in_hand((call.event.id, handler.number))
         try:
             with apart(self._context.using, limit):
-                call_in_time(handler.call, call.event, limit, guard)
+                call_in_time(surround(call.observed, handler.call), call.event, limit, guard)
         except BaseException as raised:
             if inline and type(raised) is KeyboardInterrupt:
                 raise

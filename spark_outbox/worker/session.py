@@ -7,6 +7,7 @@ from typing import Any
 from django.db import DataError, Error, OperationalError, connections
 
 from spark_outbox.errors import NotMigrated, SettingsError, describe
+from spark_outbox.observing import hooks
 from spark_outbox.registry.handlers import Kind
 from spark_outbox.store import checking, claiming, filtering, limiting
 from spark_outbox.store.connection import fix_schema
@@ -101,8 +102,15 @@ class Session:
         """Say that the worker is ready."""
         using = self._context.using
         logger.info("Ready on database %s.", using, extra={"database": using})
+        hooks.send(hooks.worker_state_changed, using, using=using, state="ready", reason="")
         if self._context.on_ready is not None:
             self._context.on_ready(self._version)
+
+    def announce_end(self) -> None:
+        """Say that the worker has stopped."""
+        using = self._context.using
+        logger.info("Stopped on database %s.", using, extra={"database": using})
+        hooks.send(hooks.worker_state_changed, using, using=using, state="stopped", reason="")
 
     def gives_up(self, error: Error) -> bool:
         """Return whether a worker that somebody waits for should end with this error: the database has
@@ -131,6 +139,8 @@ class Session:
         self._prepared = None
         for connection in connections.all(initialized_only=True):
             connection.close()
+        state = {"using": self._context.using, "state": "disconnected", "reason": details["error"]}
+        hooks.send(hooks.worker_state_changed, self._context.using, **state)
         self._wake.pause(seconds)
 
     def tidy(self) -> None:

@@ -2,6 +2,7 @@
 
 import math
 
+from spark_outbox.observing import hooks
 from spark_outbox.store.resting import Outlook
 from spark_outbox.worker.claims import Claims
 from spark_outbox.worker.context import Context
@@ -45,8 +46,15 @@ class Sleep:
         `last` is how many events the last look has found. Return how many were handled instead of
         sleeping, as there was something to do.
         """
+        using = self._context.using
+        hooks.send(hooks.worker_state_changed, using, using=using, state="asleep", reason="")
+        handled, reason = self._sleep(last)
+        hooks.send(hooks.worker_state_changed, using, using=using, state="awake", reason=reason)
+        return handled
+
+    def _sleep(self, last: int) -> tuple[int, str]:
         if not self._is_our_turn():
-            return 0
+            return 0, "turn"
         pause, outlook = self._wake.fall_asleep()
         reason = "round"
         if outlook.ready and not (outlook.ordered or last) and self._context.groups is None:
@@ -54,14 +62,14 @@ class Sleep:
         while reason == "round" and not self._context.stop.is_set:
             if outlook.has_events:
                 if handled := self._look_everywhere():
-                    return handled
+                    return handled, "round"
                 outlook = self._wake.look()
             reason = self._wait(pause, outlook)
         self._wake.let_go_with_next()
         if reason == "notification":
             self._handled = self._cycle.handled
             self._claims.hurry()
-        return 0
+        return 0, reason
 
     def is_ours(self) -> bool:
         """Say that we have nothing to do; return whether it is for us to look out for events.

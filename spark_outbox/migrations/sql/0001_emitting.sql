@@ -85,39 +85,42 @@ create function spark_outbox_emit_many(
     outbox regclass, keys text[], groups text[], payloads text, header_objects text,
     ordering_keys text[], times timestamptz[], delays interval[], generated boolean[],
     as_done boolean default false
-) returns bigint
+) returns text[]
 language plpgsql security definer as $body$
 declare
     ids regclass;
-    new bigint;
+    new text[];
 begin
     perform spark_outbox_check_home(outbox);
     ids := pg_get_serial_sequence('spark_outbox_event', 'id');
-    insert into spark_outbox_event
-        (
-            id, key, event_group, payload, headers, ordering_key, available_at, key_is_generated,
-            status, finished_at
-        )
-    select
-        id, key, event_group, payload::jsonb, coalesce(headers::jsonb, '{}'), ordering_key,
-        coalesce(available_at, statement_timestamp() + delay), coalesce(key_is_generated, false),
-        case when as_done then 'done' else 'pending' end,
-        case when as_done then statement_timestamp() end
-    from (
-        select nextval(ids) as id, given.*
-        from unnest(
-            keys, groups, string_to_array(payloads, E'\n'), string_to_array(header_objects, E'\n'),
-            ordering_keys, times, delays, generated
-        ) with ordinality as given (
-            key, event_group, payload, headers, ordering_key, available_at, delay, key_is_generated,
-            place
-        )
-        order by place
-    ) as numbered
-    order by key collate "C", id
-    on conflict do nothing;
-    get diagnostics new = row_count;
-    if new < pg_catalog.cardinality(keys) then
+    with written as (
+        insert into spark_outbox_event
+            (
+                id, key, event_group, payload, headers, ordering_key, available_at, key_is_generated,
+                status, finished_at
+            )
+        select
+            id, key, event_group, payload::jsonb, coalesce(headers::jsonb, '{}'), ordering_key,
+            coalesce(available_at, statement_timestamp() + delay), coalesce(key_is_generated, false),
+            case when as_done then 'done' else 'pending' end,
+            case when as_done then statement_timestamp() end
+        from (
+            select nextval(ids) as id, given.*
+            from unnest(
+                keys, groups, string_to_array(payloads, E'\n'), string_to_array(header_objects, E'\n'),
+                ordering_keys, times, delays, generated
+            ) with ordinality as given (
+                key, event_group, payload, headers, ordering_key, available_at, delay, key_is_generated,
+                place
+            )
+            order by place
+        ) as numbered
+        order by key collate "C", id
+        on conflict do nothing
+        returning key
+    )
+    select coalesce(array_agg(key), '{}') into new from written;
+    if cardinality(new) < cardinality(keys) then
         perform spark_outbox_check_keys(outbox, keys);
     end if;
     return new;
@@ -125,7 +128,7 @@ end
 $body$;
 
 comment on function spark_outbox_emit_many is
-    'Write events, with ids in the order given; returns how many were new. For emit_many().';
+    'Write events, with ids in the order given; returns the keys that were new. For emit_many().';
 
 revoke execute on function spark_outbox_emit_many from public;
 

@@ -1,0 +1,126 @@
+"""The calls of one batch, for those that listen to the signals of observing/hooks.py."""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from spark_outbox.events.event import Event
+from spark_outbox.observing import hooks
+from spark_outbox.observing.hooks import HandlerCall
+from spark_outbox.registry.handlers import Handler
+from spark_outbox.worker.batch import Call, Work
+from spark_outbox.worker.context import Context
+
+
+class Observed:
+    """Collects calls, and says what they came to once that is certain."""
+
+    def __init__(self, using: str) -> None:
+        self._using = using
+        self._is_on = hooks.observes_calls()
+        self._calls: list[HandlerCall] = []
+
+    def function(self, handler: Handler, events: Sequence[Event]) -> Callable[[Any], object]:
+        """Return the function to call for `handler.call`."""
+        if not self._is_on:
+            return handler.call
+        call = HandlerCall(handler.name, events, self._using)
+        self._calls.append(call)
+        return surround(call, handler.call)
+
+    def refused(self, handler: Handler, event: Event, error: BaseException) -> None:
+        """Note that a payload could not be read, so that the handler was not called with it."""
+        if self._is_on:
+            call = HandlerCall(handler.name, [event], self._using, error=error)
+            self._calls.append(call)
+            hooks.send(hooks.delivery_started, self._using, call=call)
+
+    def explain(self, error: BaseException) -> None:
+        """Note the error of the last call as its delivery has it."""
+        if self._calls:
+            self._calls[-1].error = error
+
+    def take(self, calls: Iterable[Call]) -> None:
+        """Collect async calls that end with the batch."""
+        for call in calls:
+            if call.observed is not None:
+                self._calls.append(call.observed)
+                call.observed = None
+
+    def settled(self, works: Iterable[Work]) -> None:
+        """After the commit: all that is not in `works` simply succeeded."""
+        if self._calls:
+            self._finish(works, "done")
+
+    def undone(self, but: Iterable[Work] = ()) -> None:
+        """After a rollback, in which only these `works` were settled."""
+        if self._calls:
+            self._finish(but, "")
+
+    def _finish(self, works: Iterable[Work], others: str) -> None:
+        results = {work.event.id: work.results for work in works}
+        calls, self._calls = self._calls, []
+        for call in calls:
+            statuses = {}
+            for event in call.events:
+                result = results.get(event.id, {}).get(call.handler)
+                if status := result.status if result else others:
+                    statuses[event.id] = status
+            call.finish(statuses)
+
+
+class Timing:
+    """Measures one batch, for `batch_settled`; does nothing if nobody listens."""
+
+    def __init__(self, context: Context) -> None:
+        self._using = context.using
+        self._clock = context.clock if hooks.batch_settled.receivers else None
+        self._started = self._settles_since = 0.0
+
+    def start(self) -> None:
+        """The events are claimed."""
+        if self._clock is not None:
+            self._started = self._clock()
+
+    def settle(self) -> None:
+        """The handlers were called: now results are written and committed."""
+        if self._clock is not None:
+            self._settles_since = self._clock()
+
+    def end(self, events: int) -> None:
+        """It is committed."""
+        if self._clock is not None:
+            now = self._clock()
+            hooks.send(
+                hooks.batch_settled,
+                self._using,
+                using=self._using,
+                events=events,
+                seconds=now - self._started,
+                commit_seconds=now - self._settles_since,
+            )
+
+
+def surround(call: HandlerCall | None, function: Callable[[Any], object]) -> Callable[[Any], object]:
+    """Return a function that makes the call, observed."""
+    if call is None:
+        return function
+
+    def run(argument: Any) -> None:
+        with call.under_way():
+            function(argument)
+
+    return run
+
+
+def observe(call: Call, using: str) -> None:
+    """Before a call that goes on by itself: observe it, if anybody does."""
+    if hooks.observes_calls():
+        call.observed = HandlerCall(call.handler.name, [call.event], using)
+
+
+def finish(call: Call) -> None:
+    """A call that went on by itself has been settled, or was given up."""
+    if call.observed is not None:
+        observed, call.observed = call.observed, None
+        observed.error = call.error
+        observed.finish({call.event.id: call.result.status} if call.result else {})
