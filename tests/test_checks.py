@@ -86,8 +86,9 @@ def follow(hint):
 
 
 EDIT = """
-create or replace function spark_emit(event_group text, key text, payload jsonb default '{}')
-returns bigint language sql as 'select 1::bigint'
+create or replace function spark_emit(
+    event_group text, key text, payload jsonb default '{}', headers jsonb default '{}'
+) returns bigint language sql as 'select 1::bigint'
 """
 
 DAMAGES = {

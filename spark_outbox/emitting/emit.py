@@ -80,7 +80,7 @@ def emit(
         _meet_duplicate(row, on_duplicate, alias)
         return None
     event.is_stored_as(*stored)
-    hooks.send(hooks.event_emitted, alias, group=event.group, key=event.key, using=alias)
+    hooks.emitted(row.emission, event.group, event.key, alias)
     _announce(alias)
     return event
 
@@ -140,7 +140,8 @@ async def aemit_many(
 
 def prepare(event: Event) -> NewRow:
     """Return the row that will hold `event`. Raises InvalidEvent or UnstorableValue."""
-    hooks.send(hooks.event_emitting, event=event)
+    emission = hooks.emitting(event)
+    headers = event.headers if emission is None else emission.headers
     delay = None if event.delay is None else _timedelta(event.delay)
     if event.available_at is not None:
         _check_time(event.available_at)
@@ -148,11 +149,12 @@ def prepare(event: Event) -> NewRow:
         event.key,
         event.group,
         dump(event.payload) if event.payload else "{}",
-        dump(event.headers, root="headers") if event.headers else "{}",
+        dump(headers, root="headers") if headers else "{}",
         event.ordering_key,
         event.available_at,
         delay,
         event.key_is_generated,
+        emission,
     )
 
 
@@ -163,15 +165,11 @@ def write(rows: Sequence[NewRow], *, as_done: bool = False, using: str) -> int:
         new = emitting.insert_many(rows, as_done=as_done, using=using)
     if new and not as_done:
         if hooks.event_emitted.receivers:
-            _tell_of(rows, new, using)
+            for place in sorted(new):
+                row = rows[place - 1]
+                hooks.emitted(row.emission, row.group, row.key, using)
         _announce(using)
     return len(new)
-
-
-def _tell_of(rows: Sequence[NewRow], new: Sequence[str], using: str) -> None:
-    groups = {row.key: row.group for row in reversed(rows)}  # of the same key, the first was written
-    for key in new:
-        hooks.send(hooks.event_emitted, using, group=groups[key], key=key, using=using)
 
 
 def _meet_duplicate(row: NewRow, on_duplicate: OnDuplicate, using: str) -> None:

@@ -1,7 +1,8 @@
 """Signals of what happens to events, for metrics and traces. They cost nothing while nobody listens.
 
-    event_emitting         event: before it is written; receivers may add headers
-    event_emitted          group, key, using: in the emitter's transaction, for each event that is new
+    event_emitting         emission: before an event is written; receivers may add headers
+    event_emitted          group, key, using, emission: in the emitter's transaction, for each event
+                           that is new
     delivery_started       call: just before a handler is called
     delivery_finished      call: after the commit of what it came to, or after its rollback
     batch_settled          using, events, seconds, commit_seconds: after the commit
@@ -36,6 +37,27 @@ class ReceiverQuery(RuntimeError):
     """A receiver of one of these signals has used the connection of those that it observes."""
 
 
+@dataclass(eq=False, slots=True, weakref_slot=True)
+class Emission:
+    """An event on its way into the outbox. It is the same object in `event_emitted`, so a receiver can
+    keep what belongs to it in a WeakKeyDictionary: the emission of a duplicate just goes away.
+
+    Nothing of the event may be changed: its emitter may emit it again.
+    """
+
+    event: Event
+    headers: dict[str, Any]
+    """What is going to be stored."""
+
+    def add(self, headers: Mapping[str, str]) -> None:
+        """Add headers, but for those that the emitter has given. Baggage of several receivers is
+        joined."""
+        for name, value in headers.items():
+            if name not in self.event.headers:
+                before = self.headers.get(name) if name == "baggage" else None
+                self.headers[name] = f"{before},{value}" if before else value
+
+
 @dataclass(eq=False, slots=True)
 class HandlerCall:
     """One call of a handler, with an event or a list of events.
@@ -61,9 +83,9 @@ class HandlerCall:
     @contextmanager
     def under_way(self) -> Iterator[None]:
         """Surround the call."""
-        started = time.monotonic()
-        send(delivery_started, self.using, call=self)
+        self.started_at, started = time.time(), time.monotonic()
         try:
+            send(delivery_started, self.using, call=self)
             yield
         except BaseException as error:
             self.error = error
@@ -72,12 +94,32 @@ class HandlerCall:
             self.seconds = time.monotonic() - started
             self._context = copy_context()
 
+    def refuse(self, error: BaseException) -> None:
+        """Note that the payload can't be read, so that the handler is not called."""
+        self.error = error
+        self._context = copy_context()
+        self._context.run(send, delivery_started, self.using, call=self)
+
     def finish(self, statuses: Mapping[int, str]) -> None:
         """Tell what the call came to."""
         self.statuses = statuses
         context = self._context or copy_context()
         context.run(send, delivery_finished, self.using, call=self)
         self._context = None
+
+
+def emitting(event: Event) -> Emission | None:
+    """Tell of an event that is about to be written; return None if nobody listens."""
+    if not event_emitting.receivers:
+        return None
+    emission = Emission(event, dict(event.headers))
+    send(event_emitting, emission=emission)
+    return emission
+
+
+def emitted(emission: Emission | None, group: str, key: str, using: str) -> None:
+    """Tell of an event that was written."""
+    send(event_emitted, using, group=group, key=key, using=using, emission=emission)
 
 
 def observes_calls() -> bool:
@@ -91,8 +133,12 @@ def send(signal: Signal, using: str = "", /, **arguments: Any) -> None:
     if not using:
         signal.send_robust(sender=None, **arguments)
         return
-    with connections[using].execute_wrapper(_refuse):
+    wrappers = connections[using].execute_wrappers
+    wrappers.insert(0, _refuse)  # before those of the worker, which take savepoints
+    try:
         signal.send_robust(sender=None, **arguments)
+    finally:
+        wrappers.remove(_refuse)
 
 
 def _refuse(*_: Any) -> Any:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from django.db import IntegrityError
 
 from spark_outbox.errors import IdCollision
+from spark_outbox.observing.hooks import Emission
 from spark_outbox.store.connection import as_columns, fetch_here
 
 
@@ -22,6 +23,8 @@ class NewRow(NamedTuple):
     available_at: dt.datetime | None
     delay: dt.timedelta | None
     key_is_generated: bool = False
+    emission: Emission | None = None
+    """Is not written: the same event, for those that listen to signals."""
 
 
 INSERT = """
@@ -62,25 +65,25 @@ def insert(row: NewRow, *, using: str) -> tuple[int, int] | None:
 
     Waits for a transaction that has written the same key and not ended yet.
     """
-    is_ready = row[4:] == (None, None, None, False)
-    sql, params = (INSERT_READY, row[:4]) if is_ready else (INSERT, row)
+    is_ready = row[4:8] == (None, None, None, False)
+    sql, params = (INSERT_READY, row[:4]) if is_ready else (INSERT, row[:8])
     stored = fetch_here(sql, params, using=using)
     return stored[0] if stored else None
 
 
-def insert_many(rows: Sequence[NewRow], *, as_done: bool = False, using: str) -> list[str]:
-    """Write events in one statement, all or none of them; return the keys that were new.
+def insert_many(rows: Sequence[NewRow], *, as_done: bool = False, using: str) -> list[int]:
+    """Write events in one statement, all or none of them; return the places of the new ones, from 1.
 
     Ids follow the order of `rows`. With `as_done` they are not to be handled. Raises IdCollision.
     """
     with _collisions():
-        new: list[str] = fetch_here(INSERT_MANY, [*_columns(rows), as_done], using=using)[0][0]
+        new: list[int] = fetch_here(INSERT_MANY, [*_columns(rows), as_done], using=using)[0][0]
         return new
 
 
 def _columns(rows: Sequence[NewRow]) -> list[Any]:
     """Return the arguments of INSERT_MANY. A column that has the default in every row is not sent."""
-    keys, groups, payloads, headers, ordering_keys, times, delays, generated = as_columns(rows)
+    keys, groups, payloads, headers, ordering_keys, times, delays, generated, _ = as_columns(rows)
     return [
         _text_array(keys),
         _text_array(groups),

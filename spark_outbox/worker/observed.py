@@ -30,9 +30,9 @@ class Observed:
     def refused(self, handler: Handler, event: Event, error: BaseException) -> None:
         """Note that a payload could not be read, so that the handler was not called with it."""
         if self._is_on:
-            call = HandlerCall(handler.name, [event], self._using, error=error)
+            call = HandlerCall(handler.name, [event], self._using)
             self._calls.append(call)
-            hooks.send(hooks.delivery_started, self._using, call=call)
+            call.refuse(error)
 
     def explain(self, error: BaseException) -> None:
         """Note the error of the last call as its delivery has it."""
@@ -43,6 +43,7 @@ class Observed:
         """Collect async calls that end with the batch."""
         for call in calls:
             if call.observed is not None:
+                call.observed.error = call.error
                 self._calls.append(call.observed)
                 call.observed = None
 

@@ -40,7 +40,7 @@ NOT_FOR_ANYBODY = [
     "drop trigger spark_outbox_wake on spark_outbox_event",
     "create trigger t after insert on spark_outbox_event execute function spark_outbox_wake('never')",
     "create index on spark_outbox_event (payload)",
-    "alter function spark_emit(text, text, jsonb) reset search_path",
+    "alter function spark_emit(text, text, jsonb, jsonb) reset search_path",
     (
         "create or replace function spark_outbox_is_same(outbox regclass, key text, event_group text, "
         "payload jsonb) returns boolean language sql as 'select true'"

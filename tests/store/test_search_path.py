@@ -90,7 +90,7 @@ def test_no_search_path_makes_the_outbox_run_what_is_not_its_own(
         assert victim.execute("select public.spark_emit('g', 'key')").fetchone() == (None,)
         many = "'{3, key}', '{g, g}', e'{}\\n{}', e'{}\\n{}', '{o, o}', '{}', '{}', null, false"
         many = f"select public.spark_outbox_emit_many({outbox}, {many})"
-        assert victim.execute(many).fetchone() == (1,)
+        assert victim.execute(many).fetchone() == ([1],)
         assert victim.execute("select public.spark_outbox_ids_are_behind()").fetchone() == (False,)
     assert OutboxEvent.objects.count() == 5
 

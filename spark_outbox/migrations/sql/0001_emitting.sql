@@ -54,14 +54,16 @@ comment on function spark_outbox_check_keys(regclass, text[]) is
 revoke execute on function spark_outbox_check_keys(regclass, text[]) from public;
 
 
-create function spark_emit(event_group text, key text, payload jsonb default '{}') returns bigint
+create function spark_emit(
+    event_group text, key text, payload jsonb default '{}', headers jsonb default '{}'
+) returns bigint
 language plpgsql as $body$
 declare
     new_key constant text := coalesce($2, gen_random_uuid()::text);
     new_id bigint;
 begin
-    insert into spark_outbox_event (event_group, key, payload, key_is_generated)
-    values ($1, new_key, coalesce($3, '{}'), $2 is null)
+    insert into spark_outbox_event (event_group, key, payload, headers, key_is_generated)
+    values ($1, new_key, coalesce($3, '{}'), coalesce($4, '{}'), $2 is null)
     on conflict do nothing
     returning id into new_id;
     if new_id is null then
@@ -71,7 +73,7 @@ begin
 end
 $body$;
 
-comment on function spark_emit(text, text, jsonb) is
+comment on function spark_emit(text, text, jsonb, jsonb) is
     'Write an event; returns its id, or NULL if there is an event of this key already.';
 
 
@@ -85,15 +87,25 @@ create function spark_outbox_emit_many(
     outbox regclass, keys text[], groups text[], payloads text, header_objects text,
     ordering_keys text[], times timestamptz[], delays interval[], generated boolean[],
     as_done boolean default false
-) returns text[]
+) returns integer[]
 language plpgsql security definer as $body$
 declare
     ids regclass;
-    new text[];
+    new integer[];
 begin
     perform spark_outbox_check_home(outbox);
     ids := pg_get_serial_sequence('spark_outbox_event', 'id');
-    with written as (
+    with numbered as (
+        select nextval(ids) as id, given.*
+        from unnest(
+            keys, groups, string_to_array(payloads, E'\n'), string_to_array(header_objects, E'\n'),
+            ordering_keys, times, delays, generated
+        ) with ordinality as given (
+            key, event_group, payload, headers, ordering_key, available_at, delay, key_is_generated,
+            place
+        )
+        order by place
+    ), written as (
         insert into spark_outbox_event
             (
                 id, key, event_group, payload, headers, ordering_key, available_at, key_is_generated,
@@ -104,22 +116,13 @@ begin
             coalesce(available_at, statement_timestamp() + delay), coalesce(key_is_generated, false),
             case when as_done then 'done' else 'pending' end,
             case when as_done then statement_timestamp() end
-        from (
-            select nextval(ids) as id, given.*
-            from unnest(
-                keys, groups, string_to_array(payloads, E'\n'), string_to_array(header_objects, E'\n'),
-                ordering_keys, times, delays, generated
-            ) with ordinality as given (
-                key, event_group, payload, headers, ordering_key, available_at, delay, key_is_generated,
-                place
-            )
-            order by place
-        ) as numbered
+        from numbered
         order by key collate "C", id
         on conflict do nothing
-        returning key
+        returning id
     )
-    select coalesce(array_agg(key), '{}') into new from written;
+    select coalesce(array_agg(place::integer), '{}') into new
+    from numbered join written using (id);
     if cardinality(new) < cardinality(keys) then
         perform spark_outbox_check_keys(outbox, keys);
     end if;
@@ -128,7 +131,7 @@ end
 $body$;
 
 comment on function spark_outbox_emit_many is
-    'Write events, with ids in the order given; returns the keys that were new. For emit_many().';
+    'Write events, with ids in the order given; returns the places of the new ones, from 1. For emit_many().';
 
 revoke execute on function spark_outbox_emit_many from public;
 
@@ -192,7 +195,7 @@ begin
     foreach function in array array[
         'spark_outbox_check_home(regclass)',
         'spark_outbox_check_keys(regclass, text[])',
-        'spark_emit(text, text, jsonb)',
+        'spark_emit(text, text, jsonb, jsonb)',
         'spark_outbox_emit_many('
             'regclass, text[], text[], text, text, text[], timestamptz[], interval[], boolean[], boolean)',
         'spark_outbox_is_same(regclass, text, text, jsonb)',
