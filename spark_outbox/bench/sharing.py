@@ -93,6 +93,8 @@ def of_one_group(scratch: Scratch, count: int, samples: int) -> tuple[float, flo
 
     The worker is a daemon: with `drain` it would read all events of other groups at the end.
     """
+    # The worker of the run before was killed, and that makes its successor handle events one by one.
+    scratch.execute("delete from spark_outbox_session")
     with moments() as arrivals:
 
         def note_single(event: Any) -> None:

@@ -53,6 +53,8 @@ class Dispatch:
         self._batch = batch
         self._context = context
         self._clock = context.clock
+        self._interval = context.settings.COMMIT_INTERVAL
+        self._experience = context.experience
         self._breakers = context.experience.breakers
         self._savepoints = savepoints
         self._invoker = invoker
@@ -72,8 +74,8 @@ class Dispatch:
         """
         batch, stop = self._batch, self._context.stop
         handlers_for = self._context.registry.handlers_for
-        slow = self._context.experience.slow
-        deadline = self._now + self._context.settings.COMMIT_INTERVAL
+        slow = self._experience.slow
+        deadline = self._now + self._interval
         for event in batch.events:
             if event.ordering_key in batch.blocked:
                 batch.reached += 1
@@ -192,10 +194,8 @@ class Dispatch:
     def _note_duration(self, handler: Handler, started: float) -> float:
         self._now = self._clock()
         seconds = self._now - started
-        commit_interval = self._context.settings.COMMIT_INTERVAL
-        experience = self._context.experience
-        if seconds > commit_interval or experience.slow:
-            experience.note_duration(handler.name, seconds, commit_interval)
+        if seconds > self._interval or self._experience.slow:
+            self._experience.note_duration(handler.name, seconds, self._interval)
         return seconds
 
     def _conclude(self, call: Call, *, together: Sequence[Event] = ()) -> Result | None:
@@ -283,14 +283,13 @@ class Dispatch:
             call.has_ended = call.error is not None
         calls = [call for _, call in self._concurrent]
         loop.start(call for call in calls if not call.has_ended)
-        interval = self._context.settings.COMMIT_INTERVAL
         if loop.must_end:
             loop.wait_for(calls, first=None, others=None)
         else:
             waiting = {id(work) for work, _ in self._concurrent}
             has_more = self._batch.count or len(self._deferred) > len(waiting)
-            first = interval if has_more else LONGEST_WAIT
-            loop.wait_for(calls, first=first, others=interval)
+            first = self._interval if has_more else LONGEST_WAIT
+            loop.wait_for(calls, first=first, others=self._interval)
         for work, call in self._concurrent:
             if not call.has_ended:
                 self._outlive(Deferred(work, call))

@@ -51,14 +51,20 @@ class Invoker:
 
     def call(self, handler: Handler, event: Event) -> BaseException | None:
         """Call a handler with one event; return what it raised. Raises BatchLost."""
-        return self._call(handler, [event], event if handler.batch is None else [event])
+        self._announce((event.id, handler.number))
+        argument = event if handler.batch is None else [event]
+        if not self._observed.is_on:  # the shortest way, as this runs for each event
+            return self._run(handler.call, argument, handler.name, handler.policy.limit())
+        return self._call_observed(handler, [event], argument)
 
     def call_list(self, handler: Handler, events: list[Event]) -> BaseException | None:
         """Call a handler with a list of events; return what it raised. Raises BatchLost."""
-        return self._call(handler, events, events)
-
-    def _call(self, handler: Handler, events: list[Event], argument: Any) -> BaseException | None:
         self._announce(*[(event.id, handler.number) for event in events])
+        return self._call_observed(handler, events, events)
+
+    def _call_observed(
+        self, handler: Handler, events: list[Event], argument: Any
+    ) -> BaseException | None:
         function = self._observed.function(handler, events)
         try:
             error = self._run(function, argument, handler.name, handler.policy.limit())

@@ -16,12 +16,13 @@ class Observed:
 
     def __init__(self, using: str) -> None:
         self._using = using
-        self._is_on = hooks.observes_calls()
+        self.is_on = hooks.observes_calls()
+        """Somebody listens."""
         self._calls: list[HandlerCall] = []
 
     def function(self, handler: Handler, events: Sequence[Event]) -> Callable[[Any], object]:
         """Return the function to call for `handler.call`."""
-        if not self._is_on:
+        if not self.is_on:
             return handler.call
         call = HandlerCall(handler.name, events, self._using)
         self._calls.append(call)
@@ -29,7 +30,7 @@ class Observed:
 
     def refused(self, handler: Handler, event: Event, error: BaseException) -> None:
         """Note that a payload could not be read, so that the handler was not called with it."""
-        if self._is_on:
+        if self.is_on:
             call = HandlerCall(handler.name, [event], self._using)
             self._calls.append(call)
             call.refuse(error)
