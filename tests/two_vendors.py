@@ -5,5 +5,5 @@ import os
 from tests.settings import *  # noqa: F403
 
 INSTALLED_APPS = ["django.contrib.contenttypes", "django.contrib.auth", "spark_outbox"]
-ROOT_URLCONF = None  # no admin
+ROOT_URLCONF = ""  # no admin
 DATABASES["lite"] = {"ENGINE": "django.db.backends.sqlite3", "NAME": os.environ["LITE"]}  # noqa: F405

@@ -6,7 +6,7 @@ from tests.postgres import django_database
 from tests.settings import *  # noqa: F403
 
 INSTALLED_APPS = ["django.contrib.contenttypes", "spark_outbox", "tests.chaos"]
-ROOT_URLCONF = None  # no admin
+ROOT_URLCONF = ""  # no admin
 # A worker LISTENs on its own connection, on a direct one past a pooler, or not at all. If it LISTENs, it
 # polls once an hour, so that a lost wake shows as a stuck event.
 _listen, _poll = {"own": ("", 3600), "direct": ("direct", 3600), "poll": (None, 0.5)}[
