@@ -2,8 +2,8 @@
 
     sentry_sdk.init(dsn=…, integrations=[SparkOutboxIntegration()])
 
-Each error arrives once, with the handler, the group, the key and the attempt; without local variables,
-which may hold what is in a payload. The log's line about the same error is a breadcrumb only.
+Each error arrives once, with the handler, the group, the key and the attempt. What arrives of a call has
+no local variables, which may hold what is in a payload. Our log of the same error is a breadcrumb only.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -102,6 +102,7 @@ class Reporter:
         Scope.set_isolation_scope(scope)
         Scope.set_current_scope(Scope.get_current_scope().fork())
         scope.clear_breadcrumbs()
+        scope.add_event_processor(_without_variables)
         _identify(scope, call, call.events)
         self._under_way |= _pairs(call)
         headers, data = {}, _messages(call.events)
@@ -170,12 +171,17 @@ def _capture(
         mechanism={"type": "spark_outbox", "handled": not is_final},
     )
     report["level"] = "error" if is_final else "warning"
-    for each in report["exception"]["values"]:
-        for frame in (each.get("stacktrace") or {}).get("frames", []):
-            frame.pop("vars", None)
     with sentry_sdk.new_scope() as scope:
         _identify(scope, call, events)
         sentry_sdk.capture_event(report, hint=hint)
+
+
+def _without_variables(event: Any, _hint: Any) -> Any:
+    """Drop the local variables of an error."""
+    for error in (event.get("exception") or {}).get("values", []):
+        for frame in (error.get("stacktrace") or {}).get("frames", []):
+            frame.pop("vars", None)
+    return event
 
 
 def _identify(scope: Scope, call: HandlerCall, events: Sequence[Event]) -> None:

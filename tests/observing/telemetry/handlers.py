@@ -1,9 +1,13 @@
 """Handlers that end in every way. Each notes in the ledger which baggage it sees."""
 
+import logging
+
 from opentelemetry import baggage
 
 from spark_outbox import BatchFailed, Discard, Event, Retry, emit, handler
 from tests.challenges.models import Handled
+
+logger = logging.getLogger(__name__)
 
 
 def note(event: Event, name: str) -> None:
@@ -43,7 +47,12 @@ def several(events: list[Event]) -> None:
 @handler("^seen_fails$", name="fails", max_attempts=2, backoff=0)
 def fail(event: Event) -> None:
     secret = event["secret"]
-    raise ValueError(f"broken, with {len(secret)} characters")
+    try:
+        raise ValueError(f"broken, with {len(secret)} characters")
+    except ValueError:
+        if event.attempt == 2:
+            logger.exception("The handler logs its error, too.")
+        raise
 
 
 @handler("^seen_discarded$", name="discards")
