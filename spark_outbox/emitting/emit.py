@@ -16,7 +16,6 @@ from spark_outbox.errors import DuplicateKey, IdCollision, InvalidEvent, NotInTr
 from spark_outbox.events.encoding import dump
 from spark_outbox.events.event import Event
 from spark_outbox.observing import hooks
-from spark_outbox.observing.hooks import Emission
 from spark_outbox.registry.backoff import MAX_DELAY
 from spark_outbox.store import emitting
 from spark_outbox.store.emitting import NewRow
@@ -171,7 +170,7 @@ def _insert(row: NewRow, using: str) -> tuple[int, int] | None:
     """Write one event; return its id and its time in microseconds, or None if its key exists."""
     if not hooks.observes_emissions():
         return emitting.insert(row, using=using)
-    with Emission([row], using).under_way() as emission:
+    with hooks.Emission([row], using).under_way() as emission:
         stored = emitting.insert(*_with_headers(emission, [row]), using=using)
         emission.new = [row] if stored else []
     return stored
@@ -181,13 +180,13 @@ def _insert_many(rows: Sequence[NewRow], using: str) -> list[int]:
     """Write events in one statement; return the places of the new ones, from 1."""
     if not hooks.observes_emissions():
         return emitting.insert_many(rows, using=using)
-    with Emission(rows, using).under_way() as emission:
+    with hooks.Emission(rows, using).under_way() as emission:
         new = emitting.insert_many(_with_headers(emission, rows), using=using)
         emission.new = [rows[place - 1] for place in sorted(new)]
     return new
 
 
-def _with_headers(emission: Emission, rows: Sequence[NewRow]) -> list[NewRow]:
+def _with_headers(emission: hooks.Emission, rows: Sequence[NewRow]) -> list[NewRow]:
     """Return the rows with the headers that were added."""
     texts = {own: emission.completed(own) for own in {row.headers for row in rows}}
     return [row._replace(headers=texts[row.headers]) for row in rows]
