@@ -169,20 +169,25 @@ def write(rows: Sequence[NewRow], *, as_done: bool = False, using: str) -> int:
 def _insert(row: NewRow, using: str) -> tuple[int, int] | None:
     """Write one event; return its id and its time in microseconds, or None if its key exists."""
     if not hooks.observes_emissions():
-        return emitting.insert(row, using=using)
-    with hooks.Emission([row], using).under_way() as emission:
-        stored = emitting.insert(*_with_headers(emission, [row]), using=using)
-        emission.new = [row] if stored else []
+        stored = emitting.insert(row, using=using)
+    else:
+        with hooks.Emission([row], using).under_way() as emission:
+            stored = emitting.insert(*_with_headers(emission, [row]), using=using)
+            emission.new = [row] if stored else []
+    if stored:
+        hooks.emitted([row], using)
     return stored
 
 
 def _insert_many(rows: Sequence[NewRow], using: str) -> list[int]:
     """Write events in one statement; return the places of the new ones, from 1."""
     if not hooks.observes_emissions():
-        return emitting.insert_many(rows, using=using)
-    with hooks.Emission(rows, using).under_way() as emission:
-        new = emitting.insert_many(_with_headers(emission, rows), using=using)
-        emission.new = [rows[place - 1] for place in sorted(new)]
+        new = emitting.insert_many(rows, using=using)
+    else:
+        with hooks.Emission(rows, using).under_way() as emission:
+            new = emitting.insert_many(_with_headers(emission, rows), using=using)
+            emission.new = [rows[place - 1] for place in sorted(new)]
+    hooks.emitted((rows[place - 1] for place in sorted(new)), using)
     return new
 
 

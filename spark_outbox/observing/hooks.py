@@ -15,7 +15,7 @@ where a failure would abort the transaction of others: its queries are refused.
 
 import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import Context, copy_context
 from dataclasses import dataclass, field
@@ -98,9 +98,6 @@ class Emission:
             raise
         finally:
             send(emission_finished, self.using, emission=self)
-        if event_emitted.receivers:
-            for event in self.new:
-                send(event_emitted, self.using, group=event.group, key=event.key, using=self.using)
 
 
 @dataclass(eq=False, slots=True, weakref_slot=True)
@@ -154,7 +151,14 @@ class HandlerCall:
 
 
 def observes_emissions() -> bool:
-    return bool(emission_started.receivers or emission_finished.receivers or event_emitted.receivers)
+    return bool(emission_started.receivers or emission_finished.receivers)
+
+
+def emitted(events: Iterable[Outgoing], using: str) -> None:
+    """Tell of events that were written."""
+    if event_emitted.receivers:
+        for event in events:
+            send(event_emitted, using, group=event.group, key=event.key, using=using)
 
 
 def observes_calls() -> bool:
