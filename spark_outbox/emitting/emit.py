@@ -75,12 +75,11 @@ def emit(
     if on_duplicate not in ON_DUPLICATE:
         raise InvalidEvent(f"on_duplicate is one of {', '.join(ON_DUPLICATE)}, not {on_duplicate!r}.")
     row = prepare(event)
-    stored = emitting.insert(row, using=alias)
+    stored = _insert(row, alias)
     if stored is None:
         _meet_duplicate(row, on_duplicate, alias)
         return None
     event.is_stored_as(*stored)
-    hooks.emitted(row.emission, event.group, event.key, alias)
     _announce(alias)
     return event
 
@@ -140,8 +139,6 @@ async def aemit_many(
 
 def prepare(event: Event) -> NewRow:
     """Return the row that will hold `event`. Raises InvalidEvent or UnstorableValue."""
-    emission = hooks.emitting(event)
-    headers = event.headers if emission is None else emission.headers
     delay = None if event.delay is None else _timedelta(event.delay)
     if event.available_at is not None:
         _check_time(event.available_at)
@@ -149,27 +146,55 @@ def prepare(event: Event) -> NewRow:
         event.key,
         event.group,
         dump(event.payload) if event.payload else "{}",
-        dump(headers, root="headers") if headers else "{}",
+        dump(event.headers, root="headers") if event.headers else "{}",
         event.ordering_key,
         event.available_at,
         delay,
         event.key_is_generated,
-        emission,
     )
 
 
 def write(rows: Sequence[NewRow], *, as_done: bool = False, using: str) -> int:
     """Write prepared rows in one statement, in the order given; return how many were new. With `as_done`
-    nobody handles them."""
+    nobody handles them, and nobody is told."""
     with _uncommittable_if_lost(using):
-        new = emitting.insert_many(rows, as_done=as_done, using=using)
-    if new and not as_done:
-        if hooks.event_emitted.receivers:
-            for place in sorted(new):
-                row = rows[place - 1]
-                hooks.emitted(row.emission, row.group, row.key, using)
+        if as_done:
+            return len(emitting.insert_many(rows, as_done=True, using=using))
+        new = _insert_many(rows, using)
+    if new:
         _announce(using)
     return len(new)
+
+
+def _insert(row: NewRow, using: str) -> tuple[int, int] | None:
+    """Write one event; return its id and its time in microseconds, or None if its key exists."""
+    if not hooks.observes_emissions():
+        stored = emitting.insert(row, using=using)
+    else:
+        with hooks.Emission([row], using).under_way() as emission:
+            stored = emitting.insert(*_with_headers(emission, [row]), using=using)
+            emission.new = [row] if stored else []
+    if stored:
+        hooks.emitted([row], using)
+    return stored
+
+
+def _insert_many(rows: Sequence[NewRow], using: str) -> list[int]:
+    """Write events in one statement; return the places of the new ones, from 1."""
+    if not hooks.observes_emissions():
+        new = emitting.insert_many(rows, using=using)
+    else:
+        with hooks.Emission(rows, using).under_way() as emission:
+            new = emitting.insert_many(_with_headers(emission, rows), using=using)
+            emission.new = [rows[place - 1] for place in sorted(new)]
+    hooks.emitted((rows[place - 1] for place in sorted(new)), using)
+    return new
+
+
+def _with_headers(emission: hooks.Emission, rows: Sequence[NewRow]) -> list[NewRow]:
+    """Return the rows with the headers that were added."""
+    texts = {own: emission.completed(own) for own in {row.headers for row in rows}}
+    return [row._replace(headers=texts[row.headers]) for row in rows]
 
 
 def _meet_duplicate(row: NewRow, on_duplicate: OnDuplicate, using: str) -> None:

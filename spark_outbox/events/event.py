@@ -234,6 +234,11 @@ class Event(Mapping[str, Any]):
         return f"<Event {self.group} {self.key!r} id={self.id}>"
 
 
+def size_of(event: Event) -> int | None:
+    """Return the bytes of a stored event's payload, as JSON; None if it is large and was not fetched."""
+    return len(event._text.encode()) if isinstance(event._text, str) else None
+
+
 def check_text(name: str, value: object) -> str:
     """Return `value` if it can be a group, key or ordering key; else raise InvalidEvent."""
     if not isinstance(value, str):

@@ -1,31 +1,34 @@
 """Signals of what happens to events, for metrics and traces. They cost nothing while nobody listens.
 
-    event_emitting         emission: before an event is written; receivers may add headers
-    event_emitted          group, key, using, emission: in the emitter's transaction, for each event
-                           that is new
+    emission_started       emission: before events are written in one statement; it may add headers
+    emission_finished      emission: which of them are new; or `error` says why nothing was written
+    event_emitted          group, key, using: in the emitter's transaction, for each event that is new
     delivery_started       call: just before a handler is called
     delivery_finished      call: after the commit of what it came to, or after its rollback
-    batch_settled          using, events, seconds, commit_seconds: after the commit
+    batch_settled          using, events, seconds, commit_seconds, calls: after the commit
     worker_state_changed   using, state, reason: ready, asleep, awake, disconnected or stopped; why it
                            woke, or the database's error
 
 A receiver that raises is logged, and changes nothing. It must not use the connection to the outbox,
-where a failure would abort the transaction of others: but for `event_emitting`, its queries are refused.
+where a failure would abort the transaction of others: its queries are refused.
 """
 
+import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import Context, copy_context
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 from django.db import connections
 from django.dispatch import Signal
 
+from spark_outbox.events.encoding import dump
 from spark_outbox.events.event import Event
 
-event_emitting = Signal()
+emission_started = Signal()
+emission_finished = Signal()
 event_emitted = Signal()
 delivery_started = Signal()
 delivery_finished = Signal()
@@ -37,28 +40,67 @@ class ReceiverQuery(RuntimeError):
     """A receiver of one of these signals has used the connection of those that it observes."""
 
 
+class Outgoing(Protocol):
+    """An event that is ready to be written."""
+
+    @property
+    def group(self) -> str: ...
+    @property
+    def key(self) -> str: ...
+    @property
+    def payload(self) -> str:
+        """As JSON."""
+
+    @property
+    def headers(self) -> str:
+        """Those that the emitter has given, as JSON."""
+
+
 @dataclass(eq=False, slots=True, weakref_slot=True)
 class Emission:
-    """An event on its way into the outbox. It is the same object in `event_emitted`, so a receiver can
-    keep what belongs to it in a WeakKeyDictionary: the emission of a duplicate just goes away.
+    """One statement that writes events into the outbox. Its two signals are sent in the same context."""
 
-    Nothing of the event may be changed: its emitter may emit it again.
-    """
-
-    event: Event
-    headers: dict[str, Any]
-    """What is going to be stored."""
+    events: Sequence[Outgoing]
+    using: str
+    new: Sequence[Outgoing] = ()
+    """Those that were written. The others are duplicates."""
+    error: BaseException | None = None
+    _added: list[Mapping[str, str]] = field(default_factory=list)
 
     def add(self, headers: Mapping[str, str]) -> None:
-        """Add headers, but for those that the emitter has given. Baggage of several receivers is
-        joined."""
-        for name, value in headers.items():
-            if name not in self.event.headers:
-                before = self.headers.get(name) if name == "baggage" else None
-                self.headers[name] = f"{before},{value}" if before else value
+        """Add headers to all events; but none of these to an event whose emitter has given one of them.
+        Baggage of several receivers is joined."""
+        self._added.append(headers)
+
+    def completed(self, headers: str) -> str:
+        """Return an event's own headers, as JSON, with those that were added."""
+        own = json.loads(headers)
+        added: dict[str, str] = {}
+        for each in self._added:
+            if own.keys().isdisjoint(each):
+                before = added.get("baggage")
+                added.update(each)
+                if before and "baggage" in each:
+                    added["baggage"] = f"{before},{each['baggage']}"
+        if not added:
+            return headers
+        text = dump(added, root="headers")
+        return f"{text[:-1]},{headers[1:]}" if own else text
+
+    @contextmanager
+    def under_way(self) -> Iterator["Emission"]:
+        """Surround the statement."""
+        send(emission_started, self.using, emission=self)
+        try:
+            yield self
+        except BaseException as error:
+            self.error = error
+            raise
+        finally:
+            send(emission_finished, self.using, emission=self)
 
 
-@dataclass(eq=False, slots=True)
+@dataclass(eq=False, slots=True, weakref_slot=True)
 class HandlerCall:
     """One call of a handler, with an event or a list of events.
 
@@ -108,30 +150,24 @@ class HandlerCall:
         self._context = None
 
 
-def emitting(event: Event) -> Emission | None:
-    """Tell of an event that is about to be written; return None if nobody listens."""
-    if not event_emitting.receivers:
-        return None
-    emission = Emission(event, dict(event.headers))
-    send(event_emitting, emission=emission)
-    return emission
+def observes_emissions() -> bool:
+    return bool(emission_started.receivers or emission_finished.receivers)
 
 
-def emitted(emission: Emission | None, group: str, key: str, using: str) -> None:
-    """Tell of an event that was written."""
-    send(event_emitted, using, group=group, key=key, using=using, emission=emission)
+def emitted(events: Iterable[Outgoing], using: str) -> None:
+    """Tell of events that were written."""
+    if event_emitted.receivers:
+        for event in events:
+            send(event_emitted, using, group=event.group, key=event.key, using=using)
 
 
 def observes_calls() -> bool:
     return bool(delivery_started.receivers or delivery_finished.receivers)
 
 
-def send(signal: Signal, using: str = "", /, **arguments: Any) -> None:
+def send(signal: Signal, using: str, /, **arguments: Any) -> None:
     """Send a signal if anybody listens. Django logs receivers that raise."""
     if not signal.receivers:
-        return
-    if not using:
-        signal.send_robust(sender=None, **arguments)
         return
     wrappers = connections[using].execute_wrappers
     wrappers.insert(0, _refuse)  # before those of the worker, which take savepoints

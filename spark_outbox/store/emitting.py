@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 from django.db import IntegrityError
 
 from spark_outbox.errors import IdCollision
-from spark_outbox.observing.hooks import Emission
 from spark_outbox.store.connection import as_columns, fetch_here
 
 
@@ -23,8 +22,6 @@ class NewRow(NamedTuple):
     available_at: dt.datetime | None
     delay: dt.timedelta | None
     key_is_generated: bool = False
-    emission: Emission | None = None
-    """Is not written: the same event, for those that listen to signals."""
 
 
 INSERT = """
@@ -66,7 +63,7 @@ def insert(row: NewRow, *, using: str) -> tuple[int, int] | None:
     Waits for a transaction that has written the same key and not ended yet.
     """
     is_ready = row[4:8] == (None, None, None, False)
-    sql, params = (INSERT_READY, row[:4]) if is_ready else (INSERT, row[:8])
+    sql, params = (INSERT_READY, row[:4]) if is_ready else (INSERT, row)
     stored = fetch_here(sql, params, using=using)
     return stored[0] if stored else None
 
@@ -83,7 +80,7 @@ def insert_many(rows: Sequence[NewRow], *, as_done: bool = False, using: str) ->
 
 def _columns(rows: Sequence[NewRow]) -> list[Any]:
     """Return the arguments of INSERT_MANY. A column that has the default in every row is not sent."""
-    keys, groups, payloads, headers, ordering_keys, times, delays, generated, _ = as_columns(rows)
+    keys, groups, payloads, headers, ordering_keys, times, delays, generated = as_columns(rows)
     return [
         _text_array(keys),
         _text_array(groups),

@@ -126,7 +126,7 @@ class Cycle:
         self._running.go_on(batch.calls)
         self._pauses.were_heeded(paused)
         self._learn(batch)
-        timing.end(batch.count)
+        timing.end(batch.count, observed.calls)
         observed.settled(batch.works)
         self.handled += batch.count
         self._running.begin(batch.calls, inline=inline)

@@ -20,6 +20,11 @@ class Observed:
         """Somebody listens."""
         self._calls: list[HandlerCall] = []
 
+    @property
+    def calls(self) -> list[HandlerCall]:
+        """Those whose result is not certain yet."""
+        return list(self._calls)
+
     def function(self, handler: Handler, events: Sequence[Event]) -> Callable[[Any], object]:
         """Return the function to call for `handler.call`."""
         if not self.is_on:
@@ -88,8 +93,8 @@ class Timing:
         if self._clock is not None:
             self._settles_since = self._clock()
 
-    def end(self, events: int) -> None:
-        """It is committed."""
+    def end(self, events: int, calls: Sequence[HandlerCall]) -> None:
+        """It is committed, and with it what these calls came to."""
         if self._clock is not None:
             now = self._clock()
             hooks.send(
@@ -99,6 +104,7 @@ class Timing:
                 events=events,
                 seconds=now - self._started,
                 commit_seconds=now - self._settles_since,
+                calls=calls,
             )
 
 

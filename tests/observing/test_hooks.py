@@ -104,35 +104,52 @@ def test_sources_tell_but_not_in_a_dry_run_nor_of_what_is_written_as_done(emissi
 
 
 def test_receivers_add_headers_that_are_stored_and_change_nothing_of_the_emitters():
-    seen = []
-
     def add(emission, **_):
-        emission.add({"mine": "1", "given": "no", "baggage": "a=1"})
+        emission.add({"mine": "1", "yours": "2"})
+        emission.add({"baggage": "a=1"})
         emission.add({"baggage": "b=2"})
-        seen.append(emission)
 
-    event = {"group": "g", "key": "1", "headers": {"given": "yes"}}
-    with listening(hooks.event_emitting, add):
+    event = {"group": "g", "key": "1", "headers": {"mine": "given", "at": date(2026, 1, 1)}}
+    with listening(hooks.emission_started, add):
         emit(event)
-        emit_many([{"group": "g", "key": "2", "headers": {"baggage": "mine=1"}}])
-    assert event["headers"] == {"given": "yes"}
-    assert [each.event.key for each in seen] == ["1", "2"]
+        emit_many(
+            [{"group": "g", "key": "2", "headers": {"baggage": "c=3"}}, {"group": "g", "key": "3"}]
+        )
+    assert event["headers"] == {"mine": "given", "at": date(2026, 1, 1)}
     assert dict(OutboxEvent.objects.values_list("key", "headers")) == {
-        "1": {"given": "yes", "mine": "1", "baggage": "a=1,b=2"},
-        "2": {"given": "no", "mine": "1", "baggage": "mine=1"},
+        "1": {"mine": "given", "at": {"$": ["date", "2026-01-01"]}, "baggage": "a=1,b=2"},
+        "2": {"mine": "1", "yours": "2", "baggage": "c=3"},
+        "3": {"mine": "1", "yours": "2", "baggage": "a=1,b=2"},
     }
 
 
-def test_the_emission_is_the_same_before_and_after():
+def test_an_emission_is_one_statement_and_says_which_of_its_events_are_new():
     seen = []
     with (
-        listening(hooks.event_emitting, lambda emission, **_: seen.append(emission)),
-        listening(hooks.event_emitted, lambda emission, **_: seen.append(emission)),
+        listening(hooks.emission_started, lambda emission, **_: seen.append(emission)),
+        listening(hooks.emission_finished, lambda emission, **_: seen.append(emission)),
     ):
         emit("g", "1")
-        emit_many([{"group": "g", "key": key} for key in ["1", "2", "2"]])
-    assert [each.event.key for each in seen] == ["1", "1", "1", "2", "2", "2"]
-    assert (seen[0], seen[3]) == (seen[1], seen[5])
+        emit_many([{"group": "g", "key": key} for key in ["1", "2", "2", "3"]], chunk_size=3)
+    assert [[each.key for each in emission.events] for emission in seen[::2]] == [
+        ["1"],
+        ["1", "2", "2"],
+        ["3"],
+    ]
+    assert seen[::2] == seen[1::2]
+    assert [[each.key for each in emission.new] for emission in seen[::2]] == [["1"], ["2"], ["3"]]
+
+
+def test_an_emission_that_fails_has_its_error_and_emits_nothing(emissions):
+    ended = []
+    with (
+        listening(hooks.emission_finished, lambda emission, **_: ended.append(emission)),
+        pytest.raises(ZeroDivisionError),
+        connection.execute_wrapper(lambda *_: 1 / 0),
+    ):
+        emit("g", "1")
+    assert isinstance(ended[0].error, ZeroDivisionError)
+    assert (list(ended[0].new), emissions) == ([], [])
 
 
 def test_sql_may_give_headers():
@@ -345,6 +362,8 @@ def test_a_receiver_that_raises_or_queries_is_logged_and_breaks_nothing(
     options = {"list": {"batch": 10}, "detached": {"atomic": False}}.get(kind, {})
     handler("", name="h", max_attempts=1, **options)(work_or_fail)
     signals = [
+        hooks.emission_started,
+        hooks.emission_finished,
         hooks.event_emitted,
         hooks.delivery_started,
         hooks.delivery_finished,
@@ -389,13 +408,17 @@ def test_a_batch_is_told_after_its_commit(own_registry, unhurried):
     own_registry.add_handler(note, group="")
     emit_many([{"group": "g", "key": f"{n}"} for n in range(3)])
 
-    def settled(using, events, seconds, commit_seconds, **_):
-        batches.append((using, events, connection.in_atomic_block))
+    def settled(using, events, seconds, commit_seconds, calls, **_):
+        assert [call.handler for call in calls] == ["tests.tools.note"] * len(calls)
+        batches.append((using, events, len(calls), connection.in_atomic_block))
         assert 0 <= commit_seconds <= seconds
 
-    with listening(hooks.batch_settled, settled):
+    with (
+        listening(hooks.batch_settled, settled),
+        listening(hooks.delivery_started, lambda **_: None),
+    ):
         work()
-    assert batches == [("default", 3, False)]
+    assert batches == [("default", 3, 3, False)]
 
 
 def test_a_worker_tells_its_states(own_registry, caplog):
