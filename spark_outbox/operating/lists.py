@@ -1,35 +1,35 @@
 """Lists of events and deliveries, for those who turn pages; and how long their queries may take."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
 from django.db import OperationalError, transaction
 from psycopg.errors import QueryCanceled
 
-from spark_outbox.store import limiting
-from spark_outbox.store.listing import Found, Range, Wanted, deliveries, events
-from spark_outbox.store.viewing import Row
+from spark_outbox.store import limiting, listing
+from spark_outbox.store.listing import Found, Range, Wanted
+from spark_outbox.store.viewing import LOOKED_AT, Row
+
+MILLISECONDS = 10_000
+"""The longest that a query of a page may take."""
 
 
-class TookTooLong(Exception):
-    """A query was given up: it has taken longer than it may."""
+class TooSlow(Exception):
+    """The database did not answer a page's query in time."""
 
 
 @contextmanager
-def in_time(milliseconds: int, *, using: str) -> Iterator[None]:
-    """Give no query of the block more time than that. The block must write nothing: it is rolled back,
-    so that the limit ends with it. Raises TookTooLong."""
+def in_time(*, using: str) -> Iterator[None]:
+    """Have each query of the block, which is a transaction, end in time. Raises TooSlow."""
     try:
         with transaction.atomic(using=using):
-            limiting.limit_transaction(milliseconds, using=using)
+            limiting.limit_transaction(MILLISECONDS, using=using)
             yield
-            transaction.set_rollback(True, using=using)
     except OperationalError as error:
-        if not isinstance(error.__cause__, QueryCanceled):
-            raise
-        raise TookTooLong from error
+        if isinstance(error.__cause__, QueryCanceled):
+            raise TooSlow from error
+        raise
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,33 +41,68 @@ class Page:
     """Go on before this id; None if there is no more."""
     newer: int | None
     """Go on after this id; None if there is no more."""
+    number: int | None
+    """How many were found; None if they were not counted, as it is the list of all."""
     looked_at: int
-    is_cut: bool
-    """Only a sample was looked at: there may be others."""
+    """Among how many they were found; 0 if these were all that there are."""
 
 
-def page_of_events(wanted: Wanted, where: Range, *, size: int, using: str) -> Page:
-    return _page(events, wanted, where, size, using)
+def events(wanted: Wanted, where: Range, *, size: int, using: str) -> Page:
+    return _page(listing.events, wanted, where, size, using)
 
 
-def page_of_deliveries(wanted: Wanted, where: Range, *, size: int, using: str) -> Page:
-    return _page(deliveries, wanted, where, size, using)
+def deliveries(wanted: Wanted, where: Range, *, size: int, using: str) -> Page:
+    return _page(listing.deliveries, wanted, where, size, using)
+
+
+def ids_of_events(wanted: Wanted, *, using: str) -> list[int]:
+    """Return the ids of all events that the list of these shows, on all its pages: up to LOOKED_AT. So a
+    list without conditions has none."""
+    if wanted == Wanted():
+        return []
+    found = events(wanted, Range(), size=LOOKED_AT, using=using)
+    return [row["id"] for row in found.rows]
 
 
 def _page(look: Callable[..., Found], wanted: Wanted, where: Range, size: int, using: str) -> Page:
     found = look(wanted, where, size=size, using=using)
-    rows: list[dict[str, Any]] = found.rows
-    has_more = len(rows) > size
-    # If it has looked at as many ids as it may, it can look further.
-    looks_on = not (has_more or found.is_sample or found.is_all)
+    rows, has_more = found.rows, len(found.rows) > size
+    older = newer = None
     if where.after is None:
         rows = rows[:size]
-        older = rows[-1]["id"] if has_more else found.lowest if looks_on else None
-        newer = None
+        if has_more:
+            older = rows[-1]["id"]
         if where.before is not None:
             newer = rows[0]["id"] if rows else where.before - 1
     else:
         rows = rows[-size:]
-        newer = rows[0]["id"] if has_more else found.highest if looks_on else None
+        if has_more:
+            newer = rows[0]["id"]
         older = rows[-1]["id"] if rows else where.after + 1
-    return Page(rows, older, newer, found.looked_at, found.is_sample and not found.is_all)
+    return Page(rows, older, newer, found.number if found.is_sample else None, found.looked_at)
+
+
+def with_key(wanted: Wanted, *, using: str) -> Wanted:
+    """Return the same for the event of this key, or if there is none, for the keys that begin so. An
+    asterisk at the end is not of the key then."""
+    if not wanted.key or listing.has_key(wanted.key, using=using):
+        return wanted
+    return replace(wanted, key="", prefix=wanted.key.removesuffix("*"))
+
+
+def groups(*, using: str) -> list[str]:
+    """Return names of groups to choose from, not always all."""
+    return listing.groups(using=using)
+
+
+def estimate(table: str, *, using: str) -> int:
+    """Return about how many rows a table has; less than 0 if the server does not know."""
+    return listing.estimate(table, using=using)
+
+
+def events_by_id(ids: Sequence[int], *, using: str) -> list[Row]:
+    return listing.events_by_id(ids, using=using)
+
+
+def delivery_by_id(delivery_id: int, *, using: str) -> Row | None:
+    return listing.delivery_by_id(delivery_id, using=using)

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from django.db import ProgrammingError
+from django.db import ProgrammingError, transaction
 from django.utils.module_loading import import_string
 from psycopg.errors import InsufficientPrivilege
 
@@ -64,7 +64,8 @@ def event(key: str, *, using: str) -> Row | None:
     spark_explain() says; None if there is none."""
     params = {"key": key}
     try:
-        found = viewing.rows(viewing.EVENT, params, using=using)
+        with transaction.atomic(using=using):
+            found = viewing.rows(viewing.EVENT, params, using=using)
     except ProgrammingError as error:
         if not isinstance(error.__cause__, InsufficientPrivilege):
             raise

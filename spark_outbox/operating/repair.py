@@ -28,6 +28,16 @@ def discard(keys: list[str], why: str, *, using: str) -> Iterator[Changed]:
         yield repairing.discard(key, why, using=using)
 
 
+def retry_ids(ids: list[int], *, using: str) -> Changed:
+    """Have these events handled now, as `retry` does, in one statement: no more than CHUNK_SIZE."""
+    return repairing.retry_ids(ids, using=using)
+
+
+def discard_ids(ids: list[int], why: str, *, using: str) -> Changed:
+    """Give these events up, as `discard` does, in one statement: no more than CHUNK_SIZE."""
+    return repairing.discard_ids(ids, why, using=using)
+
+
 def count(failed: Failed, *, using: str) -> int:
     """Return how many events have failed so, COUNTED + 1 if there are more than COUNTED."""
     return repairing.count_failed(failed, most=COUNTED + 1, using=using)

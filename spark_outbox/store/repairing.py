@@ -92,6 +92,19 @@ RETRY = "select key from spark_retry(%s)"
 
 DISCARD = "select key from spark_discard(%s, %s)"
 
+# The states are those of spark_retry() and spark_discard().
+RETRY_IDS = """
+select key from spark_outbox_reopen(
+    spark_outbox_lock(%s::bigint[], '{pending, failed, unhandled, discarded}')
+)
+"""
+
+DISCARD_IDS = """
+select key from spark_outbox_give_up(
+    spark_outbox_lock(%s::bigint[], '{pending, failed, unhandled}'), %s
+)
+"""
+
 RETRY_FAILED = """
 select key from spark_retry_failed(%(handler)s, %(since)s, %(fingerprint)s, %(most)s)
 """
@@ -146,6 +159,14 @@ def retry(key: str, *, using: str) -> Changed:
 
 def discard(key: str, why: str, *, using: str) -> Changed:
     return _changed(DISCARD, [key, why], using)
+
+
+def retry_ids(ids: list[int], *, using: str) -> Changed:
+    return _changed(RETRY_IDS, [ids], using)
+
+
+def discard_ids(ids: list[int], why: str, *, using: str) -> Changed:
+    return _changed(DISCARD_IDS, [ids, why], using)
 
 
 def retry_failed(failed: Failed, *, most: int, using: str) -> Changed:
