@@ -2,10 +2,9 @@
 
 from collections.abc import Collection
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from django.http import HttpRequest
-from django.utils.functional import Promise
 from django.utils.translation import gettext as _
 from django.utils.translation import gettext_lazy
 
@@ -17,7 +16,8 @@ from spark_outbox.store.viewing import Row
 @dataclass(frozen=True)
 class Action:
     name: str
-    label: str | Promise
+    label: Any
+    """As people read it, in their language."""
     states: Collection[str]
     """In which an event must be, and not pruned."""
     has_handler: bool = False

@@ -6,7 +6,7 @@ whole table.
 
 from typing import TYPE_CHECKING, Any
 
-from django.contrib.admin import ModelAdmin, SimpleListFilter
+from django.contrib.admin import SimpleListFilter
 from django.contrib.admin.views.main import ChangeList
 from django.db.models import Model, QuerySet
 from django.http import HttpRequest
@@ -30,9 +30,7 @@ class PagedList(ChangeList):
 
     model_admin: "LookingAdmin"
 
-    def get_queryset(
-        self, request: HttpRequest, exclude_parameters: list[str] | None = None
-    ) -> QuerySet[Model]:
+    def get_queryset(self, request: HttpRequest, exclude_parameters: Any = None) -> QuerySet[Model]:
         for name in searching.PLACES:  # filters and searches begin with the first page
             self.params.pop(name, None)
             self.filter_params.pop(name, None)
@@ -88,7 +86,7 @@ class EventStateFilter(_Filter):
     title = gettext_lazy("state")
     parameter_name = "state"
 
-    def lookups(self, request: HttpRequest, model_admin: ModelAdmin[Any]) -> list[tuple[str, Any]]:
+    def lookups(self, request: HttpRequest, model_admin: Any) -> list[tuple[str, Any]]:
         return list(EventStatus.choices)
 
 
@@ -96,7 +94,7 @@ class DeliveryStateFilter(_Filter):
     title = gettext_lazy("state")
     parameter_name = "state"
 
-    def lookups(self, request: HttpRequest, model_admin: ModelAdmin[Any]) -> list[tuple[str, Any]]:
+    def lookups(self, request: HttpRequest, model_admin: Any) -> list[tuple[str, Any]]:
         return list(DeliveryStatus.choices)
 
 
@@ -106,7 +104,7 @@ class GroupFilter(_Filter):
     title = gettext_lazy("group")
     parameter_name = "group"
 
-    def lookups(self, request: HttpRequest, model_admin: ModelAdmin[Any]) -> list[tuple[str, str]]:
+    def lookups(self, request: HttpRequest, model_admin: Any) -> list[tuple[str, str]]:
         return self.choice(lists.groups(using=alias()))
 
 
@@ -116,5 +114,5 @@ class HandlerFilter(_Filter):
     title = gettext_lazy("handler that fails or runs")
     parameter_name = "handler"
 
-    def lookups(self, request: HttpRequest, model_admin: ModelAdmin[Any]) -> list[tuple[str, str]]:
+    def lookups(self, request: HttpRequest, model_admin: Any) -> list[tuple[str, str]]:
         return self.choice(sorted(handler.name for handler in registry.handlers))

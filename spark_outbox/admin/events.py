@@ -5,6 +5,7 @@ from datetime import datetime, timedelta
 from typing import Any
 
 from django.contrib import admin
+from django.contrib.admin.helpers import ACTION_CHECKBOX_NAME
 from django.core.exceptions import PermissionDenied
 from django.http import Http404, HttpRequest, HttpResponse, HttpResponseBase
 from django.urls import URLPattern, path, reverse
@@ -20,6 +21,7 @@ from spark_outbox.dashboard import wording
 from spark_outbox.models import DeliveryStatus, EventStatus, OutboxEvent
 from spark_outbox.operating import lists, look, repair
 from spark_outbox.operating.lists import Page, TooSlow
+from spark_outbox.store.listing import Wanted
 from spark_outbox.store.reading import EVERY_OTHER
 from spark_outbox.store.viewing import Row
 
@@ -62,7 +64,7 @@ class EventAdmin(LookingAdmin):
         where = searching.place(request.GET)
         return lists.events(self._wanted(request), where, size=self.list_per_page, using=alias())
 
-    def _wanted(self, request: HttpRequest) -> lists.Wanted:
+    def _wanted(self, request: HttpRequest) -> Wanted:
         wanted = searching.wanted(request.GET, states=EventStatus.values)
         return lists.with_key(wanted, using=alias())
 
@@ -96,7 +98,7 @@ class EventAdmin(LookingAdmin):
         """Return the ids of the events that somebody has selected in the list."""
         if request.POST.get("select_across") == "1":
             return lists.ids_of_events(self._wanted(request), using=alias())
-        found = map(searching.number, request.POST.getlist(admin.helpers.ACTION_CHECKBOX_NAME))
+        found = map(searching.number, request.POST.getlist(ACTION_CHECKBOX_NAME))
         return sorted({event_id for event_id in found if event_id is not None})
 
     # What users may do
