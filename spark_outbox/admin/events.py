@@ -72,7 +72,7 @@ class EventAdmin(LookingAdmin):
         names = ("id", "key", "group", "status", "attempts", "created_at", "finished_at", "available_at")
         return OutboxEvent(
             **{name: row[name] for name in names},
-            last_error=row.get("error", ""),
+            last_error=row.get("error") or "",
             digest=0 if row["is_pruned"] else None,
         )
 

@@ -99,17 +99,15 @@ _EVENTS_OF_DELIVERIES = f"""
 """
 
 _MATCHING_EVENTS = f"""
-    select distinct on (id) id, key, event_group as "group", status, attempts, available_at,
-        ordering_key, created_at, finished_at, is_pruned,
-        left(split_part(last_error, E'\\n', 1), 500) as error
+    select distinct on (id) id, key, event_group, status, attempts, available_at, ordering_key,
+        created_at, finished_at, is_pruned, last_error
     from ({{candidates}}) as event where {_EVENT_MATCHES} order by id
 """
 
 _MATCHING_DELIVERIES = f"""
     select distinct on (delivery.id)
-        delivery.id, delivery.event_id, handler, delivery.status, delivery.attempts, attempted_at,
-        extract(epoch from duration)::float as duration, worker,
-        left(split_part(error, E'\\n', 1), 500) as error, event.key, event.event_group as "group"
+        delivery.id, delivery.event_id, handler, delivery.status, delivery.attempts,
+        delivery.available_at, attempted_at, duration, worker, error, event.key, event.event_group
     from (
         select * from looked where {_HAS_ERROR}
             and (%(state)s = '' or status = %(state)s) and (%(handler)s = '' or handler = %(handler)s)
@@ -118,10 +116,23 @@ _MATCHING_DELIVERIES = f"""
     where {_EVENT_FITS} order by delivery.id
 """
 
+# An event's last error is a traceback, if it failed, which ends with the reason.
+_EVENT_SHOWN = """
+    id, key, event_group as "group", status, attempts, available_at, created_at, finished_at, is_pruned,
+    left(substring(right(last_error, 1000) from '[^\\n]+\\s*$'), 500) as error
+"""
+
+_DELIVERY_SHOWN = """
+    id, event_id, handler, status, attempts, available_at, attempted_at,
+    extract(epoch from duration)::float as duration, worker,
+    left(split_part(error, E'\\n', 1), 500) as error, key, event_group as "group"
+"""
+
 _LIST = """
 with looked as materialized ({source}), found as materialized ({matching}),
 page as (
-    select * from found where id between %(lowest)s and %(highest)s order by id {way} limit %(limit)s
+    select {shown} from found where id between %(lowest)s and %(highest)s
+    order by id {way} limit %(limit)s
 )
 select
     (select count(*) from found) as number, (select count(*) from looked) as looked_at,
@@ -156,7 +167,7 @@ def events_sql(wanted: Wanted, where: Range) -> Query:
     else:
         source, is_sample = _in_range(sampling.EVENTS, where), False
     matching = _MATCHING_EVENTS.format(candidates=candidates)
-    return Query(_LIST.format(source=source, matching=matching, way=_way(where)), is_sample)
+    return Query(_list(source, matching, _EVENT_SHOWN, where), is_sample)
 
 
 def deliveries(wanted: Wanted, where: Range, *, size: int, using: str) -> Found:
@@ -185,8 +196,12 @@ def deliveries_sql(wanted: Wanted, where: Range) -> Query:
             sampling.piece(f"{sampling.DELIVERIES} order by id desc", LOOKED_AT // 5),
         ]
         source = " union all ".join(sources)
-    sql = _LIST.format(source=source, matching=_MATCHING_DELIVERIES, way=_way(where))
+    sql = _list(source, _MATCHING_DELIVERIES, _DELIVERY_SHOWN, where)
     return Query(sql, wanted != Wanted())
+
+
+def _list(source: str, matching: str, shown: str, where: Range) -> str:
+    return _LIST.format(source=source, matching=matching, shown=shown, way=_way(where))
 
 
 def _way(where: Range) -> str:

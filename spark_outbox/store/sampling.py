@@ -74,7 +74,7 @@ def with_prefix(most: int) -> str:
     return f"{piece(by_key, most // 2, more='starts_with(key, %(prefix)s)')} union all {latest}"
 
 
-DELIVERY = "id, event_id, handler, status, attempts, attempted_at, duration, worker, error"
+DELIVERY = "id, event_id, handler, status, attempts, available_at, attempted_at, duration, worker, error"
 
 DELIVERIES = f"select {DELIVERY} from spark_outbox_delivery as delivery"
 

@@ -154,7 +154,6 @@ def test_all_that_were_found_can_be_chosen(admin, fail):
         ).text
     )
     assert "120 events are retried." in text
-    assert "0 found." not in text
     assert [key for key, state in statuses().items() if state == "failed"] == ["other 1", "other 2"]
 
 
@@ -271,8 +270,8 @@ def test_events_are_replayed_to_one_handler(admin, past):
 
 
 def test_only_handlers_that_match_are_offered(admin, past):
-    html = get(admin, "replay/", ids=ids("other_1"))
-    assert "No handler of this process&#x27;s code matches any of them." in html
+    html = words(get(admin, "replay/", ids=ids("other_1")))
+    assert "No handler of this process's code matches any of them." in html
     assert "There is no event to which" in post(admin, "replay", "other_1", handler="shop.note")
     assert status("other_1") == "done"
 

@@ -153,10 +153,11 @@ def test_odd_rows_have_pages(admin, own_registry):
             "values (-5, 'odd', 'g', '[1e400, 1]', 'infinity', '-infinity'), "
             "(-6, 'deep', 'g', (repeat('[', 2000) || repeat(']', 2000))::jsonb, null, now())"
         )
-    text = words(page(admin, "odd"))
+    text = words(get(admin, "-5/change/"))
     assert "infinity" in text
     assert text.index("emitted") < text.index("due")
-    assert "deep" in page(admin, "deep")
+    assert "1e400" in text or "1000000" in text
+    assert "deep" in get(admin, "-6/change/")
     assert "odd" in get(admin)
     for nothing in ("0", "x", "9" * 30):
         assert admin.get(f"{EVENTS}{nothing}/change/").status_code == 404
