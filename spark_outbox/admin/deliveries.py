@@ -11,7 +11,7 @@ from django.utils.translation import gettext_lazy
 
 from spark_outbox.admin import searching
 from spark_outbox.admin.base import LookingAdmin, alias
-from spark_outbox.admin.changelist import DeliveryStateFilter, HandlerFilter
+from spark_outbox.admin.changelist import DeliveryStateFilter, GroupFilter, HandlerFilter
 from spark_outbox.admin.events import delivery_shown
 from spark_outbox.models import Delivery, DeliveryStatus
 from spark_outbox.operating import lists
@@ -31,7 +31,7 @@ def _column(name: str, label: Any) -> Any:
 @admin.register(Delivery)
 class DeliveryAdmin(LookingAdmin):
     list_display = ("of", "key", "group", "state", "tries", "attempted", "took", "by", "problem")
-    list_filter = (DeliveryStateFilter, HandlerFilter)
+    list_filter = (DeliveryStateFilter, GroupFilter, HandlerFilter)
     actions = None
 
     of = _column("name", gettext_lazy("handler"))

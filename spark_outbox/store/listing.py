@@ -81,14 +81,16 @@ _EVENT_FITS = """
     and (%(prefix)s = '' or starts_with(key, %(prefix)s))
 """
 
+# No `exists`: PostgreSQL might read all deliveries to hash them.
 _EVENT_MATCHES = f"""
     {_EVENT_FITS} and (%(state)s = '' or status = %(state)s and not is_pruned)
     and (%(handler)s = '' and %(error)s = ''
         or %(handler)s = '' and position(lower(%(error)s) in lower(last_error)) > 0
-        or exists (
-            select from spark_outbox_delivery as delivery
+        or (
+            select true from spark_outbox_delivery as delivery
             where delivery.event_id = event.id and {_HAS_ERROR}
                 and (%(handler)s = '' or delivery.handler = %(handler)s)
+            limit 1
         )
     )
 """
