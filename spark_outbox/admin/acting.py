@@ -13,7 +13,6 @@ from django.contrib import messages
 from django.contrib.admin.models import CHANGE, LogEntry
 from django.contrib.contenttypes.models import ContentType
 from django.core.exceptions import PermissionDenied
-from django.db import transaction
 from django.http import HttpRequest, HttpResponse, HttpResponseRedirect
 from django.urls import reverse
 from django.utils.translation import gettext as _
@@ -221,10 +220,10 @@ def _rehearse(admin: "EventAdmin", request: HttpRequest, asked: Asked) -> HttpRe
     events = asked.fitting[:REHEARSED]
     if asked.handler is None:
         raise PermissionDenied
-    with lists.in_time(using=alias()):
-        done = replay.rehearse_ids(asked.handler, [event["id"] for event in events], using=alias())
-    with transaction.atomic():
-        _log(request, events, _entry(asked))
+    ids = [event["id"] for event in events]
+    limit = lists.MILLISECONDS
+    done = replay.rehearse_ids(asked.handler, ids, milliseconds=limit, using=alias())
+    _log(request, events, _entry(asked))
     return admin.answer(request, "rehearsed", _rehearsed(asked, done))
 
 

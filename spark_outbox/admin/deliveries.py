@@ -30,7 +30,7 @@ def _column(name: str, label: Any) -> Any:
 
 @admin.register(Delivery)
 class DeliveryAdmin(LookingAdmin):
-    list_display = ("of", "key", "group", "state", "tries", "attempted", "took", "by", "problem")
+    list_display = ("of", "key", "group", "state", "tries", "problem", "attempted", "took", "by")
     list_filter = (DeliveryStateFilter, GroupFilter, HandlerFilter)
     actions = None
 

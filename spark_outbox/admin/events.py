@@ -233,7 +233,8 @@ def delivery_shown(row: Row) -> Row:
 def timeline(event: Row) -> list[dict[str, str]]:
     """Return what has happened to an event, and what is to come, in that order."""
     found = [(event["created_at"], _("emitted"), "")]
-    if event["available_at"] is not None:
+    retries = [row["available_at"] for row in event["deliveries"] if row["status"] == "pending"]
+    if event["available_at"] is not None and event["available_at"] not in retries:
         found.append((event["available_at"], _("due"), ""))
     for row in event["deliveries"]:
         if row["handler"] == EVERY_OTHER:

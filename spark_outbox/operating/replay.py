@@ -14,7 +14,7 @@ from django.db import connections, transaction
 from spark_outbox.events.event import Event
 from spark_outbox.events.references import References
 from spark_outbox.registry.handlers import Handler, Kind
-from spark_outbox.store import reading, replaying
+from spark_outbox.store import limiting, reading, replaying
 from spark_outbox.worker.isolation import Isolation, TransactionLost
 
 CHUNK_SIZE = 1000
@@ -120,14 +120,18 @@ def rehearse(selection: Selection, *, using: str, limit: int) -> Rehearsal:
     return _rehearse_all(selection.handler, selection.ids(using=using), limit, using)
 
 
-def rehearse_ids(handler: Handler, ids: list[int], *, using: str) -> Rehearsal:
-    """Do the same with these events, in whatever state they are."""
-    return _rehearse_all(handler, [ids], len(ids), using)
+def rehearse_ids(handler: Handler, ids: list[int], *, milliseconds: int, using: str) -> Rehearsal:
+    """Do the same with these events, in whatever state they are; no query may take longer than that."""
+    return _rehearse_all(handler, [ids], len(ids), using, milliseconds)
 
 
-def _rehearse_all(handler: Handler, chunks: Iterable[list[int]], limit: int, using: str) -> Rehearsal:
+def _rehearse_all(
+    handler: Handler, chunks: Iterable[list[int]], limit: int, using: str, milliseconds: int = 0
+) -> Rehearsal:
     done = Rehearsal()
     with transaction.atomic(using=using):
+        if milliseconds:
+            limiting.limit_transaction(milliseconds, using=using)
         if handler.kind is Kind.DETACHED:
             # It may open durable transactions: let them nest in this one, as in a test.
             outermost: Any = connections[using].atomic_blocks[-1]

@@ -1,9 +1,11 @@
 """Retry, discard, replay and rehearse: who may, what is asked, and what is done."""
 
 import pytest
+from django.contrib.admin import site
 from django.contrib.admin.models import LogEntry
+from django.contrib.auth.models import User
 from django.db import connection
-from django.test import Client
+from django.test import Client, RequestFactory
 
 from spark_outbox import emit, handler
 from spark_outbox.models import Delivery, OutboxEvent
@@ -304,3 +306,43 @@ def test_a_rehearsal_takes_a_few_events(admin, past, monkeypatch):
     monkeypatch.setattr("spark_outbox.admin.acting.REHEARSED", 1)
     assert "with the first 1 events" in words(get(admin, "rehearse/", ids=ids()))
     assert "was called with 1 event." in post(admin, "rehearse", handler="shop.note")
+
+
+@pytest.mark.django_db(transaction=True)
+def test_a_role_that_only_looks_sees_no_payload_and_is_offered_nothing(logins, fail, own_registry):
+    fail()
+    request = RequestFactory().get("/", {"q": "key"})
+    request.user = User(username="boss", is_superuser=True, is_staff=True, is_active=True)
+    pages = site.get_model_admin(OutboxEvent)
+    event_id = ids()
+    with logins.django("viewer"):
+        listed = words(pages.changelist_view(request).render().text)
+        shown = words(pages.change_view(request, event_id).render().text)
+        refused = pages.act_view(request, "retry")
+    assert "key 1" in listed
+    assert "Action" not in listed
+    assert "The payload can't be shown" in shown
+    assert "ValueError: no" in shown
+    assert not any(f"{name.capitalize()}…" in shown for name in NAMES)
+    assert refused.status_code == 403
+
+
+def test_a_slow_query_of_a_rehearsal_is_its_failure(admin, own_registry, monkeypatch):
+    @handler("^order$", name="shop.slow")
+    def slow(event):
+        with connection.cursor() as cursor:
+            cursor.execute("select pg_sleep(600)")
+
+    emit("order", "order_1")
+    monkeypatch.setattr("spark_outbox.operating.lists.MILLISECONDS", 50)
+    text = post(admin, "rehearse", handler="shop.slow")
+    assert "It failed on 1." in text
+    assert "canceling statement due to statement timeout" in text
+
+
+@pytest.mark.django_db(transaction=True)
+def test_a_rehearsal_is_rolled_back_for_good(admin, past):
+    text = post(admin, "rehearse", handler="shop.note")
+    assert "It did not fail." in text
+    assert not Handled.objects.exists()
+    assert len(log()) == 2
