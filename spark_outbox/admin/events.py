@@ -233,8 +233,7 @@ def delivery_shown(row: Row) -> Row:
 def timeline(event: Row) -> list[dict[str, str]]:
     """Return what has happened to an event, and what is to come, in that order."""
     found = [(event["created_at"], _("emitted"), "")]
-    retries = [row["available_at"] for row in event["deliveries"] if row["status"] == "pending"]
-    if event["available_at"] is not None and event["available_at"] not in retries:
+    if _is_due_apart(event):
         found.append((event["available_at"], _("due"), ""))
     for row in event["deliveries"]:
         if row["handler"] == EVERY_OTHER:
@@ -249,6 +248,15 @@ def timeline(event: Row) -> list[dict[str, str]]:
         found.append((event["finished_at"], str(EventStatus(event["status"]).label), ""))
     found.sort(key=lambda each: _moment(each[0]))
     return [{"when": wording.time(at), "what": what, "more": more} for at, what, more in found]
+
+
+def _is_due_apart(event: Row) -> bool:
+    """Return whether an event was delayed, or is: not for a delivery's next attempt, nor past its end."""
+    due, end = event["available_at"], event["finished_at"]
+    if due is None or end is not None and _moment(due) > _moment(end):
+        return False
+    pending = (row for row in event["deliveries"] if row["status"] == "pending")
+    return all(row["available_at"] != due for row in pending)
 
 
 def _attempt(text: str, delivery: Row) -> str:
