@@ -251,9 +251,9 @@ def timeline(event: Row) -> list[dict[str, str]]:
 
 
 def _is_due_apart(event: Row) -> bool:
-    """Return whether an event was delayed, or is: not for a delivery's next attempt, nor past its end."""
+    """Return whether an event is or was delayed: not for a delivery's next attempt, nor past its end."""
     due, end = event["available_at"], event["finished_at"]
-    if due is None or end is not None and _moment(due) > _moment(end):
+    if due is None or (end is not None and _moment(due) > _moment(end)):
         return False
     pending = (row for row in event["deliveries"] if row["status"] == "pending")
     return all(row["available_at"] != due for row in pending)
