@@ -27,20 +27,20 @@ NOW = RawSQL("statement_timestamp()", ())  # not now(): a transaction may be hou
 
 
 class EventStatus(models.TextChoices):
-    PENDING = "pending"
-    DONE = "done"
-    FAILED = "failed"
-    UNHANDLED = "unhandled"
-    RUNNING = "running"
-    DISCARDED = "discarded"
+    PENDING = "pending", _("Pending")
+    DONE = "done", _("Done")
+    FAILED = "failed", _("Failed")
+    UNHANDLED = "unhandled", _("Unhandled")
+    RUNNING = "running", _("Running")
+    DISCARDED = "discarded", _("Discarded")
 
 
 class DeliveryStatus(models.TextChoices):
-    PENDING = "pending"
-    DONE = "done"
-    FAILED = "failed"
-    RUNNING = "running"
-    DISCARDED = "discarded"
+    PENDING = "pending", _("Pending")
+    DONE = "done", _("Done")
+    FAILED = "failed", _("Failed")
+    RUNNING = "running", _("Running")
+    DISCARDED = "discarded", _("Discarded")
 
 
 class PauseKind(models.TextChoices):

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from django.db import ProgrammingError
+from django.db import ProgrammingError, transaction
 from django.utils.module_loading import import_string
 from psycopg.errors import InsufficientPrivilege
 
@@ -61,19 +61,26 @@ def events(wanted: Filter, *, limit: int, using: str) -> list[Row]:
 
 def event(key: str, *, using: str) -> Row | None:
     """Return one event whole: with its payload, if this role may see it, its deliveries and what
-    spark_explain() says; None if there is none."""
+    spark_explain() says; None if there is none. A payload that SQL has nested deeper than Python reads
+    is None."""
     params = {"key": key}
     try:
-        found = viewing.rows(viewing.EVENT, params, using=using)
+        with transaction.atomic(using=using):
+            found = viewing.rows(viewing.EVENT, params, using=using)
     except ProgrammingError as error:
         if not isinstance(error.__cause__, InsufficientPrivilege):
             raise
+        found = viewing.rows(viewing.EVENT_WITHOUT_PAYLOAD, params, using=using)
+    except RecursionError:
         found = viewing.rows(viewing.EVENT_WITHOUT_PAYLOAD, params, using=using)
     if not found:
         return None
     shown = found[0]
     for name in ("payload", "headers"):
-        shown[name] = redacted(shown[name])
+        try:
+            shown[name] = redacted(shown[name])
+        except RecursionError:
+            shown[name] = None
     shown["deliveries"] = viewing.rows(viewing.DELIVERIES, params, using=using)
     shown["explanation"] = explanation(key, using=using)
     return shown

@@ -11,6 +11,11 @@ COUNTED = 100_000
 """To count more events than this would take too long."""
 
 
+def is_possible(*, using: str) -> bool:
+    """Return whether this session may change events: so no replica, and no role that only looks."""
+    return repairing.can_repair(using=using)
+
+
 def retry(keys: list[str], *, using: str) -> Iterator[Changed]:
     """Have these events handled now; yield for each what came of it."""
     for key in keys:
@@ -21,6 +26,16 @@ def discard(keys: list[str], why: str, *, using: str) -> Iterator[Changed]:
     """Give these events up; yield for each what came of it."""
     for key in keys:
         yield repairing.discard(key, why, using=using)
+
+
+def retry_ids(ids: list[int], *, using: str) -> Changed:
+    """Have these events handled now, as `retry` does, in one statement: no more than CHUNK_SIZE."""
+    return repairing.retry_ids(ids, using=using)
+
+
+def discard_ids(ids: list[int], why: str, *, using: str) -> Changed:
+    """Give these events up, as `discard` does, in one statement: no more than CHUNK_SIZE."""
+    return repairing.discard_ids(ids, why, using=using)
 
 
 def count(failed: Failed, *, using: str) -> int:

@@ -3,7 +3,7 @@
 import re
 import traceback
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextvars import copy_context
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -14,10 +14,13 @@ from django.db import connections, transaction
 from spark_outbox.events.event import Event
 from spark_outbox.events.references import References
 from spark_outbox.registry.handlers import Handler, Kind
-from spark_outbox.store import reading, replaying
+from spark_outbox.store import limiting, reading, replaying
 from spark_outbox.worker.isolation import Isolation, TransactionLost
 
 CHUNK_SIZE = 1000
+
+MOST_STATEMENTS = 100
+"""How many of the statements of a rehearsal are kept."""
 
 NOT_DONE = {
     "pending": "it is pending: its handlers are still to be called.",
@@ -82,10 +85,17 @@ def replay(selection: Selection, *, using: str) -> Iterator[int]:
     """
     total = 0
     for ids in selection.ids(using=using):
-        with transaction.atomic(using=using):
-            locked = replaying.lock_done(ids, using=using)
-            total += replaying.owe_again(locked, selection.handler.name, using=using)
+        total += len(replay_ids(selection.handler, ids, using=using))
         yield total
+
+
+def replay_ids(handler: Handler, ids: list[int], *, using: str) -> list[int]:
+    """Make those of these events that are done pending for the handler; return their ids. The caller
+    has looked that the handler is for their groups."""
+    with transaction.atomic(using=using):
+        locked = replaying.lock_done(ids, using=using)
+        replaying.owe_again(locked, handler.name, using=using)
+    return locked
 
 
 @dataclass(slots=True)
@@ -94,6 +104,8 @@ class Rehearsal:
 
     events: int = 0
     queries: int = 0
+    statements: list[str] = field(default_factory=list)
+    """The first of them, up to MOST_STATEMENTS, without their parameters."""
     failures: list[tuple[str, str]] = field(default_factory=list)
     """The keys of events on which the handler failed, and the tracebacks."""
     rows: dict[str, int] = field(default_factory=dict)
@@ -105,16 +117,29 @@ def rehearse(selection: Selection, *, using: str, limit: int) -> Rehearsal:
 
     Effects outside of this database, such as mails, are real.
     """
+    return _rehearse_all(selection.handler, selection.ids(using=using), limit, using)
+
+
+def rehearse_ids(handler: Handler, ids: list[int], *, milliseconds: int, using: str) -> Rehearsal:
+    """Do the same with these events, in whatever state they are; no query may take longer than that."""
+    return _rehearse_all(handler, [ids], len(ids), using, milliseconds)
+
+
+def _rehearse_all(
+    handler: Handler, chunks: Iterable[list[int]], limit: int, using: str, milliseconds: int = 0
+) -> Rehearsal:
     done = Rehearsal()
     with transaction.atomic(using=using):
-        if selection.handler.kind is Kind.DETACHED:
-            # The handler may open durable transactions: let them nest in this one, as in a test.
+        if milliseconds:
+            limiting.limit_transaction(milliseconds, using=using)
+        if handler.kind is Kind.DETACHED:
+            # It may open durable transactions: let them nest in this one, as in a test.
             outermost: Any = connections[using].atomic_blocks[-1]
             outermost._from_testcase = True
         before = Counter(replaying.rows_written(using=using))
         try:
-            for ids in selection.ids(using=using):
-                _rehearse(selection.handler, ids[: limit - done.events], done, using)
+            for ids in chunks:
+                _rehearse(handler, ids[: limit - done.events], done, using)
                 if done.events >= limit:
                     break
             done.rows = dict((Counter(replaying.rows_written(using=using)) - before).most_common())
@@ -145,6 +170,13 @@ def _rehearse(handler: Handler, ids: list[int], done: Rehearsal, using: str) -> 
 def _counting(done: Rehearsal) -> Any:
     def count(execute: Any, sql: Any, params: Any, many: bool, context: Any) -> Any:
         done.queries += 1
+        if len(done.statements) < MOST_STATEMENTS:
+            done.statements.append(_text(sql))
         return execute(sql, params, many, context)
 
     return count
+
+
+def _text(sql: Any) -> str:
+    """Return a statement as text; psycopg may have composed it of parts."""
+    return str(sql if isinstance(sql, str) else repr(sql))[:2000]

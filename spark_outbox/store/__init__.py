@@ -15,6 +15,8 @@
     isolating    savepoints, and restoring session settings
     limiting     limits on a session or a transaction
     pausing      what is paused, and putting back what has waited for it
+    listing      lists of events and deliveries, a page at a time
+    sampling     the ends of indexes, for such lists
     repairing    make stray and unhandled events pending again
     replaying    make done events pending again, for one handler
     checking     what checks and workers ask before they begin

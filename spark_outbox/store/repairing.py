@@ -92,6 +92,19 @@ RETRY = "select key from spark_retry(%s)"
 
 DISCARD = "select key from spark_discard(%s, %s)"
 
+# The states are those of spark_retry() and spark_discard().
+RETRY_IDS = """
+select key from spark_outbox_reopen(
+    spark_outbox_lock(%s::bigint[], '{pending, failed, unhandled, discarded}')
+)
+"""
+
+DISCARD_IDS = """
+select key from spark_outbox_give_up(
+    spark_outbox_lock(%s::bigint[], '{pending, failed, unhandled}'), %s
+)
+"""
+
 RETRY_FAILED = """
 select key from spark_retry_failed(%(handler)s, %(since)s, %(fingerprint)s, %(most)s)
 """
@@ -114,6 +127,19 @@ def close_circuit(handler: str, *, using: str) -> int:
     return int(fetch_value(CLOSE_CIRCUIT, [handler], using=using))
 
 
+# Not on a replica, not in a session that may only read, and not as a role that only looks.
+CAN_REPAIR = """
+select
+    not pg_is_in_recovery() and not current_setting('transaction_read_only')::boolean
+    and has_any_column_privilege('spark_outbox_event', 'update')
+"""
+
+
+def can_repair(*, using: str) -> bool:
+    """Return whether this session may change events at all."""
+    return bool(fetch_value(CAN_REPAIR, using=using))
+
+
 class Failed(NamedTuple):
     """Which events that have failed for good; what is None does not count."""
 
@@ -133,6 +159,14 @@ def retry(key: str, *, using: str) -> Changed:
 
 def discard(key: str, why: str, *, using: str) -> Changed:
     return _changed(DISCARD, [key, why], using)
+
+
+def retry_ids(ids: list[int], *, using: str) -> Changed:
+    return _changed(RETRY_IDS, [ids], using)
+
+
+def discard_ids(ids: list[int], why: str, *, using: str) -> Changed:
+    return _changed(DISCARD_IDS, [ids, why], using)
 
 
 def retry_failed(failed: Failed, *, most: int, using: str) -> Changed:

@@ -1,0 +1,44 @@
+"""What the search field, the filters and the links of a list ask for."""
+
+import re
+from collections.abc import Collection
+
+from django.http import QueryDict
+from django.utils.translation import gettext_lazy as _
+
+from spark_outbox.store.listing import Range, Wanted
+
+HELP = _(
+    "A key, or how it begins; group:NAME, handler:NAME, or error:TEXT for a part of an error. "
+    "Several terms must all fit."
+)
+
+PLACES = ("before", "after")
+"""The parameters that say where a page begins."""
+
+_TERM = re.compile(r"(?:^|(?<=\s))(key|group|handler|error):")
+
+
+def wanted(asked: QueryDict, *, states: Collection[str]) -> Wanted:
+    """Return what is wanted; a term of the search field replaces the filter of that name."""
+    first, *terms = _TERM.split(_text(asked, "q"))
+    found = {name: _text(asked, name) for name in ("state", "group", "handler")}
+    found |= {"key": first.strip()} if first.strip() else {}
+    found |= {name: value.strip() for name, value in zip(terms[::2], terms[1::2], strict=True)}
+    if found["state"] not in states:
+        found["state"] = ""
+    return Wanted(**found)
+
+
+def place(asked: QueryDict) -> Range:
+    """Return where the page begins."""
+    return Range(**{name: number(asked.get(name, "")) for name in PLACES})
+
+
+def number(text: str) -> int | None:
+    """Return an id; None if it is none."""
+    return int(text) if re.fullmatch(r"-?[0-9]{1,18}", text) else None
+
+
+def _text(asked: QueryDict, name: str) -> str:
+    return asked.get(name, "").replace("\x00", "")
