@@ -16,6 +16,8 @@
     limiting     limits on a session or a transaction
     pausing      what is paused, and putting back what has waited for it
     repairing    make stray and unhandled events pending again
+    flowing      how many events come and go
+    triaging     what fails, and since when
     replaying    make done events pending again, for one handler
     checking     what checks and workers ask before they begin
     definitions  what the migrations define, compared with what the database has
