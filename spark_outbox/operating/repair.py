@@ -11,6 +11,11 @@ COUNTED = 100_000
 """To count more events than this would take too long."""
 
 
+def is_possible(*, using: str) -> bool:
+    """Return whether this session may change events: so no replica, and no role that only looks."""
+    return repairing.can_repair(using=using)
+
+
 def retry(keys: list[str], *, using: str) -> Iterator[Changed]:
     """Have these events handled now; yield for each what came of it."""
     for key in keys:

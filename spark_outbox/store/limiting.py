@@ -28,6 +28,15 @@ def limit_session(milliseconds: int, *, using: str) -> None:
     past_wrappers(LIMIT_SESSION.format(milliseconds=milliseconds), using)
 
 
+def limit_transaction(milliseconds: int, *, using: str) -> None:
+    """Let no statement take longer until the transaction or savepoint is rolled back; it may be that none
+    may take as long already."""
+    current = statement_timeout(using=using)
+    past_wrappers(
+        LIMIT_STATEMENTS.format(milliseconds=min(current or milliseconds, milliseconds)), using
+    )
+
+
 NAME_SESSION = "set application_name = '{name}'"
 
 # No statement of a session that only holds a lock takes long; but it is idle for as long as it takes.

@@ -114,6 +114,19 @@ def close_circuit(handler: str, *, using: str) -> int:
     return int(fetch_value(CLOSE_CIRCUIT, [handler], using=using))
 
 
+# Not on a replica, not in a session that may only read, and not as a role that only looks.
+CAN_REPAIR = """
+select
+    not pg_is_in_recovery() and not current_setting('transaction_read_only')::boolean
+    and has_any_column_privilege('spark_outbox_event', 'update')
+"""
+
+
+def can_repair(*, using: str) -> bool:
+    """Return whether this session may change events at all."""
+    return bool(fetch_value(CAN_REPAIR, using=using))
+
+
 class Failed(NamedTuple):
     """Which events that have failed for good; what is None does not count."""
 
