@@ -29,8 +29,7 @@ def limit_session(milliseconds: int, *, using: str) -> None:
 
 
 def limit_transaction(milliseconds: int, *, using: str) -> None:
-    """Let no statement take longer until the transaction or savepoint is rolled back; it may be that none
-    may take as long already."""
+    """Let no statement of the transaction take longer. A limit that is shorter stays."""
     current = statement_timeout(using=using)
     past_wrappers(
         LIMIT_STATEMENTS.format(milliseconds=min(current or milliseconds, milliseconds)), using
