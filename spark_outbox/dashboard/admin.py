@@ -59,14 +59,9 @@ class DashboardAdmin(Base):
         page = self.admin_site.admin_view(allowed)
         return path(route, page, arguments, name=f"spark_outbox_dashboard_{name}")
 
-    def has_add_permission(self, request: HttpRequest) -> bool:
-        return False
-
-    def has_change_permission(self, request: HttpRequest, obj: Dashboard | None = None) -> bool:
-        return False
-
-    def has_delete_permission(self, request: HttpRequest, obj: Dashboard | None = None) -> bool:
-        return False
+    def get_model_perms(self, request: HttpRequest) -> dict[str, bool]:
+        """It can be looked at, and nothing else."""
+        return {"view": self.has_view_permission(request)}
 
     # The dashboard
 
@@ -153,7 +148,7 @@ class DashboardAdmin(Base):
     def _answer(
         self, request: HttpRequest, template: str, context: Mapping[str, Any], *, status: int = 200
     ) -> TemplateResponse:
-        request.current_app = self.admin_site.name  # type: ignore[attr-defined]
+        request.current_app = self.admin_site.name
         links = self._links(request)
         environment = conf.current().ENVIRONMENT
         common = {

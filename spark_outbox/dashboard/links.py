@@ -1,4 +1,4 @@
-"""Addresses of the dashboard's own pages, and of the admin's pages of events, if the user may see them."""
+"""Addresses of the dashboard's pages, and of the admin's pages of events for users who may see them."""
 
 from urllib.parse import urlencode
 

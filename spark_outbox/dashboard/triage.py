@@ -166,7 +166,7 @@ def _log(request: HttpRequest, action: str, of: Kind, number: int, why: str) -> 
             "Discarded %(number)d event: %(why)s", "Discarded %(number)d events: %(why)s", number
         )
     LogEntry.objects.create(
-        user_id=request.user.pk,
+        user_id=request.user.pk or 0,  # nobody comes here without a login
         content_type=ContentType.objects.get_for_model(OutboxEvent),
         object_repr=f"{of.handler}: {of.fingerprint}"[:200],
         action_flag=CHANGE,
