@@ -63,7 +63,7 @@ def failures(allowed: list[str], links: Links, *, using: str) -> dict[str, Any]:
         "kinds": kinds,
         "windows": list(WINDOWS.values()),
         "circuits": [
-            {**row, "waiting": wording.number(row["retrying"], is_bounded=row["seen"] >= COUNTED)}
+            {**row, "waiting": wording.number(row["retrying"], is_bounded=row["looked_at"] >= COUNTED)}
             for row in found[:KINDS]
             if row["is_circuit"]
         ],
@@ -74,7 +74,7 @@ def failures(allowed: list[str], links: Links, *, using: str) -> dict[str, Any]:
 
 def _kind(row: Row, allowed: list[str], links: Links) -> dict[str, Any]:
     of = Kind(row["handler"], row["fingerprint"])
-    is_cut = row["seen"] >= COUNTED
+    is_cut = row["looked_at"] >= COUNTED
     return {
         **row,
         "failed": wording.number(row["failed"], is_bounded=is_cut),

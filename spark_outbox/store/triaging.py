@@ -1,9 +1,9 @@
 """What fails, by handler and kind of error, and since when. Each kind is a piece of the index of
-failures, which is read from its latest end."""
+failures, which is read from its latest end. Call all of it in a transaction, whose plans it changes."""
 
 from typing import NamedTuple
 
-from spark_outbox.store.connection import fetch, fetch_noticed
+from spark_outbox.store.connection import execute, fetch, fetch_noticed
 from spark_outbox.store.viewing import Row, rows
 
 COUNTED = 5000
@@ -77,7 +77,7 @@ cross join lateral (
 ) as oldest
 cross join lateral (
     select
-        count(*) as seen,
+        count(*) as looked_at,
         count(*) filter (where status = 'failed') as failed,
         count(*) filter (where status = 'pending') as retrying,
         count(*) filter (where age < interval '1 hour') as hour,
@@ -91,7 +91,7 @@ cross join lateral (
         from spark_outbox_delivery as delivery
         where {_NAMED}
         order by delivery.attempted_at desc limit {COUNTED}
-    ) as some
+    ) as first
 ) as latest
 order by named.last_at desc, named.handler, named.fingerprint
 """
@@ -144,6 +144,10 @@ RETRY = "select key from spark_outbox_reopen(spark_outbox_lock(%(ids)s, '{failed
 DISCARD = "select key from spark_outbox_give_up(spark_outbox_lock(%(ids)s, '{failed}'), %(why)s)"
 
 
+# A plan that sorts reads a whole kind, and statistics may not know yet how large that has become.
+IN_ORDER = "set local enable_bitmapscan = off"
+
+
 class Kind(NamedTuple):
     """What fails alike."""
 
@@ -174,14 +178,17 @@ class Step(NamedTuple):
 
 def failures(*, using: str) -> list[Row]:
     """Return kinds of failures with counts, the latest first: one more than KINDS, if there are more."""
+    execute(IN_ORDER, using=using)
     return rows(FAILURES, {}, using=using)
 
 
 def examples(kind: Kind, *, using: str) -> list[Row]:
+    execute(IN_ORDER, using=using)
     return rows(EXAMPLES, kind._asdict(), using=using)
 
 
 def traceback(kind: Kind, *, using: str) -> Row | None:
+    execute(IN_ORDER, using=using)
     found = rows(TRACEBACK, kind._asdict(), using=using)
     return found[0] if found else None
 
@@ -194,7 +201,8 @@ def count(kind: Kind, *, using: str) -> tuple[int, bool]:
 
 def step(kind: Kind, place: Place, why: str | None, *, using: str) -> Step:
     """Retry the failed events among the next PIECE deliveries of this kind, the oldest first; or discard
-    them, if `why` is given. Passes over those that others hold. Call it in a transaction."""
+    them, if `why` is given. Passes over those that others hold."""
+    execute(IN_ORDER, using=using)
     params = {**kind._asdict(), **place._asdict()}
     ((ids, after, after_id, looked_at, until),) = fetch(NEXT, params, using=using)
     following = None if looked_at < PIECE else Place(after, after_id, until)
