@@ -114,7 +114,7 @@
           if (part.dataset.finished !== undefined) {
             goesOn = false;
             go.remove();
-            text = form.querySelector("[data-progress]").textContent;
+            text = form.dataset.ended;
           }
         } catch {
           goesOn = false;
