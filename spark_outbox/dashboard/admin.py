@@ -110,7 +110,7 @@ class DashboardAdmin(Base):
             return self._answer(request, "repair", {**given, "problem": problem}, status=403)
         if request.method == "POST":
             try:
-                found = triage.step(request, action, kind, using=alias)
+                found = self._in_time(lambda: triage.step(request, action, kind, using=alias))
             except DataError as error:
                 return HttpResponseBadRequest(str(error), content_type="text/plain")
         else:
@@ -156,6 +156,7 @@ class DashboardAdmin(Base):
             "environment": environment,
             "is_production": environment.lower().startswith("prod"),
             "every": EVERY,
+            "is_named_above": template in ("glance", "triage", "explain"),
             "pages": [
                 {"name": name, "url": links.page(name), "is_current": template.startswith(first)}
                 for name, first in (

@@ -1,5 +1,6 @@
 """What the dashboard shows, in words: for the template, from operating/glance.py."""
 
+from collections import Counter
 from typing import Any
 
 from django.utils.translation import gettext as _
@@ -14,20 +15,28 @@ from spark_outbox.store.viewing import LOOKED_AT, Row
 
 LABELS = {
     "ready": gettext_lazy("ready"),
-    "delayed": gettext_lazy("delayed"),
-    "retrying": gettext_lazy("to be retried"),
     "running": gettext_lazy("running"),
     "failed": gettext_lazy("failed"),
+    "done_last_hour": gettext_lazy("done in the last hour"),
+    "delayed": gettext_lazy("delayed"),
+    "retrying": gettext_lazy("to be retried"),
     "unhandled": gettext_lazy("unhandled"),
     "waits_for_circuit": gettext_lazy("wait for a circuit"),
     "paused": gettext_lazy("paused"),
-    "done_last_hour": gettext_lazy("done in the last hour"),
 }
 
 SEVERITIES = {
     "ok": gettext_lazy("well"),
     "warning": gettext_lazy("warning"),
     "critical": gettext_lazy("critical"),
+}
+
+STATES = {
+    "busy": gettext_lazy("busy"),
+    "resting": gettext_lazy("resting"),
+    "watch": gettext_lazy("on watch"),
+    "gone": gettext_lazy("gone"),
+    "unknown": gettext_lazy("unknown"),
 }
 
 
@@ -38,7 +47,9 @@ def context(glance: Glance, links: Links) -> dict[str, Any]:
     )
     for check in glance.health:
         check["severity"] = SEVERITIES[check["status"]]
+        check["url"] = links.page("triage") if check["name"] in ("failed", "circuits") else ""
     return {
+        "headline": _headline(wrong),
         "summary": _summary(glance, wrong),
         "worst": wrong[0]["status"] if wrong else "ok",
         "wrong": wrong,
@@ -60,25 +71,27 @@ def context(glance: Glance, links: Links) -> dict[str, Any]:
     }
 
 
+def _headline(wrong: list[Row]) -> str:
+    """Return a line that changes only if something has happened."""
+    if not wrong:
+        return _("All is well.")
+    counts = Counter(check["status"] for check in wrong)
+    parts = []
+    if number := counts["critical"]:
+        parts.append(ngettext("%(number)d critical", "%(number)d critical", number) % {"number": number})
+    if number := counts["warning"]:
+        parts.append(ngettext("%(number)d warning", "%(number)d warnings", number) % {"number": number})
+    return f"{', '.join(parts)}: {', '.join(check['name'] for check in wrong)}"
+
+
 def _summary(glance: Glance, wrong: list[Row]) -> str:
-    """Return a sentence that changes only if something has happened."""
-    names = ", ".join(check["name"] for check in wrong)
-    health = _("All is well.")
-    if wrong:
-        text = ngettext(
-            "%(number)d check says that something is wrong: %(names)s.",
-            "%(number)d checks say that something is wrong: %(names)s.",
-            len(wrong),
-        )
-        health = text % {"number": len(wrong), "names": names}
+    """Return what is said to those who do not see the page, as often as it changes."""
     failed = glance.totals["failed"]
     if not failed:
-        return health
-    text = ngettext(
-        "%(number)s event has failed.", "%(number)s events have failed.", failed
-    )  # for good: also in the check
+        return _headline(wrong)
+    text = ngettext("%(number)s event has failed.", "%(number)s events have failed.", failed)
     count = wording.number(failed, is_bounded="failed" in glance.bounded)
-    return f"{health} {text % {'number': count}}"
+    return f"{_headline(wrong)}. {text % {'number': count}}"
 
 
 def _tiles(glance: Glance, wrong: list[Row], links: Links) -> list[dict[str, Any]]:
@@ -93,6 +106,7 @@ def _tiles(glance: Glance, wrong: list[Row], links: Links) -> list[dict[str, Any
         "name": "late",
         "label": _("late"),
         "value": wording.age(glance.late) or "0",
+        "is_none": not glance.late,
         "level": levels.get("lag", ""),
         "url": "",
     }
@@ -103,6 +117,7 @@ def _tiles(glance: Glance, wrong: list[Row], links: Links) -> list[dict[str, Any
                 "name": name,
                 "label": label,
                 "value": wording.number(glance.totals[name], is_bounded=name in glance.bounded),
+                "is_none": not glance.totals[name],
                 "level": levels.get(checks.get(name, name), "") if glance.totals[name] else "",
                 "url": urls.get(name, ""),
             }
@@ -125,6 +140,8 @@ def _group(row: Row) -> dict[str, Any]:
             for name in COUNTS
         ],
         "per_minute": _per_minute(row["done"]),
+        "p50": wording.duration(row["p50"]),
+        "p95": wording.duration(row["p95"]),
     }
 
 
@@ -133,6 +150,15 @@ def _handler(row: Row, links: Links) -> dict[str, Any]:
         **row,
         "per_minute": "" if row["done"] is None else _per_minute(row["done"]),
         "is_known": row["done"] is not None,
+        "failing": [
+            {
+                "label": LABELS[name],
+                "value": wording.number(row[name], is_bounded=row["is_bounded"] and row[name] > 0),
+                "is_zero": not row[name],
+                "is_bad": name == "failed",
+            }
+            for name in ("failed", "retrying")
+        ],
         "p50": wording.duration(row["p50"]),
         "p95": wording.duration(row["p95"]),
         "events": links.events(q=f"handler:{row['name']}"),
@@ -142,6 +168,7 @@ def _handler(row: Row, links: Links) -> dict[str, Any]:
 def _worker(row: Row) -> dict[str, Any]:
     return {
         **row,
+        "state_text": STATES.get(row["state"], row["state"]),
         "since": wording.time(row["started_at"]),
         "state_for": wording.age(row["state_for"]),
         "in_hand": wording.age(row["in_hand_seconds"]),

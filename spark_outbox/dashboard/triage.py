@@ -61,6 +61,7 @@ def failures(allowed: list[str], links: Links, *, using: str) -> dict[str, Any]:
     return {
         "summary": f"{summary}.",
         "kinds": kinds,
+        "allowed": allowed,
         "windows": list(WINDOWS.values()),
         "circuits": [
             {**row, "waiting": wording.number(row["retrying"], is_bounded=row["looked_at"] >= COUNTED)}
@@ -80,11 +81,12 @@ def _kind(row: Row, allowed: list[str], links: Links) -> dict[str, Any]:
         "failed": wording.number(row["failed"], is_bounded=is_cut),
         "retrying": wording.number(row["retrying"], is_bounded=is_cut),
         "has_failed": row["failed"] > 0 or is_cut,
+        "is_retrying": row["retrying"] > 0,
         "counts": [
             {
                 "label": label,
                 "value": wording.number(row[name], is_bounded=row[name] >= COUNTED),
-                "is_zero": not row[name],
+                "heat": _heat(row[name]),
             }
             for name, label in WINDOWS.items()
         ],
@@ -93,6 +95,11 @@ def _kind(row: Row, allowed: list[str], links: Links) -> dict[str, Any]:
         "url": links.of_kind("kind", of),
         **{name: links.of_kind(name, of) for name in allowed},
     }
+
+
+def _heat(number: int) -> int:
+    """Return how much a count stands out, from 0 to 3."""
+    return sum(number >= least for least in (1, 10, 100))
 
 
 def kind(of: Kind, allowed: list[str], links: Links, *, using: str) -> dict[str, Any]:

@@ -45,7 +45,9 @@ def time(text: str | None) -> str:
 def ago(text: str | None) -> str:
     """Return how long ago it was."""
     moment = _parsed(text)
-    return text or "" if moment is None else age((datetime.now(UTC) - moment).total_seconds())
+    if moment is None:
+        return text or ""
+    return _("%(age)s ago") % {"age": age((datetime.now(UTC) - moment).total_seconds())}
 
 
 def _parsed(text: str | None) -> datetime | None:

@@ -102,7 +102,8 @@ class Glance(NamedTuple):
     late: float | None
     """Seconds."""
     groups: list[Row]
-    """As in spark_outbox_status, with `done`: how many were done in an hour, counted or estimated."""
+    """As in spark_outbox_status, with `done`: how many were done in an hour, counted or estimated; and
+    with `p50` and `p95`: the seconds from ready until done."""
     handlers: list[Row]
     workers: list[Row]
     pauses: list[Row]
@@ -117,7 +118,10 @@ def glance(*, using: str) -> Glance:
     with in_time(using=using):
         groups = viewing.rows(viewing.STATUS, using=using)
         flow = flows(using=using)
+        waits = {row["group"]: row for row in flowing.waits(using=using)}
         for row in groups:
+            of_it = waits.get(row["group"], {})
+            row |= {name: of_it.get(name) for name in ("p50", "p95")}
             row["done"] = max(flow.done_by_group.get(row["group"], 0), row["done_last_hour"])
         lists = {
             "groups": groups,
@@ -149,14 +153,16 @@ def handlers(groups: list[Row], failures: list[Row], *, using: str) -> list[Row]
     known: dict[str, Row] = {}
 
     def of(name: str) -> Row:
-        nothing = {"name": name, "done": None, "failed": 0, "retrying": 0, "circuit": 0, "stored": 0}
-        return known.setdefault(name, {**nothing, "p50": None, "p95": None})
+        counts = dict.fromkeys(("failed", "retrying", "circuit", "stored"), 0)
+        nothing = dict.fromkeys(("done", "p50", "p95"))
+        return known.setdefault(name, {"name": name, "is_bounded": False, **counts, **nothing})
 
     for handler in registry.handlers:
         matched = [row["done"] for row in groups if handler in registry.handlers_for(row["group"])]
         of(handler.name)["done"] = sum(matched)
     for kind in failures[:KINDS]:
         row = of(kind["handler"])
+        row["is_bounded"] |= kind["looked_at"] >= triaging.COUNTED
         if kind["is_circuit"]:
             row["circuit"] += kind["retrying"]
         else:

@@ -2,8 +2,6 @@
 
 from typing import Any
 
-from django.db import transaction
-
 from spark_outbox.operating import look
 from spark_outbox.operating.glance import in_time
 from spark_outbox.store import triaging, viewing
@@ -36,8 +34,9 @@ def count(of: Kind, *, using: str) -> tuple[int, bool]:
 
 
 def step(of: Kind, place: Place, why: str | None, *, using: str) -> Step:
-    """Retry the next of this kind that have failed for good; or discard them, if `why` is given."""
-    with transaction.atomic(using=using):
+    """Retry the next of this kind that have failed for good; or discard them, if `why` is given. Raises
+    TooSlow."""
+    with in_time(using=using):
         return triaging.step(of, place, why, using=using)
 
 

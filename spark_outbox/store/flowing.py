@@ -60,10 +60,8 @@ from bucket cross join lateral (
 where seen > 0
 """
 
-# Events of a batch are done at one time. So if the sample is full, its last batch, of which it may hold
-# only a part, does not count.
-DONE = f"""
-with recursive moment as ({_MOMENTS}),
+# From one group to the next, so not through all of their events; and how many of each may be read.
+_DONE_GROUPS = f"""
 done_group (event_group) as (
     (
         select event_group from spark_outbox_event where status = 'done' and digest is null
@@ -89,6 +87,12 @@ latest as materialized (
     order by finished_at desc limit {GROUPS}
 ),
 sample as (select greatest(100, least({SAMPLE}, 7000 / greatest(count(*), 1))) as size from latest)
+"""
+
+# Events of a batch are done at one time. So if the sample is full, its last batch, of which it may hold
+# only a part, does not count.
+DONE = f"""
+with recursive moment as ({_MOMENTS}), {_DONE_GROUPS}
 select
     kind, n, event_group as "group", seen >= size as is_estimate,
     case
@@ -111,6 +115,26 @@ cross join latest cross join sample cross join lateral (
     ) as dated
 ) as counted
 where seen > 0
+"""
+
+# An event that was retried counts from its last attempt.
+WAITS = f"""
+with recursive {_DONE_GROUPS}
+select
+    event_group as "group",
+    percentile_cont(0.5) within group (order by seconds) as p50,
+    percentile_cont(0.95) within group (order by seconds) as p95
+from latest cross join sample cross join lateral (
+    select extract(epoch from event.finished_at - greatest(event.created_at, event.available_at))::float
+        as seconds
+    from spark_outbox_event as event
+    where event.status = 'done' and event.digest is null and event.event_group = latest.event_group
+        and event.finished_at > statement_timestamp() - interval '1 hour'
+        and event.finished_at < 'infinity'
+        and isfinite(event.created_at) and (event.available_at is null or isfinite(event.available_at))
+    order by event.finished_at desc limit (select size from sample)
+) as of_it
+group by event_group
 """
 
 # Of simple successes there is no delivery.
@@ -137,6 +161,11 @@ def arrived(*, using: str) -> list[Row]:
 def done(*, using: str) -> list[Row]:
     """Return likewise how many were done, by `group`."""
     return rows(DONE, using=using)
+
+
+def waits(*, using: str) -> list[Row]:
+    """Return by `group` how long the latest events took, in seconds, from ready until done."""
+    return rows(WAITS, using=using)
 
 
 def durations(*, using: str) -> list[Row]:

@@ -5,21 +5,36 @@ from contextlib import contextmanager
 
 from django.db import connection
 
+from spark_outbox.registry.handlers import Registry
 from tests.tools import connect
 
-# Over a day, more of them by noon; the last 20 are ready, and each waits for less than a second.
+HANDLERS = {
+    "shop.mail_invoice": "^invoice$",
+    "shop.accounts.book": "^(order_paid|invoice)$",
+    "shop.search.index": "^stock_changed$",
+    "shop.webhook": "^order_",
+}
+
+# A day, with more in the evening than by night. Those of the last minute are ready, and none is late.
 EVENTS = """
 insert into spark_outbox_event (key, event_group, status, created_at, finished_at)
 select
-    'order_' || n, (array['order_placed', 'order_paid', 'invoice', 'stock_changed'])[1 + n % 4],
-    case when n > 5980 then 'pending' else 'done' end, at,
-    case when n <= 5980 then at + interval '20 milliseconds' end
+    'order_' || row_number() over (order by minute desc, n),
+    (array['order_placed', 'order_paid', 'invoice', 'stock_changed'])[1 + (minute + n) % 4],
+    case when minute = 0 then 'pending' else 'done' end,
+    case when minute = 0 then at + interval '2 minutes' else at end,
+    case when minute > 0 then at + (12 + 40 * abs(sin(minute * n)) ^ 6) * interval '1 millisecond' end
 from (
-    select n, statement_timestamp() - interval '1 day' * power((6000 - n) / 6000.0, 1.4)
-        * (1 + 0.02 * sin(n / 37.0)) as at
-    from generate_series(1, 6000) as n
+    select minute, n, statement_timestamp() - (minute + n * 0.05) * interval '1 minute' as at
+    from generate_series(0, 1438) as minute cross join lateral generate_series(
+        1, (6 + 3.5 * sin(minute / 229.0 + 1) + 1.6 * sin(minute / 4.0) + sin(minute / 2.7))::integer
+    ) as n
 ) as made
-order by at
+order by at;
+
+insert into spark_outbox_event (key, event_group, status, available_at)
+select 'reminder_' || n, 'reminder', 'pending', now() + n * interval '20 minutes'
+from generate_series(1, 12) as n
 """
 
 FAILING = """
@@ -51,14 +66,16 @@ from event join failing
 KINDS = """
 create temporary table failing as
 select * from (values
-    ('a', 'invoice', 'shop.mail_invoice', 'failed', 20, 41, '40 minutes'::interval,
+    ('a', 'invoice', 'shop.mail_invoice', 'failed', 20, 141, '40 minutes'::interval,
         '3 minutes'::interval, 'smtplib.SMTPRecipientsRefused: no such mailbox: "anna@example.com"'),
-    ('b', 'stock_changed', 'shop.search.index', 'pending', 4, 12, '50 hours', '2 hours',
+    ('b', 'stock_changed', 'shop.search.index', 'pending', 4, 26, '50 hours', '2 hours',
         'requests.ConnectTimeout: search.example.com:9200 does not answer'),
     ('c', 'order_paid', 'shop.accounts.book', 'failed', 5, 7, '6 days', '30 hours',
         'decimal.InvalidOperation: order 4711 has no amount'),
     ('d', 'order_placed', 'shop.webhook', 'pending', 1, 3, '20 minutes', '1 minute',
-        'http.client.HTTPException: 502 Bad Gateway')
+        'http.client.HTTPException: 502 Bad Gateway'),
+    ('e', 'order_placed', 'shop.webhook', 'failed', 8, 31, '65 hours', '5 hours',
+        'json.JSONDecodeError: Expecting value: line 1 column 1 (char 0)')
 ) as kinds (kind, event_group, handler, status, attempts, number, first, last, error)
 """
 
@@ -69,8 +86,10 @@ values (%s, %s, '0.1.0', pg_backend_pid(), '["shop.mail_invoice"]', now() - inte
 
 
 @contextmanager
-def filled() -> Iterator[None]:
+def filled(registry: Registry) -> Iterator[None]:
     """Fill the outbox, and have two workers be there, until the end of the block."""
+    for name, group in HANDLERS.items():
+        registry.add_handler(lambda event: None, group=group, name=name)
     with connection.cursor() as cursor:
         cursor.execute(EVENTS)
         cursor.execute(KINDS)

@@ -38,10 +38,11 @@ def explained(sql, params):
     [
         (flowing.ARRIVED, 25_000),  # 85 searches of about 22 steps, and up to 84,000 rows
         (flowing.DONE, 25_000),
+        (flowing.WAITS, 25_000),
         (flowing.DURATIONS, 10_000),
         (triaging.FAILURES, 70_000),  # 6 kinds: 5,000 deliveries of each
     ],
-    ids=["arrived", "done", "durations", "failures"],
+    ids=["arrived", "done", "waits", "durations", "failures"],
 )
 def test_what_pages_show_is_read_off_indexes_up_to_a_bound(sql, most):
     pages, scans = explained(sql, {})

@@ -16,8 +16,10 @@
     let timer = null;
     let shown = null; // what the server sent last: without news the page is not touched
 
-    const show = (text) => {
-      if (state.textContent !== text) state.textContent = text;
+    const show = (what) => {
+      if (state.dataset.is === what) return;
+      state.dataset.is = what;
+      state.textContent = state.dataset[what];
     };
     const isPaused = () => {
       const active = document.activeElement;
@@ -53,7 +55,7 @@
       clearTimeout(timer);
       let pause = every;
       if (isPaused()) {
-        show(state.dataset.paused);
+        show("paused");
         pause = 500; // to see that it may go on
       } else {
         const started = performance.now();
@@ -65,9 +67,9 @@
             replace(html);
             shown = html;
           }
-          show(state.dataset.live);
+          show("live");
         } catch {
-          show(state.dataset.lost);
+          show("lost");
           pause = 3 * every;
         }
         pause = Math.max(pause, 10 * (performance.now() - started)); // a slow server is asked less
@@ -81,7 +83,7 @@
       button.setAttribute("aria-pressed", String(pressed));
       look();
     });
-    show(state.dataset.live);
+    show("live");
     timer = setTimeout(look, every);
   }
 
