@@ -125,6 +125,7 @@ def preview(action: str, of: Kind, *, using: str) -> dict[str, Any]:
         "action": action,
         "place": Place(),
         "is_empty": not failed and not is_bounded,
+        "number": failed,
         "total": 0 if is_bounded else failed,
         "count": wording.number(failed, is_bounded=is_bounded),
     }

@@ -259,7 +259,7 @@ def test_a_kind_of_failure_has_its_events_and_a_traceback(admin, fail):
     assert "Traceback: the new one" in html
     assert "the old one" not in html
     assert re.findall(r">(\w+ 1)</a></th>", html) == ["new 1", "old 1"]
-    assert "2 have failed for good" in html
+    assert "2 events have failed for good" in html
     assert "Nothing fails so any more." in get(admin, "triage/kind/", **kind("other"))
 
 
