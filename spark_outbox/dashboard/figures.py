@@ -161,7 +161,7 @@ def _handler(row: Row, links: Links) -> dict[str, Any]:
         ],
         "p50": wording.duration(row["p50"]),
         "p95": wording.duration(row["p95"]),
-        "events": links.events(q=f"handler:{row['name']}"),
+        "events": links.events(handler=row["name"]),
     }
 
 

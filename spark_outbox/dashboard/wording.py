@@ -32,7 +32,7 @@ def duration(seconds: float | None) -> str:
     if seconds is None:
         return ""
     if seconds < 1:
-        return _("%(number)s ms") % {"number": number_format(seconds * 1000, 1)}
+        return _("%(number)s ms") % {"number": number_format(seconds * 1000, 1 if seconds < 0.1 else 0)}
     return _("%(number)s s") % {"number": number_format(seconds, 2)}
 
 

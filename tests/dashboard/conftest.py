@@ -1,6 +1,12 @@
+"""Shared by the tests of the dashboard: failures, people, and an outbox of two million events."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
 import pytest
 from django.contrib.auth.models import Permission, User
 from django.db import connection
+from django.test import Client
 
 FAILED = """
 with event as (
@@ -18,22 +24,24 @@ from event
 
 
 @pytest.fixture
-def fail():
+def fail() -> Callable[..., None]:
     """A function that writes events that have failed for good."""
 
-    def write(name="key", *, handler="shop.mail", error="ValueError: no", number=1, age=0, traceback=""):
+    def write(name: str = "key", **params: Any) -> None:
+        usual: dict[str, Any] = {"handler": "shop.mail", "error": "ValueError: no", "traceback": ""}
+        usual |= {"number": 1, "age": 0}
+        assert set(params) <= set(usual)
         with connection.cursor() as cursor:
-            params = {"name": name, "handler": handler, "error": error, "number": number, "age": age}
-            cursor.execute(FAILED, {**params, "traceback": traceback})
+            cursor.execute(FAILED, {"name": name, **usual, **params})
 
     return write
 
 
 @pytest.fixture
-def member(db):
+def member(db: None) -> Callable[..., User]:
     """A function that makes a user of the staff, with permissions."""
 
-    def make(*permissions, name="anna"):
+    def make(*permissions: str, name: str = "anna") -> User:
         user = User.objects.create_user(name, password=name, is_staff=True)
         user.user_permissions.set(Permission.objects.filter(codename__in=permissions))
         return user
@@ -42,7 +50,7 @@ def member(db):
 
 
 @pytest.fixture
-def admin(db, client):
+def admin(db: None, client: Client) -> Client:
     """A client of somebody who may do everything."""
     client.force_login(User.objects.create_superuser("boss", password="boss"))
     return client
@@ -69,7 +77,7 @@ from spark_outbox_event where status = 'failed';
 
 
 @pytest.fixture(scope="module")
-def many_events(django_db_setup, django_db_blocker):
+def many_events(django_db_setup: None, django_db_blocker: Any) -> Iterator[None]:
     """Two million events that are done, ten a second in five groups; and 40,000 that failed."""
     with django_db_blocker.unblock(), connection.cursor() as cursor:
         cursor.execute("truncate spark_outbox_event restart identity cascade")

@@ -15,25 +15,29 @@ HANDLERS = {
     "shop.webhook": "^order_",
 }
 
-# A day, with more in the evening than by night. Those of the last minute are ready, and none is late.
+# A day, with more in the evening than by night. Those of the minute to come are ready: so none is late.
 EVENTS = """
 insert into spark_outbox_event (key, event_group, status, created_at, finished_at)
 select
     'order_' || row_number() over (order by minute desc, n),
     (array['order_placed', 'order_paid', 'invoice', 'stock_changed'])[1 + (minute + n) % 4],
     case when minute = 0 then 'pending' else 'done' end,
-    case when minute = 0 then at + interval '2 minutes' else at end,
+    at,
     case when minute > 0 then at + (12 + 40 * abs(sin(minute * n)) ^ 6) * interval '1 millisecond' end
 from (
-    select minute, n, statement_timestamp() - (minute + n * 0.05) * interval '1 minute' as at
+    select minute, n, statement_timestamp() - (minute - 1 + n * 0.05) * interval '1 minute' as at
     from generate_series(0, 1438) as minute cross join lateral generate_series(
         1, (6 + 3.5 * sin(minute / 229.0 + 1) + 1.6 * sin(minute / 4.0) + sin(minute / 2.7))::integer
     ) as n
 ) as made
-order by at;
+order by at
+"""
 
-insert into spark_outbox_event (key, event_group, status, available_at)
-select 'reminder_' || n, 'reminder', 'pending', now() + n * interval '20 minutes'
+# Emitted before, as ids and times have one order.
+REMINDERS = """
+insert into spark_outbox_event (key, event_group, status, available_at, created_at)
+select
+    'reminder_' || n, 'reminder', 'pending', now() + n * interval '20 minutes', now() - interval '8 days'
 from generate_series(1, 12) as n
 """
 
@@ -43,7 +47,7 @@ with event as (
         (key, event_group, status, attempts, available_at, created_at, finished_at)
     select
         'failing_' || event_group || '_' || kind || '_' || n, event_group, status, attempts,
-        case when status = 'pending' then now() + interval '1 hour' end, now() - first,
+        case when status = 'pending' then now() + interval '1 hour' end, now() - interval '8 days',
         case when status = 'failed' then now() - last end
     from failing cross join lateral generate_series(1, number) as n
     returning id, event_group, key
@@ -60,13 +64,13 @@ select
     'Traceback (most recent call last):' || chr(10) || '  File "shop/handlers.py", line 12, in handle'
         || chr(10) || failing.error
 from event join failing
-    on failing.event_group = event.event_group and event.key like 'failing_%_' || failing.kind || '_%'
+    on failing.event_group = event.event_group and split_part(event.key, '_', -2) = failing.kind
 """
 
 KINDS = """
 create temporary table failing as
 select * from (values
-    ('a', 'invoice', 'shop.mail_invoice', 'failed', 20, 141, '40 minutes'::interval,
+    ('a', 'invoice', 'shop.mail_invoice', 'failed', 1, 141, '40 minutes'::interval,
         '3 minutes'::interval, 'smtplib.SMTPRecipientsRefused: no such mailbox: "anna@example.com"'),
     ('b', 'stock_changed', 'shop.search.index', 'pending', 4, 26, '50 hours', '2 hours',
         'requests.ConnectTimeout: search.example.com:9200 does not answer'),
@@ -91,9 +95,10 @@ def filled(registry: Registry) -> Iterator[None]:
     for name, group in HANDLERS.items():
         registry.add_handler(lambda event: None, group=group, name=name)
     with connection.cursor() as cursor:
-        cursor.execute(EVENTS)
+        cursor.execute(REMINDERS)
         cursor.execute(KINDS)
         cursor.execute(FAILING)
+        cursor.execute(EVENTS)
         cursor.execute("drop table failing")
     with connect() as one, connect() as two:
         for number, worker in enumerate((one, two), start=1):
