@@ -264,7 +264,7 @@ def test_screenshots(open_page, shop, settings, request, tmp_path):
     desk, phone = {"width": 1120, "height": 800}, {"width": 390, "height": 844}
     for name, path, options in (
         ("dashboard", "", {"viewport": desk, "color_scheme": "light"}),
-        ("triage", "triage/", {"viewport": {**desk, "height": 640}, "color_scheme": "dark"}),
+        ("triage", "triage/", {"viewport": {**desk, "height": 660}, "color_scheme": "dark"}),
         ("phone", "triage/", {"viewport": phone, "color_scheme": "light", "is_mobile": True}),
     ):
         page = open_page(path, **options)
