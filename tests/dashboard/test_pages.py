@@ -1,6 +1,7 @@
 """The dashboard's pages: who may see them, what they show, and what they do."""
 
 import re
+from html import unescape
 from urllib.parse import urlencode
 
 import pytest
@@ -416,3 +417,20 @@ def test_links_to_events_are_for_those_who_may_see_them(member, fail):
     client.force_login(member("view_dashboard"))
     html = get(client, "triage/kind/", **kind())
     assert f'href="{ROOT}explain/?{urlencode({"key": "key 1"})}"' in html
+
+
+def test_a_kind_leads_to_its_events_in_the_admin(admin, fail):
+    pytest.importorskip("spark_outbox.admin.events", reason="the admin has no pages of events")
+    fail(number=2)
+    fail("other", error="KeyError: 1")
+    html = get(admin, "triage/kind/", **kind())
+    listed, event = (
+        admin.get(unescape(re.search(rf'href="([^"]*)">{text}</a>', html)[1]))
+        for text in ("All of them in the list of events", "key 1")
+    )
+    assert "key 1" in listed.text
+    assert "key 2" in listed.text
+    assert "other 1" not in listed.text
+    assert "key 1" in event.text
+    for link in re.findall(r'href="([^"]*outboxevent[^"]*)"', get(admin)):
+        assert admin.get(unescape(link)).status_code == 200
