@@ -108,6 +108,9 @@ class Settings:
     """What no command and no page shows: the names of values in payloads and headers, at any depth; or
     the dotted path of a function that gets a payload, or headers, and returns what may be shown."""
 
+    ENVIRONMENT: str = ""
+    """The name of this installation, which the dashboard shows, so that nobody takes it for another."""
+
     LISTEN_DATABASE: str | Mapping[str, str | None] | None = ""
     """Alias of a direct connection for LISTEN, for workers behind a transaction pooler.
     "" means the worker's own connection. None means no LISTEN: the worker polls.
@@ -131,6 +134,8 @@ class Settings:
             _whole_number(name, getattr(self, name))
         if self.BREAK_AFTER is not None:
             _whole_number("BREAK_AFTER", self.BREAK_AFTER)
+        if not isinstance(self.ENVIRONMENT, str):
+            raise _error("ENVIRONMENT", self.ENVIRONMENT, "a text")
         if not isinstance(self.REDACT, str | list | tuple) or not all(
             isinstance(name, str) for name in self.REDACT
         ):

@@ -29,6 +29,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         metavar="N",
         help="the seed of every random choice (default: a new one, which is printed)",
     )
+    parser.getgroup("dashboard").addoption(
+        "--screenshots",
+        action="store_true",
+        help="renew deploy/screenshots/, which tests/dashboard otherwise leaves alone",
+    )
 
 
 def pytest_report_header() -> str:

@@ -17,3 +17,4 @@ DATABASES["other"] = {  # noqa: F405
     "OPTIONS": {**DATABASES["default"]["OPTIONS"], "server_side_binding": True},  # noqa: F405
     "TEST": {"MIRROR": "default"},
 }
+MIDDLEWARE += ["tests.dashboard.csp.policy"]  # noqa: F405

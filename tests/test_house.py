@@ -113,6 +113,7 @@ def test_the_defaults(settings):
         ({"COMMIT_INTERVAL": True}, "above 0"),
         ({"REQUIRE_ATOMIC": 1}, "True or False"),
         ({"LISTEN_DATABASE": 5}, "alias or None"),
+        ({"ENVIRONMENT": None}, "a text"),
         (["WAKE"], "must be a dict"),
     ],
 )

@@ -12,6 +12,7 @@
 All that is shown comes from `operating`, and all that is done goes through it.
 """
 
+import spark_outbox.dashboard.admin  # noqa: F401, which registers itself
 from spark_outbox.admin import deliveries, events
 
 __all__ = ["deliveries", "events"]

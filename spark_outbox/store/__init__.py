@@ -18,6 +18,8 @@
     listing      lists of events and deliveries, a page at a time
     sampling     the ends of indexes, for such lists
     repairing    make stray and unhandled events pending again
+    flowing      how many events come and go
+    triaging     what fails, and since when
     replaying    make done events pending again, for one handler
     checking     what checks and workers ask before they begin
     definitions  what the migrations define, compared with what the database has

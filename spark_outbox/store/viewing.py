@@ -37,6 +37,11 @@ FAILURES = "select * from spark_outbox_failures"
 
 HEALTH = "select * from spark_outbox_health"
 
+SNAPSHOTS = """
+select who, extract(epoch from held_for)::float as held_for, xids, remedy
+from spark_outbox_snapshots order by held_for desc nulls last, xids desc limit 5
+"""
+
 LAG = "select extract(epoch from max(late))::float as lag from spark_outbox_status"
 
 EXPLANATION = "select sentence from spark_explain(%(key)s) as said (sentence)"

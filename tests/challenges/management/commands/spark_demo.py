@@ -13,7 +13,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import date, timedelta
 from decimal import Decimal
 from pathlib import Path
@@ -24,10 +24,12 @@ from django.core.management import call_command
 from django.core.management.base import BaseCommand, CommandError, CommandParser
 from django.db import connection, transaction
 from django.db.models import Max
+from django.test.utils import override_settings
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from spark_outbox import Event
+from tests.challenges import serving
 from tests.challenges.models import Challenge, Donation, Handled
 from tests.challenges.sources import events_from_challenge, events_from_donation
 
@@ -69,20 +71,30 @@ class Command(BaseCommand):
     help = (
         "Starts a worker, saves challenges and donations in transactions, some of which roll back and "
         "some of which yield keys that exist already, and checks that everything that was committed "
-        "was handled exactly once, and nothing else."
+        "was handled exactly once, and nothing else. With --serve it goes on until Ctrl-C, with events "
+        "of which a few fail, and serves the admin and its dashboard to this machine."
     )
 
     def add_arguments(self, parser: CommandParser) -> None:
         parser.add_argument("--seconds", type=float, default=10.0, help="default: %(default)s")
         parser.add_argument(
-            "--rate", type=float, default=50.0, help="transactions a second (default: %(default)s)"
+            "--rate", type=float, help="transactions a second (default: 50; with --serve: 5)"
         )
         parser.add_argument("--json", action="store_true", help="print one JSON object")
+        parser.add_argument("--serve", action="store_true", help="serve the admin until Ctrl-C")
+        parser.add_argument(
+            "--port", type=int, help="of --serve; 0 is any (default: 8000, or any if that is taken)"
+        )
 
     def handle(self, **options: Any) -> None:
+        if options["rate"] is None:
+            options["rate"] = 5.0 if options["serve"] else 50.0
         if options["seconds"] <= 0 or options["rate"] <= 0:
             raise CommandError("--seconds and --rate must be above 0.")
         call_command("migrate", verbosity=0)
+        if options["serve"]:
+            self._serve(options["rate"], options["port"])
+            return
         # What earlier runs have left over is not this run's business.
         call_command("spark_worker", drain=True, stdout=io.StringIO())
         self.before = Handled.objects.aggregate(last=Max("id"))["last"] or 0
@@ -97,6 +109,27 @@ class Command(BaseCommand):
         else:
             self._print(result)
         self._judge(books)
+
+    def _serve(self, rate: float, port: int | None) -> None:
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) != signal.SIG_IGN:  # nohup has not said otherwise
+                signal.signal(number, signal.default_int_handler)
+        challenges: list[Challenge] = []
+        with (
+            suppress(KeyboardInterrupt),
+            override_settings(SPARK_OUTBOX={"ENVIRONMENT": "demo"}),
+            running_worker(),
+            serving.admin(port) as url,
+            serving.login() as (user, password),
+        ):
+            self.stdout.write(f"dashboard  {url}\n    login  {user}, password {password}\n")
+            self.stdout.write("\nA few events fail: look at Triage, and retry them. Ctrl-C ends it all.")
+            self.stdout.flush()
+            for _ in serving.at_rate(rate):
+                save_something(challenges, Books())
+                serving.emit_something()
+                del challenges[: -serving.KEPT]
+        self.stdout.write("Ended.")
 
     def _save_for(self, seconds: float, rate: float, books: Books) -> Iterator[float]:
         """Run transactions at `rate` for so long; yield how much of the time is over."""
@@ -245,6 +278,7 @@ def running_worker() -> Iterator[None]:
             [sys.executable, manage, "spark_worker", "--no-reload"],
             env={**os.environ, "DATABASE_URL": settings.SERVER.url, "NOTIFY_SOCKET": f"{folder}/notify"},
             stdout=sys.stderr,
+            process_group=0,  # Ctrl-C is for this process, which stops it
         )
         try:
             while (message := ready.recv(1000)).startswith(b"STATUS="):
@@ -259,6 +293,7 @@ def running_worker() -> Iterator[None]:
 
 
 def ways_on() -> Iterator[tuple[str, str]]:
+    yield "look", "python manage.py spark_demo --serve"
     yield "worker", "python manage.py spark_worker"
     yield "shell", "python manage.py shell"
     server = settings.SERVER
