@@ -28,6 +28,8 @@ def limit_session(milliseconds: int, *, using: str) -> None:
     past_wrappers(LIMIT_SESSION.format(milliseconds=milliseconds), using)
 
 
+LIMIT_TRANSACTION = "select set_config('statement_timeout', %s, true)"
+
 NAME_SESSION = "set application_name = '{name}'"
 
 # No statement of a session that only holds a lock takes long; but it is idle for as long as it takes.
@@ -55,6 +57,11 @@ LIFT_LIMIT = ", set_config('statement_timeout', '0', true)"
 
 SET_BY_TRANSACTION = ("client_connection_check_interval", "idle_in_transaction_session_timeout")
 """The settings of `silence_limit`, where the session is a pooler's."""
+
+
+def limit_transaction(seconds: float, *, using: str) -> None:
+    """Let no statement of the current transaction take longer."""
+    fetch(LIMIT_TRANSACTION, [str(math.ceil(seconds * 1000))], using=using)
 
 
 def name_session(name: str, *, using: Using) -> None:

@@ -39,6 +39,30 @@ HEALTH = "select * from spark_outbox_health"
 
 LAG = "select extract(epoch from max(late))::float as lag from spark_outbox_status"
 
+# From one handler that fails to the next, so not through all of its deliveries.
+OPEN_CIRCUITS = """
+with recursive failing (handler) as (
+    (
+        select handler from spark_outbox_delivery
+        where status in ('pending', 'failed') and error <> '' order by handler limit 1
+    )
+    union all
+    select following.handler from failing cross join lateral (
+        select delivery.handler from spark_outbox_delivery as delivery
+        where delivery.status in ('pending', 'failed') and delivery.error <> ''
+            and delivery.handler > failing.handler
+        order by delivery.handler limit 1
+    ) as following
+)
+select handler from (select * from failing limit 1000) as named
+where exists (
+    select from spark_outbox_delivery as delivery
+    where delivery.status in ('pending', 'failed') and delivery.error <> ''
+        and delivery.handler = named.handler
+        and spark_outbox_fingerprint(delivery.error) = 'spark_outbox: not called, its circuit is open'
+)
+"""
+
 EXPLANATION = "select sentence from spark_explain(%(key)s) as said (sentence)"
 
 LOOKED_AT = 10_000
