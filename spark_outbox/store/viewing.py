@@ -6,7 +6,7 @@ are seconds.
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from decimal import Decimal
 from typing import Any
@@ -143,6 +143,33 @@ where not is_pruned
 order by id desc limit %(limit)s
 """
 
+# Of each group, from the end of its part of an index.
+_LATEST_OF = """
+select example.id from unnest(%(groups)s::text[]) as named (event_group) cross join lateral (
+    select event.id from spark_outbox_events as event
+    where {condition} and event.status = '{state}' and event.event_group = named.event_group
+    order by event.finished_at desc limit %(each)s
+) as example
+"""
+_ASIDE = "event.status in ('running', 'unhandled', 'failed')"
+_ENDED = "not event.is_pruned"
+
+EXAMPLES = " union all ".join(
+    [_LATEST_OF.format(state=state, condition=_ENDED) for state in ("done", "discarded")]
+    + [_LATEST_OF.format(state=state, condition=_ASIDE) for state in ("failed", "unhandled", "running")]
+)
+EXAMPLES = f"""
+(
+    {EXAMPLES}
+) union all (
+    select id from (
+        select id, row_number() over (partition by event_group order by id desc) as place
+        from ({_PENDING}) as pending where event_group = any(%(groups)s)
+    ) as latest
+    where place <= %(each)s
+)
+"""
+
 EVENT = """
 select
     id, key, event_group as "group", status, attempts, available_at, ordering_key, created_at,
@@ -204,3 +231,9 @@ def events(wanted: Filter, *, limit: int, using: str) -> list[Row]:
     failing = wanted.handler or wanted.fingerprint
     sql = EVENTS.format(source=_FAILING if failing else _SOURCES[wanted.state])
     return rows(sql, {**asdict(wanted), "limit": limit}, using=using)
+
+
+def examples(groups: Sequence[str], *, each: int, using: str) -> list[int]:
+    """Return the ids of the latest events of these groups: up to `each` in each state."""
+    found = fetch(EXAMPLES, {"groups": list(groups), "each": each}, using=using)
+    return [event_id for (event_id,) in found]
