@@ -9,6 +9,7 @@ from psycopg.errors import CheckViolation, InvalidParameterValue
 from spark_outbox import emit, handler
 from spark_outbox.errors import Discard
 from spark_outbox.models import Delivery, OutboxEvent
+from spark_outbox.store import pruning, viewing
 from spark_outbox.worker.loop import Worker
 from tests.tools import (
     HOUR,
@@ -225,10 +226,10 @@ def crowded(django_db_setup, django_db_blocker):
         session.execute("truncate spark_outbox_event, spark_outbox_pause cascade")
 
 
-def rows_read(sql):
+def rows_read(sql, params=None):
     """Return how many rows of our tables a query reads, and its own rows."""
     with connect(autocommit=False) as session:
-        found = session.execute(sql).fetchall()
+        found = session.execute(sql, params).fetchall()
         read = session.execute(
             "select sum(seq_tup_read + coalesce(idx_tup_fetch, 0)) from pg_stat_xact_user_tables "
             "where relname like 'spark_outbox%'"
@@ -258,6 +259,18 @@ def test_looking_costs_nothing(crowded):
     ]
     read, _ = rows_read("select * from spark_outbox_health")
     assert read < 400_000
+
+
+def test_what_metrics_and_the_catalogue_look_at_is_bounded(crowded):
+    read, found = rows_read(viewing.OPEN_CIRCUITS)
+    assert found == [("handler 2",)]
+    assert read < 100
+    read, found = rows_read(viewing.EXAMPLES, {"groups": ["group 1"], "each": 2})
+    assert len(found) == 6  # done, failed and pending
+    assert read < 4 * 10_000 + 100
+    read, found = rows_read(pruning.OLDEST.format(state="done"), {"most": 10})
+    assert len(found) == 10
+    assert read < 200
 
 
 def test_an_explanation_reads_a_few_rows(crowded):
