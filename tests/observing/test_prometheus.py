@@ -13,7 +13,7 @@ from django.test.utils import CaptureQueriesContext
 from spark_outbox import conf, emit, emit_many, handler
 from spark_outbox.errors import SettingsError
 from spark_outbox.models import OutboxEvent
-from spark_outbox.observing import hooks, prometheus, views
+from spark_outbox.observing import prometheus, views
 from spark_outbox.observing.database import INTERVAL, Database
 from spark_outbox.worker.loop import Worker
 from tests.observing.scraping import every_name, folder_of, parsed, scrape, value
@@ -304,16 +304,20 @@ def test_the_view_has_what_this_process_emits_and_the_state_of_the_outbox(client
     assert value(samples, "spark_outbox_health", check="workers") == 2
 
 
+ANOTHER = """
+from pathlib import Path
+from spark_outbox.observing import hooks, prometheus
+prometheus.count_in(Path({folder!r}), "0")
+hooks.event_emitted.send(None, group="theirs", key="k", using="default")
+"""
+
+
 @pytest.mark.usefixtures("page")
 def test_the_view_shows_what_processes_share(client, settings, tmp_path, monkeypatch):
     settings.SPARK_OUTBOX = {"METRICS_TOKEN": "secret"}
     monkeypatch.setenv(prometheus.FOLDER, str(tmp_path))
-    pid = os.fork()
-    if not pid:
-        prometheus.count_in(tmp_path, "0")
-        hooks.event_emitted.send(None, group="theirs", key="k", using="default")
-        os._exit(0)
-    os.waitpid(pid, 0)
+    done = manage("shell", "--command", ANOTHER.format(folder=str(tmp_path)))
+    assert done.returncode == 0, done.stderr
     text = client.get("/metrics/", headers={"authorization": "Bearer secret"}).content.decode()
     assert value(parsed(text), "spark_outbox_events_emitted_total", group="theirs") == 1
 
