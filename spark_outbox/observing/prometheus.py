@@ -132,7 +132,9 @@ class Handled:
             buckets=DURATIONS,
         )
         self._reconnects = Counter(
-            f"{PREFIX}reconnects", "Times that a worker had to connect to the database anew.", registry=registry
+            f"{PREFIX}reconnects",
+            "Times that a worker had to connect to the database anew.",
+            registry=registry,
         )
         self._wakes = Counter(
             f"{PREFIX}wakes", "Ends of a worker's sleep, by their reason.", ["reason"], registry=registry

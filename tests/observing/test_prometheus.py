@@ -17,7 +17,7 @@ from spark_outbox.observing import prometheus, views
 from spark_outbox.observing.database import INTERVAL, Database
 from spark_outbox.worker.loop import Worker
 from tests.observing.scraping import every_name, folder_of, parsed, scrape, value
-from tests.postgres import ROOT
+from tests.test_readme import OPERATING, section
 from tests.tools import (
     HOUR,
     Clock,
@@ -126,7 +126,7 @@ def test_without_the_extra_it_says_what_to_install(tmp_path):
 
 
 def test_every_metric_is_documented_and_every_documented_one_is_there():
-    rows = re.findall(r"^\| `(spark_outbox_\w+)", (ROOT / "deploy/README.md").read_text(), re.MULTILINE)
+    rows = re.findall(r"^\| `(spark_outbox_\w+)", section(OPERATING, "Metrics"), re.MULTILINE)
     there = {re.sub("_(bucket|sum|count|created)$", "", name) for name in every_name()}
     assert sorted(rows) == sorted(there)
 
