@@ -28,6 +28,7 @@ def rules():
     return [rule for group in yaml.safe_load(RULES.read_text())["groups"] for rule in group["rules"]]
 
 
+@pytest.mark.promtool
 def test_the_alerts_are_those_that_promtool_accepts():
     promtool = shutil.which("promtool")
     if promtool is None:

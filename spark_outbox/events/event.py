@@ -253,3 +253,12 @@ def time_ordered_key() -> str:
     random_bits = int.from_bytes(os.urandom(10)) & ~(0xF << 76) & ~(0b11 << 62)
     digits = f"{milliseconds << 80 | 0x7 << 76 | 0b10 << 62 | random_bits:032x}"  # uuid.UUID is slow
     return f"{digits[:8]}-{digits[8:12]}-{digits[12:16]}-{digits[16:20]}-{digits[20:]}"
+
+
+def available_from(event: Event) -> float:
+    """Return the seconds since 1970 from which on a stored event could be handled. It is no attribute,
+    which would hide a value of the payload."""
+    created, available = event._created_at, event.available_at
+    if available is not None and (stored := event.created_at) is not None and available > stored:
+        return available.timestamp()
+    return created / 1e6 if isinstance(created, int) else created.timestamp() if created else 0.0

@@ -22,14 +22,14 @@ class Metrics:
 
     def __init__(self, address: tuple[str, int], *, using: str) -> None:
         try:
-            from spark_outbox.observing import database, prometheus
+            from spark_outbox.observing import database, files, prometheus
         except ModuleNotFoundError as error:
             if error.name is None or not error.name.startswith("prometheus_client"):
                 raise
             raise SettingsError(
                 '--metrics-port needs prometheus_client: pip install "spark_outbox[prometheus]"'
             ) from None
-        self._prometheus = prometheus
+        self._prometheus, self._files = prometheus, files
         self._using = using
         self._database = database.Database(using, on_read=self._close)
         self.server = Server(
@@ -53,8 +53,8 @@ class Metrics:
         """Answer a scrape, in the process of the server."""
         bounds.set_bounds(self._using)
         bounds.leave_pools(self._using)
-        files = self._prometheus.InFiles(str(self._folder))
-        return Page(self._prometheus.scrape(files, self._database), kind=self._prometheus.CONTENT_TYPE)
+        counted = self._files.InFiles(self._folder)
+        return Page(self._prometheus.scrape(counted, self._database), kind=self._prometheus.CONTENT_TYPE)
 
     def _close(self) -> None:
         """End the connection of a thread that answers one scrape."""

@@ -10,7 +10,8 @@ from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 
 from spark_outbox.errors import describe
-from spark_outbox.observing.prometheus import MOST_GROUPS, PREFIX, Bounded
+from spark_outbox.observing.files import PREFIX, Bounded
+from spark_outbox.observing.prometheus import MOST_GROUPS
 from spark_outbox.operating import look
 from spark_outbox.operating.look import Figures
 from spark_outbox.store.viewing import Row

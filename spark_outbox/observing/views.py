@@ -7,6 +7,7 @@ PROMETHEUS_MULTIPROC_DIR, what all of them emit.
 """
 
 import os
+from pathlib import Path
 
 from django.db import router
 from django.http import Http404, HttpRequest, HttpResponse, HttpResponseForbidden
@@ -20,13 +21,21 @@ from spark_outbox import conf
 from spark_outbox.models import OutboxEvent
 from spark_outbox.observing import prometheus
 from spark_outbox.observing.database import Database
+from spark_outbox.observing.files import Bounded, InFiles
 
 PERMISSION = "spark_outbox.view_outboxevent"
 
 FORBIDDEN = "This takes the token of METRICS_TOKEN, or a member of staff who may view events."
 
+
+def _shared_groups() -> Path | None:
+    """Return the file by which the project's processes know of each other's groups."""
+    folder = os.environ.get(prometheus.FOLDER)
+    return Path(folder) / "spark_outbox_groups" if folder else None
+
+
 _emitted = CollectorRegistry()
-prometheus.Emitted(_emitted, prometheus.Bounded(prometheus.MOST_GROUPS))
+prometheus.counter_of_emitted(_emitted, Bounded(prometheus.MOST_GROUPS, _shared_groups()))
 _databases: dict[str, Database] = {}
 
 
@@ -39,14 +48,12 @@ def metrics(request: HttpRequest) -> HttpResponse:
     """
     if not _has_token(request) and not _may_view(request):
         if request.headers.get("Authorization") or _is_known(request):
-            return HttpResponseForbidden(
-                "This takes the token of METRICS_TOKEN, or the permission to view events."
-            )
+            return HttpResponseForbidden(FORBIDDEN)
         raise Http404
     alias = router.db_for_read(OutboxEvent)
     database = _databases.setdefault(alias, Database(alias))
     folder = os.environ.get(prometheus.FOLDER)
-    emitted: Collector = prometheus.InFiles(folder) if folder else _emitted
+    emitted: Collector = InFiles(Path(folder)) if folder else _emitted
     return HttpResponse(prometheus.scrape(emitted, database), content_type=prometheus.CONTENT_TYPE)
 
 

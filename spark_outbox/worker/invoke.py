@@ -1,5 +1,6 @@
 """Call a handler in the batch's transaction; take back what it did if it raises."""
 
+import time
 from collections.abc import Callable
 from contextvars import copy_context
 from typing import Any
@@ -60,11 +61,15 @@ class Invoker:
     def _call(self, handler: Handler, events: list[Event], argument: Any) -> BaseException | None:
         self._announce(*[(event.id, handler.number) for event in events])
         function = self._observed.function(handler, events)
+        started = time.monotonic() if self._observed.counts else 0.0
         try:
             error = self._run(function, argument, handler.name, handler.policy.limit())
         except BatchLost as lost:
             self._observed.explain(lost.error)
             raise
+        finally:
+            if started:
+                self._observed.made(handler, events, started)
         if error is not None:
             self._observed.explain(error)
         return error

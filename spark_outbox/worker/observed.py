@@ -1,11 +1,12 @@
 """The calls of one batch, for those that listen to the signals of observing/hooks.py."""
 
-from collections.abc import Callable, Iterable, Sequence
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from spark_outbox.events.event import Event
 from spark_outbox.observing import hooks
-from spark_outbox.observing.hooks import HandlerCall
+from spark_outbox.observing.hooks import HandlerCall, Made
 from spark_outbox.registry.handlers import Handler
 from spark_outbox.worker.batch import Call, Work
 from spark_outbox.worker.context import Context
@@ -18,6 +19,8 @@ class Observed:
         self._using = using
         self._is_on = hooks.observes_calls()
         self._calls: list[HandlerCall] = []
+        self.counts = bool(hooks.calls_settled.receivers)
+        self._made: list[Made] = []
 
     def function(self, handler: Handler, events: Sequence[Event]) -> Callable[[Any], object]:
         """Return the function to call for `handler.call`."""
@@ -27,12 +30,19 @@ class Observed:
         self._calls.append(call)
         return surround(call, handler.call)
 
+    def made(self, handler: Handler, events: Sequence[Event], started: float) -> None:
+        """Note a call that has ended, if this `counts`."""
+        seconds = time.monotonic() - started
+        self._made.append(Made(handler.name, events, events[0].attempt, started, seconds))
+
     def refused(self, handler: Handler, event: Event, error: BaseException) -> None:
         """Note that a payload could not be read, so that the handler was not called with it."""
         if self._is_on:
             call = HandlerCall(handler.name, [event], self._using)
             self._calls.append(call)
             call.refuse(error)
+        if self.counts:
+            self._made.append(Made(handler.name, [event], event.attempt, 0.0, 0.0))
 
     def explain(self, error: BaseException) -> None:
         """Note the error of the last call as its delivery has it."""
@@ -46,15 +56,17 @@ class Observed:
                 call.observed.error = call.error
                 self._calls.append(call.observed)
                 call.observed = None
+            if self.counts and call.started:
+                self._made.append(_made(call))
 
     def settled(self, works: Iterable[Work]) -> None:
         """After the commit: all that is not in `works` simply succeeded."""
-        if self._calls:
+        if self._calls or self._made:
             self._finish(works, "done")
 
     def undone(self, but: Iterable[Work] = ()) -> None:
         """After a rollback, in which only these `works` were settled."""
-        if self._calls:
+        if self._calls or self._made:
             self._finish(but, "")
 
     def _finish(self, works: Iterable[Work], others: str) -> None:
@@ -67,6 +79,14 @@ class Observed:
                 if status := result.status if result else others:
                     statuses[event.id] = status
             call.finish(statuses)
+        made, self._made = self._made, []
+        if made:
+            by_call = {
+                (event_id, name): result.status
+                for event_id, of_event in results.items()
+                for name, result in of_event.items()
+            }
+            _send_made(made, by_call, others, self._using)
 
 
 class Timing:
@@ -119,9 +139,22 @@ def observe(call: Call, using: str) -> None:
         call.observed = HandlerCall(call.handler.name, [call.event], using)
 
 
-def finish(call: Call) -> None:
+def finish(call: Call, using: str) -> None:
     """A call that went on by itself has been settled, or was given up."""
+    if call.result is not None and hooks.calls_settled.receivers:
+        _send_made([_made(call)], {}, call.result.status, using)
     if call.observed is not None:
         observed, call.observed = call.observed, None
         observed.error = call.error
         observed.finish({call.event.id: call.result.status} if call.result else {})
+
+
+def _made(call: Call) -> Made:
+    return Made(call.handler.name, [call.event], call.event.attempt, call.started, call.seconds)
+
+
+def _send_made(
+    calls: Sequence[Made], statuses: Mapping[tuple[int, str], str], others: str, using: str
+) -> None:
+    arguments = {"calls": calls, "statuses": statuses, "others": others}
+    hooks.send(hooks.calls_settled, using, using=using, **arguments)

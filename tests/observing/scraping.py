@@ -61,7 +61,7 @@ def every_name() -> frozenset[str]:
     with WorkerProcess("--metrics-port", str(port)) as worker:
         worker.wait_until_ready()
         wait_until_asleep()
-        emit("probe", "works")
+        emit("probe", "works", emits="another")
         emit("probe", "fails", **{"raise": "no"})
         eventually(OutboxEvent.objects.filter(key="fails", attempts__gt=0).exists)
         wait_until_asleep()

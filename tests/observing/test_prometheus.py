@@ -10,11 +10,13 @@ from django.contrib.auth.models import Permission, User
 from django.db import connection
 from django.test.utils import CaptureQueriesContext
 
-from spark_outbox import conf, emit, emit_many, handler
+from spark_outbox import BatchFailed, conf, emit, emit_many, handler
 from spark_outbox.errors import SettingsError
 from spark_outbox.models import OutboxEvent
 from spark_outbox.observing import prometheus, views
 from spark_outbox.observing.database import INTERVAL, Database
+from spark_outbox.observing.files import Bounded, Distribution, InFiles, Numbers
+from spark_outbox.testing import drain
 from spark_outbox.worker.loop import Worker
 from tests.observing.scraping import every_name, folder_of, parsed, scrape, value
 from tests.test_readme import OPERATING, section
@@ -28,6 +30,7 @@ from tests.tools import (
     make_due,
     manage,
     wait_until_done,
+    work,
 )
 
 pytestmark = pytest.mark.django_db(transaction=True)
@@ -136,10 +139,10 @@ def test_every_metric_is_documented_and_every_documented_one_is_there():
 
 def test_groups_above_a_number_share_a_time_series(tmp_path):
     for file in (None, tmp_path / "groups"):
-        first, second = (prometheus.Bounded(3, file) for _ in range(2))
+        first, second = (Bounded(3, file) for _ in range(2))
         assert [first(name) for name in "abcdab"] == ["a", "b", "c", "other", "a", "b"]
         assert second("d") == ("other" if file else "d")
-    assert prometheus.Bounded(3, tmp_path / "groups")("a") == "a"
+    assert Bounded(3, tmp_path / "groups")("a") == "a"
 
 
 def test_no_scrape_has_more_groups_than_that():
@@ -156,13 +159,12 @@ def test_no_scrape_has_more_groups_than_that():
 
 
 @pytest.fixture
-def counted():
+def counted(tmp_path):
     """What this process handles, from now on."""
-    registry = prometheus.CollectorRegistry()
-    prometheus.Handled(registry, prometheus.Bounded(3))
-    yield lambda: parsed(prometheus.scrape(registry).decode())
-    for each in prometheus.SIGNALS[1:]:
-        each.disconnect(dispatch_uid=prometheus._UID)
+    totals, distributions = (Numbers(tmp_path / f"{kind}_0.db") for kind in ("counter", "histogram"))
+    prometheus.Handled(totals, distributions, Bounded(3))
+    yield lambda: parsed(prometheus.scrape(InFiles(tmp_path)).decode())
+    prometheus.stop()
 
 
 def test_attempts_are_counted_by_what_they_came_to(own_registry, counted):
@@ -183,6 +185,81 @@ def test_attempts_are_counted_by_what_they_came_to(own_registry, counted):
         assert value(samples, "spark_outbox_deliveries_total", **labels) == 1, outcome
     assert value(samples, "spark_outbox_wait_seconds_count", handler="h") == 3  # first attempts
     assert value(samples, "spark_outbox_handler_duration_seconds_count", handler="h") == 4
+
+
+KINDS = {"list": {"batch": 10}, "detached": {"atomic": False}}
+
+
+@pytest.mark.parametrize("kind", ["plain", "list", "async", "detached", "inline"])
+def test_each_kind_of_call_counts_once(own_registry, counted, kind):
+    def handle(given):
+        events = given if isinstance(given, list) else [given]
+        if failed := {event: ValueError() for event in events if event.group == "bad"}:
+            raise BatchFailed(failed) if events is given else ValueError
+
+    async def handle_later(event):
+        handle(event)
+
+    function = handle_later if kind in {"async", "inline"} else handle
+    handler("", name="h", max_attempts=1, **KINDS.get(kind, {}))(function)
+    emit("good", "1")
+    emit("bad", "2")
+    drain(raise_exceptions=False) if kind == "inline" else work()
+    samples = counted()
+    name = "spark_outbox_deliveries_total"
+    assert value(samples, name, group="good", outcome="handled") == 1
+    assert value(samples, name, group="bad", outcome="failed") == 1
+    assert value(samples, name) == 2
+    assert value(samples, "spark_outbox_wait_seconds_count", handler="h") == 2
+    assert value(samples, "spark_outbox_wait_seconds_sum") < HOUR
+    calls = 1 if kind == "list" else 2
+    assert value(samples, "spark_outbox_handler_duration_seconds_count", handler="h") == calls
+
+
+def test_a_payload_that_cannot_be_read_has_failed_without_a_call(own_registry, counted):
+    handler("", name="h")(lambda event: None)
+    OutboxEvent.objects.create(group="g", key="key", payload={"a": {"$": ["?"]}})
+    work()
+    assert value(counted(), "spark_outbox_deliveries_total", outcome="failed") == 1
+    assert value(counted(), "spark_outbox_handler_duration_seconds_count") == 0
+
+
+def test_calls_beside_one_that_ends_the_transaction_count_once(own_registry, counted, unhurried):
+    @handler("", name="h", max_attempts=1)
+    def handle(event):
+        if event.group == "bad":
+            connection.close()
+
+    emit("good", "1")
+    emit("bad", "2")
+    work()
+    samples = counted()
+    for outcome in ("handled", "failed"):
+        assert value(samples, "spark_outbox_deliveries_total", outcome=outcome) == 1
+    assert value(samples, "spark_outbox_wait_seconds_count") == 2
+
+
+def test_values_are_counted_in_their_buckets(tmp_path):
+    numbers = Numbers(tmp_path / "histogram_0.db")
+    for _ in range(2):  # as the next process of the place does
+        Distribution(numbers, "d", "Text.", (1, 5), "name").add([0.5, 1, 3, 9], "x")
+    samples = parsed(prometheus.scrape(InFiles(tmp_path)).decode())
+    buckets = {
+        le: value(samples, "spark_outbox_d_bucket", name="x", le=le) for le in ("1.0", "5.0", "+Inf")
+    }
+    assert buckets == {"1.0": 4, "5.0": 6, "+Inf": 8}
+    assert value(samples, "spark_outbox_d_sum") == 27
+    assert value(samples, "spark_outbox_d_count") == 8
+
+
+def test_an_event_that_was_due_before_it_was_emitted_waits_from_then(own_registry, counted):
+    handler("", name="h")(lambda event: None)
+    emit("g", "key")
+    with connection.cursor() as cursor:
+        cursor.execute("update spark_outbox_event set available_at = '-infinity'")
+    Worker().drain()
+    assert value(counted(), "spark_outbox_wait_seconds_count") == 1
+    assert value(counted(), "spark_outbox_wait_seconds_sum") < HOUR
 
 
 def test_a_delay_on_purpose_is_no_wait(own_registry, counted):
@@ -305,9 +382,7 @@ def test_the_view_has_what_this_process_emits_and_the_state_of_the_outbox(client
 
 
 ANOTHER = """
-from pathlib import Path
-from spark_outbox.observing import hooks, prometheus
-prometheus.count_in(Path({folder!r}), "0")
+from spark_outbox.observing import hooks, views
 hooks.event_emitted.send(None, group="theirs", key="k", using="default")
 """
 
@@ -316,7 +391,7 @@ hooks.event_emitted.send(None, group="theirs", key="k", using="default")
 def test_the_view_shows_what_processes_share(client, settings, tmp_path, monkeypatch):
     settings.SPARK_OUTBOX = {"METRICS_TOKEN": "secret"}
     monkeypatch.setenv(prometheus.FOLDER, str(tmp_path))
-    done = manage("shell", "--command", ANOTHER.format(folder=str(tmp_path)))
+    done = manage("shell", "--command", ANOTHER, **{prometheus.FOLDER: str(tmp_path)})
     assert done.returncode == 0, done.stderr
     text = client.get("/metrics/", headers={"authorization": "Bearer secret"}).content.decode()
     assert value(parsed(text), "spark_outbox_events_emitted_total", group="theirs") == 1
