@@ -35,6 +35,9 @@ class Numbers:
             before, _ = self._file.read_value(key)
             self._file.write_value(key, before + amount, 0.0)
 
+    def close(self) -> None:
+        self._file.close()
+
 
 class Total:
     """A number that only grows, for each combination of the labels' values."""

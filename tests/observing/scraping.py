@@ -62,7 +62,7 @@ def every_name() -> frozenset[str]:
         worker.wait_until_ready()
         wait_until_asleep()
         emit("probe", "works", emits="another")
-        emit("probe", "fails", **{"raise": "no"})
+        emit({"group": "probe", "key": "fails", "raise": "no"})
         eventually(OutboxEvent.objects.filter(key="fails", attempts__gt=0).exists)
         wait_until_asleep()
         return frozenset(name for name, _ in scrape(port))
