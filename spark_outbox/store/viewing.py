@@ -78,15 +78,19 @@ _LATEST = f"select * from spark_outbox_events order by id desc limit {LOOKED_AT}
 _ANY = (
     f"select * from spark_outbox_events where status = '{{state}}' and not is_pruned limit {LOOKED_AT}"
 )
-_PENDING = " union all ".join(
-    f"""(
-        select * from spark_outbox_events
-        where status = 'pending' and available_at is {time} and ordering_key is {order}
-        order by {place} desc limit {LOOKED_AT}
-    )"""
-    for order in ("null", "not null")
-    for time, place in (("null", "id"), ("not null", "available_at"))
-)
+
+
+def _pending(most: int) -> str:
+    return " union all ".join(
+        f"""(
+            select * from spark_outbox_events
+            where status = 'pending' and available_at is {time} and ordering_key is {order}
+            order by {place} desc limit {most}
+        )"""
+        for order in ("null", "not null")
+        for time, place in (("null", "id"), ("not null", "available_at"))
+    )
+
 
 # The latest of each group, from one group to the next.
 _DONE = f"""
@@ -113,7 +117,7 @@ select latest.* from (select * from done_group limit 1000) as named cross join l
 _SOURCES: dict[str | None, str] = {
     None: _LATEST,
     "done": _DONE,
-    "pending": _PENDING,
+    "pending": _pending(LOOKED_AT),
     **{state: _ANY.format(state=state) for state in ("failed", "unhandled", "running", "discarded")},
 }
 
@@ -164,7 +168,7 @@ EXAMPLES = f"""
 ) union all (
     select id from (
         select id, row_number() over (partition by event_group order by id desc) as place
-        from ({_PENDING}) as pending where event_group = any(%(groups)s)
+        from ({_pending(LOOKED_AT // 10)}) as pending where event_group = any(%(groups)s)
     ) as latest
     where place <= %(each)s
 )

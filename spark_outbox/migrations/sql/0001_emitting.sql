@@ -123,7 +123,7 @@ begin
     )
     select coalesce(array_agg(place::integer), '{}') into new
     from numbered join written using (id);
-    if cardinality(new) < cardinality(keys) then
+    if pg_catalog.cardinality(new) < pg_catalog.cardinality(keys) then
         perform spark_outbox_check_keys(outbox, keys);
     end if;
     return new;
