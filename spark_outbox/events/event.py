@@ -258,7 +258,10 @@ def time_ordered_key() -> str:
 def available_from(event: Event) -> float:
     """Return the seconds since 1970 from which on a stored event could be handled. It is no attribute,
     which would hide a value of the payload."""
-    created, available = event._created_at, event.available_at
-    if available is not None and (stored := event.created_at) is not None and available > stored:
-        return available.timestamp()
-    return created / 1e6 if isinstance(created, int) else created.timestamp() if created else 0.0
+    created = event._created_at
+    if event.available_at is None and created.__class__ is int:
+        return created / 1e6  # nearly always
+    stored, available = event.created_at, event.available_at
+    if stored is None:
+        return 0.0
+    return (stored if available is None else max(stored, available)).timestamp()

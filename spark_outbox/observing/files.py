@@ -9,8 +9,7 @@ import fcntl
 import json
 import math
 import threading
-from bisect import bisect_left
-from collections import Counter
+from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -63,7 +62,7 @@ class Distribution:
         self, numbers: Numbers, name: str, text: str, bounds: Sequence[float], *labels: str
     ) -> None:
         self._numbers = numbers
-        self._bounds = bounds
+        self._bounds = (*bounds, math.inf)
         self._of_all = (PREFIX + name, text, labels)
         self._keys: dict[tuple[str, ...], list[str]] = {}
         if not labels:
@@ -73,9 +72,15 @@ class Distribution:
         if values not in self._keys:
             self._begin(values)
         *buckets, total = self._keys[values]
-        for place, number in Counter(bisect_left(self._bounds, each) for each in amounts).items():
-            self._numbers.add(buckets[place], number)
-        self._numbers.add(total, sum(amounts))
+        in_order, done = sorted(amounts), 0
+        for bucket, bound in zip(buckets, self._bounds, strict=True):
+            up_to = bisect_right(in_order, bound, done)
+            if up_to > done:
+                self._numbers.add(bucket, up_to - done)
+            if up_to == len(in_order):
+                break
+            done = up_to
+        self._numbers.add(total, sum(in_order))
 
     def _begin(self, values: tuple[str, ...]) -> None:
         """Have all buckets, also those without a value yet."""
@@ -83,7 +88,7 @@ class Distribution:
         self._keys[values] = [
             *(
                 mmap_key(metric, f"{metric}_bucket", [*labels, "le"], [*values, str(bound)], text)
-                for bound in (*map(float, self._bounds), math.inf)
+                for bound in map(float, self._bounds)
             ),
             mmap_key(metric, f"{metric}_sum", list(labels), list(values), text),
         ]

@@ -20,7 +20,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import Context, copy_context
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 from django.db import connections
 from django.dispatch import Signal
@@ -111,16 +111,12 @@ class HandlerCall:
         self._context = None
 
 
-class Made(NamedTuple):
-    """A call, in `calls_settled`. There `statuses` has the next statuses of deliveries, by event and
-    handler, and `others` that of all others; it is empty if they were rolled back."""
+Made = tuple[str, Sequence[Event], int, float, float]
+"""A call, in `calls_settled`: the handler, the events, the attempt; when it began, by the monotonic
+clock, and the seconds that it took. It began at 0 if the payload could not be read: nothing was called.
 
-    handler: str
-    events: Sequence[Event]
-    attempt: int
-    started: float
-    """By the monotonic clock; 0 if the payload could not be read, so that the handler was not called."""
-    seconds: float
+`statuses` has the next statuses of deliveries, by event and handler, and `others` that of all others; it
+is empty if they were rolled back."""
 
 
 def emitting(event: Event) -> Emission | None:

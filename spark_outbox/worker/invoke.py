@@ -1,8 +1,8 @@
 """Call a handler in the batch's transaction; take back what it did if it raises."""
 
-import time
 from collections.abc import Callable
 from contextvars import copy_context
+from time import monotonic
 from typing import Any
 
 from spark_outbox.errors import BatchFailed, HandlerTimeout
@@ -61,15 +61,16 @@ class Invoker:
     def _call(self, handler: Handler, events: list[Event], argument: Any) -> BaseException | None:
         self._announce(*[(event.id, handler.number) for event in events])
         function = self._observed.function(handler, events)
-        started = time.monotonic() if self._observed.counts else 0.0
+        made = self._observed.made
+        started = 0.0 if made is None else monotonic()
         try:
             error = self._run(function, argument, handler.name, handler.policy.limit())
         except BatchLost as lost:
             self._observed.explain(lost.error)
             raise
         finally:
-            if started:
-                self._observed.made(handler, events, started)
+            if made is not None:
+                made.append((handler.name, events, events[0].attempt, started, monotonic() - started))
         if error is not None:
             self._observed.explain(error)
         return error

@@ -1,6 +1,5 @@
 """The calls of one batch, for those that listen to the signals of observing/hooks.py."""
 
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -19,8 +18,8 @@ class Observed:
         self._using = using
         self._is_on = hooks.observes_calls()
         self._calls: list[HandlerCall] = []
-        self.counts = bool(hooks.calls_settled.receivers)
-        self._made: list[Made] = []
+        self.made: list[Made] | None = [] if hooks.calls_settled.receivers else None
+        """Calls that have ended, for those that count; None if nobody does."""
 
     def function(self, handler: Handler, events: Sequence[Event]) -> Callable[[Any], object]:
         """Return the function to call for `handler.call`."""
@@ -30,19 +29,14 @@ class Observed:
         self._calls.append(call)
         return surround(call, handler.call)
 
-    def made(self, handler: Handler, events: Sequence[Event], started: float) -> None:
-        """Note a call that has ended, if this `counts`."""
-        seconds = time.monotonic() - started
-        self._made.append(Made(handler.name, events, events[0].attempt, started, seconds))
-
     def refused(self, handler: Handler, event: Event, error: BaseException) -> None:
         """Note that a payload could not be read, so that the handler was not called with it."""
         if self._is_on:
             call = HandlerCall(handler.name, [event], self._using)
             self._calls.append(call)
             call.refuse(error)
-        if self.counts:
-            self._made.append(Made(handler.name, [event], event.attempt, 0.0, 0.0))
+        if self.made is not None:
+            self.made.append((handler.name, [event], event.attempt, 0.0, 0.0))
 
     def explain(self, error: BaseException) -> None:
         """Note the error of the last call as its delivery has it."""
@@ -56,17 +50,17 @@ class Observed:
                 call.observed.error = call.error
                 self._calls.append(call.observed)
                 call.observed = None
-            if self.counts and call.started:
-                self._made.append(_made(call))
+            if self.made is not None and call.started:
+                self.made.append(_made(call))
 
     def settled(self, works: Iterable[Work]) -> None:
         """After the commit: all that is not in `works` simply succeeded."""
-        if self._calls or self._made:
+        if self._calls or self.made:
             self._finish(works, "done")
 
     def undone(self, but: Iterable[Work] = ()) -> None:
         """After a rollback, in which only these `works` were settled."""
-        if self._calls or self._made:
+        if self._calls or self.made:
             self._finish(but, "")
 
     def _finish(self, works: Iterable[Work], others: str) -> None:
@@ -79,8 +73,8 @@ class Observed:
                 if status := result.status if result else others:
                     statuses[event.id] = status
             call.finish(statuses)
-        made, self._made = self._made, []
-        if made:
+        if self.made:
+            made, self.made = self.made, []
             by_call = {
                 (event_id, name): result.status
                 for event_id, of_event in results.items()
@@ -150,7 +144,7 @@ def finish(call: Call, using: str) -> None:
 
 
 def _made(call: Call) -> Made:
-    return Made(call.handler.name, [call.event], call.event.attempt, call.started, call.seconds)
+    return call.handler.name, [call.event], call.event.attempt, call.started, call.seconds
 
 
 def _send_made(
