@@ -70,7 +70,10 @@ grant
     on spark_outbox_delivery to spark_outbox_worker;
 grant select, insert, update, delete on spark_outbox_session to spark_outbox_worker;
 grant execute on function spark_outbox_prune, spark_outbox_forget_keys to spark_outbox_worker;
-grant select on spark_outbox_pause, spark_outbox_events, spark_outbox_snapshots to spark_outbox_worker;
+grant select on
+    spark_outbox_pause, spark_outbox_events, spark_outbox_snapshots,
+    spark_outbox_status, spark_outbox_pauses, spark_outbox_workers, spark_outbox_health -- for --metrics-port
+    to spark_outbox_worker;
 
 -- The viewer sees everything but payloads and headers. Errors and tracebacks are what an operator looks
 -- for, but they can quote a payload: who must not see even that gets spark_outbox_status alone.

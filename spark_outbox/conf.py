@@ -4,7 +4,7 @@ import difflib
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from datetime import timedelta
 from functools import cache
 from typing import Any
@@ -111,6 +111,10 @@ class Settings:
     ENVIRONMENT: str = ""
     """The name of this installation, which the dashboard shows, so that nobody takes it for another."""
 
+    METRICS_TOKEN: str = field(default="", repr=False)
+    """The bearer token that the view `spark_outbox.observing.views.metrics` takes, beside a login. It is
+    never shown. "" means none."""
+
     LISTEN_DATABASE: str | Mapping[str, str | None] | None = ""
     """Alias of a direct connection for LISTEN, for workers behind a transaction pooler.
     "" means the worker's own connection. None means no LISTEN: the worker polls.
@@ -140,6 +144,8 @@ class Settings:
             isinstance(name, str) for name in self.REDACT
         ):
             raise _error("REDACT", self.REDACT, "a list of names, or the dotted path of a function")
+        if not isinstance(self.METRICS_TOKEN, str):
+            raise SettingsError("SPARK_OUTBOX['METRICS_TOKEN'] must be text.")  # and not be shown
         given = self.LISTEN_DATABASE
         each = [*given, *given.values()] if isinstance(given, Mapping) else [given]
         if not all(alias is None or isinstance(alias, str) for alias in each):

@@ -2,6 +2,7 @@
 the outbox and the ledger."""
 
 import contextlib
+import http.client
 import os
 import select
 import signal
@@ -44,6 +45,24 @@ def eventually(probe: Callable[[], T], *, patience: float = PATIENCE) -> T:
         time.sleep(pause)
         pause = min(pause * 2, 0.05)
     return found
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return int(server.getsockname()[1])
+
+
+def get(port: int, path: str) -> tuple[int, str] | None:
+    """Return the status and the text of an answer; None if nobody answers."""
+    client = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+    try:
+        client.request("GET", path)
+        answer = client.getresponse()
+        return answer.status, answer.read().decode()
+    except (OSError, http.client.HTTPException):  # it may die in the middle of an answer
+        return None
+    finally:
+        client.close()
 
 
 def conninfo() -> str:

@@ -23,8 +23,8 @@ from spark_outbox.admin.base import alias
 from spark_outbox.admin.searching import number
 from spark_outbox.dashboard import wording
 from spark_outbox.models import EventStatus, OutboxEvent
-from spark_outbox.operating import lists, repair, replay
-from spark_outbox.operating.lists import TooSlow
+from spark_outbox.operating import lists, patience, repair, replay
+from spark_outbox.operating.patience import TooSlow, in_time
 from spark_outbox.operating.replay import MOST_STATEMENTS, Rehearsal
 from spark_outbox.registry.handlers import registry
 from spark_outbox.store.viewing import LOOKED_AT, Row
@@ -107,7 +107,7 @@ def _allowed(admin: "EventAdmin", request: HttpRequest, action: Action) -> Itera
     """Look something up in time, for a user who may do this; yield a refusal if nobody can here."""
     if not may(request, action.name):
         raise PermissionDenied
-    with lists.in_time(using=alias()):
+    with in_time(using=alias()):
         if repair.is_possible(using=alias()):
             yield None
         else:
@@ -155,7 +155,7 @@ def _change(request: HttpRequest, asked: Asked) -> None:
     try:
         for start in range(0, len(ids), repair.CHUNK_SIZE):
             chunk = ids[start : start + repair.CHUNK_SIZE]
-            with lists.in_time(using=alias()):
+            with in_time(using=alias()):
                 keys, said = _change_some(request, asked, chunk)
                 _log(request, [by_key[key] for key in keys], _entry(asked))
             changed += len(keys)
@@ -221,7 +221,7 @@ def _rehearse(admin: "EventAdmin", request: HttpRequest, asked: Asked) -> HttpRe
     if asked.handler is None:
         raise PermissionDenied
     ids = [event["id"] for event in events]
-    limit = lists.MILLISECONDS
+    limit = patience.MILLISECONDS
     done = replay.rehearse_ids(asked.handler, ids, milliseconds=limit, using=alias())
     _log(request, events, _entry(asked))
     return admin.answer(request, "rehearsed", _rehearsed(asked, done))

@@ -15,8 +15,8 @@ from django.utils.translation import gettext as _
 
 from spark_outbox.admin.searching import HELP, number
 from spark_outbox.models import OutboxEvent
-from spark_outbox.operating import lists
-from spark_outbox.operating.lists import Page, TooSlow
+from spark_outbox.operating.lists import Page
+from spark_outbox.operating.patience import TooSlow, in_time
 from spark_outbox.store.viewing import Row
 
 if TYPE_CHECKING:
@@ -82,7 +82,7 @@ class LookingAdmin(Base):
     ) -> HttpResponse:
         title = {"title": capfirst(self.opts.verbose_name_plural)}
         try:
-            with lists.in_time(using=alias()):
+            with in_time(using=alias()):
                 return super().changelist_view(request, {**title, **(extra_context or {})})
         except TooSlow:
             return self.too_slow(request)

@@ -15,7 +15,8 @@ from spark_outbox.admin.changelist import DeliveryStateFilter, GroupFilter, Hand
 from spark_outbox.admin.events import delivery_shown
 from spark_outbox.models import Delivery, DeliveryStatus
 from spark_outbox.operating import lists
-from spark_outbox.operating.lists import Page, TooSlow
+from spark_outbox.operating.lists import Page
+from spark_outbox.operating.patience import TooSlow, in_time
 from spark_outbox.store.viewing import Row
 
 
@@ -69,7 +70,7 @@ class DeliveryAdmin(LookingAdmin):
             raise PermissionDenied
         delivery_id = searching.number(object_id)
         try:
-            with lists.in_time(using=alias()):
+            with in_time(using=alias()):
                 row = None if delivery_id is None else self.row(delivery_id)
         except TooSlow:
             return self.too_slow(request)

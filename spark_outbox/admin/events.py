@@ -20,7 +20,8 @@ from spark_outbox.admin.changelist import EventStateFilter, GroupFilter, Handler
 from spark_outbox.dashboard import wording
 from spark_outbox.models import DeliveryStatus, EventStatus, OutboxEvent
 from spark_outbox.operating import lists, look, repair
-from spark_outbox.operating.lists import Page, TooSlow
+from spark_outbox.operating.lists import Page
+from spark_outbox.operating.patience import TooSlow, in_time
 from spark_outbox.store.listing import Wanted
 from spark_outbox.store.reading import EVERY_OTHER
 from spark_outbox.store.viewing import Row
@@ -149,7 +150,7 @@ class EventAdmin(LookingAdmin):
         extra_context: dict[str, Any] | None = None,
     ) -> HttpResponse:
         try:
-            with lists.in_time(using=alias()):
+            with in_time(using=alias()):
                 event = self._event(request, object_id)
                 is_possible = repair.is_possible(using=alias())
         except TooSlow:
@@ -184,7 +185,7 @@ class EventAdmin(LookingAdmin):
     def document_view(self, request: HttpRequest, object_id: str, name: str) -> HttpResponse:
         """Answer with a whole document, as text."""
         try:
-            with lists.in_time(using=alias()):
+            with in_time(using=alias()):
                 event = self._event(request, object_id)
         except TooSlow:
             return self.too_slow(request)

@@ -21,7 +21,7 @@ from spark_outbox.dashboard import figures, triage
 from spark_outbox.dashboard.links import Links
 from spark_outbox.models import Dashboard
 from spark_outbox.operating import glance, repair
-from spark_outbox.operating.glance import TooSlow
+from spark_outbox.operating.patience import TooSlow
 from spark_outbox.operating.triage import explain
 
 EVERY = 5

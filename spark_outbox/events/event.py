@@ -258,3 +258,15 @@ def time_ordered_key() -> str:
     random_bits = int.from_bytes(os.urandom(10)) & ~(0xF << 76) & ~(0b11 << 62)
     digits = f"{milliseconds << 80 | 0x7 << 76 | 0b10 << 62 | random_bits:032x}"  # uuid.UUID is slow
     return f"{digits[:8]}-{digits[8:12]}-{digits[12:16]}-{digits[16:20]}-{digits[20:]}"
+
+
+def available_from(event: Event) -> float:
+    """Return the seconds since 1970 from which on a stored event could be handled. It is no attribute,
+    which would hide a value of the payload."""
+    created = event._created_at
+    if event.available_at is None and created.__class__ is int:
+        return created / 1e6  # nearly always
+    stored, available = event.created_at, event.available_at
+    if stored is None:
+        return 0.0
+    return (stored if available is None else max(stored, available)).timestamp()

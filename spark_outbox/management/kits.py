@@ -143,4 +143,18 @@ In the folder of manage.py, with the files of `spark_deploy docker`:
     docker compose logs --follow worker
 """,
     ),
+    "grafana": Kit(
+        ("grafana/prometheus.json", "grafana/postgresql.json", "grafana/rules.yaml"),
+        """\
+Where workers run with --metrics-port, have Prometheus scrape that port, and load the alerts:
+
+    cp rules.yaml /etc/prometheus/spark_outbox.yaml
+    editor /etc/prometheus/prometheus.yml    # rule_files: [spark_outbox.yaml]
+    promtool check config /etc/prometheus/prometheus.yml
+    systemctl reload prometheus
+
+In Grafana, import prometheus.json. Without Prometheus, import postgresql.json, for a data source that
+logs in as a role of spark_outbox_viewer (see `spark_deploy roles`).
+""",
+    ),
 }

@@ -17,11 +17,13 @@ from django.db import Error, OperationalError, connections
 import spark_outbox
 from spark_outbox.errors import NotMigrated, RegistrationError, SettingsError, describe
 from spark_outbox.management.journal import is_journal
+from spark_outbox.management.metrics import Metrics
 from spark_outbox.processes import systemd
 from spark_outbox.processes.fork import SIGNALS, name_process
 from spark_outbox.processes.guard import Guard
 from spark_outbox.processes.probes import Probes
 from spark_outbox.processes.reload import Reload
+from spark_outbox.processes.serving import Server
 from spark_outbox.processes.signs import Signs
 from spark_outbox.processes.slot import Slot
 from spark_outbox.processes.supervisor import Supervisor
@@ -45,6 +47,7 @@ class Service:
         self._stdout = stdout
         self._stderr = stderr
         self._style = style
+        self._metrics: Metrics | None = None
 
     def check(self) -> None:
         """Say what the worker would handle.
@@ -82,6 +85,7 @@ class Service:
                 probes=Probes(
                     liveness_file=self._options["liveness_file"], address=self._options["health_port"]
                 ),
+                metrics=self._serve_metrics(),
             ),
             reload=reload,
         )
@@ -111,10 +115,20 @@ class Service:
         for each in stops:
             signal.signal(each, stop)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # the program before has blocked them
-        code = supervisor.run()
+        try:
+            code = supervisor.run()
+        finally:
+            if self._metrics is not None:
+                self._metrics.remove()
         if ended_by:
             os.kill(os.getpid(), ended_by[0])
         return code
+
+    def _serve_metrics(self) -> Server | None:
+        if self._options["metrics_port"] is None:
+            return None
+        self._metrics = Metrics(self._options["metrics_port"], using=self._options["database"])
+        return self._metrics.server
 
     def _child(self, slot: Slot, watch: Watch, ready: Callable[[], None]) -> int:
         """Be one of the worker processes; return its exit code."""
@@ -125,6 +139,8 @@ class Service:
             ready()
 
         try:
+            if self._metrics is not None:
+                self._metrics.count(slot.number)
             worker = self._worker(guard=Guard(slot), watch=watch, on_ready=on_ready)
             for each in (signal.SIGINT, signal.SIGHUP):  # they reach all processes; SIGTERM follows
                 signal.signal(each, signal.SIG_IGN)

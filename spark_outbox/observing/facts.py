@@ -6,13 +6,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from spark_outbox.errors import BatchFailed, InstanceGone, UnreadablePayload
-from spark_outbox.events.event import Event
-from spark_outbox.observing.hooks import HandlerCall, Outgoing, ReceiverQuery
+from spark_outbox.events.event import Event, available_from
+from spark_outbox.observing.hooks import OUTCOMES, HandlerCall, Outgoing, ReceiverQuery
 
 SYSTEM = "spark_outbox"
-
-OUTCOMES = {"done": "handled", "failed": "failed", "pending": "retried", "discarded": "discarded"}
-"""By the status of a delivery after the call."""
 
 ROLLED_BACK = "rolled_back"
 
@@ -65,7 +62,7 @@ def outcome_of(call: HandlerCall, event: Event) -> str:
 def latency(call: HandlerCall, event: Event) -> float | None:
     """Return for how many seconds an event could have been handled before this call; by the clocks of
     the worker and of the database."""
-    moments = [moment for moment in (event.created_at, event.available_at) if moment is not None]
     with contextlib.suppress(OverflowError, ValueError):  # years that a clock does not have
-        return max(0.0, call.started_at - max(moment.timestamp() for moment in moments))
+        if since := available_from(event):
+            return max(0.0, call.started_at - since)
     return None

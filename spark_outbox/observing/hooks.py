@@ -5,6 +5,8 @@
     event_emitted          group, key, using: in the emitter's transaction, for each event that is new
     delivery_started       call: just before a handler is called
     delivery_finished      call: after the commit of what it came to, or after its rollback
+    calls_settled          using, calls, statuses, others: the ends of many calls at once, for those that
+                           count: much cheaper than the two before
     batch_settled          using, events, seconds, commit_seconds, calls: after the commit
     worker_state_changed   using, state, reason: ready, asleep, awake, disconnected or stopped; why it
                            woke, or the database's error
@@ -32,8 +34,12 @@ emission_finished = Signal()
 event_emitted = Signal()
 delivery_started = Signal()
 delivery_finished = Signal()
+calls_settled = Signal()
 batch_settled = Signal()
 worker_state_changed = Signal()
+
+OUTCOMES = {"done": "handled", "failed": "failed", "pending": "retried", "discarded": "discarded"}
+"""What a call came to, by the status of its delivery after it."""
 
 
 class ReceiverQuery(RuntimeError):
@@ -148,6 +154,14 @@ class HandlerCall:
         context = self._context or copy_context()
         context.run(send, delivery_finished, self.using, call=self)
         self._context = None
+
+
+Made = tuple[str, Sequence[Event], int, float, float]
+"""A call, in `calls_settled`: the handler, the events, the attempt; when it began, by the monotonic
+clock, and the seconds that it took. It began at 0 if the payload could not be read: nothing was called.
+
+`statuses` has the next statuses of deliveries, by event and handler, and `others` that of all others; it
+is empty if they were rolled back."""
 
 
 def observes_emissions() -> bool:

@@ -1,21 +1,14 @@
 """The outbox at a glance: what the dashboard shows. Reads a bounded number of rows, within a time."""
 
 from collections import defaultdict
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import NamedTuple
 
-from django.db import OperationalError, transaction
-from psycopg.errors import QueryCanceled
-
 from spark_outbox.operating import look
+from spark_outbox.operating.patience import in_time
 from spark_outbox.registry.handlers import registry
-from spark_outbox.store import flowing, limiting, triaging, viewing
+from spark_outbox.store import flowing, triaging, viewing
 from spark_outbox.store.triaging import KINDS
 from spark_outbox.store.viewing import Row
-
-MILLISECONDS = 10_000
-"""The longest that a query of a page may take."""
 
 SHOWN = 200
 """The most groups, handlers and workers that are shown."""
@@ -30,23 +23,6 @@ COUNTS = (
     "waits_for_circuit",
     "paused",
 )
-
-
-class TooSlow(Exception):
-    """The database did not answer a page's query in time."""
-
-
-@contextmanager
-def in_time(*, using: str) -> Iterator[None]:
-    """Have each query of the block end in time. Raises TooSlow."""
-    try:
-        with transaction.atomic(using=using):
-            limiting.limit_transaction(MILLISECONDS, using=using)
-            yield
-    except OperationalError as error:
-        if isinstance(error.__cause__, QueryCanceled):
-            raise TooSlow from error
-        raise
 
 
 class Flow(NamedTuple):

@@ -1,35 +1,11 @@
 """Lists of events and deliveries, for those who turn pages; and how long their queries may take."""
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from django.db import OperationalError, transaction
-from psycopg.errors import QueryCanceled
-
-from spark_outbox.store import limiting, listing
+from spark_outbox.store import listing
 from spark_outbox.store.listing import Found, Range, Wanted
 from spark_outbox.store.viewing import LOOKED_AT, Row
-
-MILLISECONDS = 10_000
-"""The longest that a query of a page may take."""
-
-
-class TooSlow(Exception):
-    """The database did not answer a page's query in time."""
-
-
-@contextmanager
-def in_time(*, using: str) -> Iterator[None]:
-    """Have each query of the block, which is a transaction, end in time. Raises TooSlow."""
-    try:
-        with transaction.atomic(using=using):
-            limiting.limit_transaction(MILLISECONDS, using=using)
-            yield
-    except OperationalError as error:
-        if isinstance(error.__cause__, QueryCanceled):
-            raise TooSlow from error
-        raise
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,8 @@
 """Look at the outbox: at the whole, and at one event. What commands and pages show comes from here."""
 
+import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from django.db import ProgrammingError, transaction
@@ -8,12 +10,15 @@ from django.utils.module_loading import import_string
 from psycopg.errors import InsufficientPrivilege
 
 from spark_outbox import conf
-from spark_outbox.store import repairing, viewing, waking
+from spark_outbox.operating.patience import in_time
+from spark_outbox.store import pruning, repairing, viewing, waking
 from spark_outbox.store.viewing import Filter, Row
 
 REDACTED = "[redacted]"
 
 BY_SEVERITY = ("ok", "warning", "critical")
+
+MOST_GROUPS = 1000
 
 
 def status(*, failures: bool = False, using: str) -> dict[str, list[Row]]:
@@ -48,6 +53,44 @@ def health(*, max_lag: float | None = None, using: str) -> list[Row]:
         detail = "Workers without a session that lasts, and DISPATCH = 'on_commit', can't be seen."
         found["workers"] |= {"status": "ok", "detail": detail}
     return list(found.values())
+
+
+@dataclass(frozen=True, slots=True)
+class Figures:
+    """What machines watch."""
+
+    groups: list[Row]
+    workers: list[Row]
+    pauses: list[Row]
+    health: list[Row]
+    open_circuits: list[str]
+    """Handlers for which events wait, since they fail on everything."""
+    overdue: float | None
+    """By how many seconds the oldest event has outlived RETENTION; None if this role may not see it."""
+
+
+def figures(*, using: str) -> Figures:
+    """Read them. Raises TooSlow."""
+    with in_time(using=using):
+        found = status(using=using)
+        circuits = [row["handler"] for row in viewing.rows(viewing.OPEN_CIRCUITS, using=using)]
+        return Figures(**found, open_circuits=circuits, overdue=_overdue(using))
+
+
+def _overdue(using: str) -> float | None:
+    """Read by how much RETENTION is behind, in MOST_GROUPS groups of each state."""
+    retention = conf.current().RETENTION
+    try:
+        with transaction.atomic(using=using):
+            ended = pruning.oldest(retention.prunes, most=MOST_GROUPS, using=using)
+    except ProgrammingError as error:
+        if not isinstance(error.__cause__, InsufficientPrivilege):
+            raise
+        return None
+    kept = [(each.age, retention.seconds(each.state, each.group)) for each in ended]
+    # Those without a time are pruned as soon as a worker looks.
+    behind = [age - seconds for age, seconds in kept if seconds and age < math.inf]
+    return max([0.0, *behind])
 
 
 def worst(checks: Sequence[Row]) -> int:

@@ -3,7 +3,7 @@
 from typing import Any
 
 from spark_outbox.operating import look
-from spark_outbox.operating.glance import in_time
+from spark_outbox.operating.patience import in_time
 from spark_outbox.store import triaging, viewing
 from spark_outbox.store.triaging import Kind, Place, Step
 from spark_outbox.store.viewing import Row

@@ -54,12 +54,15 @@ class Pipes:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         os.close(self._life_write)
 
-    def follow_parent(self) -> None:
-        """Stop this process when the supervisor has ended, for whatever reason."""
-        threading.Thread(target=self._follow, daemon=True).start()
+    def follow_parent(self, on_end: Callable[[], None] | None = None) -> None:
+        """Stop this process when the supervisor has ended, for whatever reason; before that, call
+        `on_end`, in a thread."""
+        threading.Thread(target=self._follow, args=(on_end,), daemon=True).start()
 
-    def _follow(self) -> None:
+    def _follow(self, on_end: Callable[[], None] | None) -> None:
         os.read(self._life_read, 1)
+        if on_end is not None:
+            on_end()
         os.kill(os.getpid(), signal.SIGTERM)
 
     def tell(self, byte: bytes) -> None:

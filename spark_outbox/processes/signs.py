@@ -8,6 +8,7 @@ from spark_outbox.processes import systemd
 from spark_outbox.processes.fork import Pipes
 from spark_outbox.processes.place import Child, Place
 from spark_outbox.processes.probes import Probes
+from spark_outbox.processes.serving import Server
 from spark_outbox.processes.slot import NEVER
 
 logger = logging.getLogger(__name__)
@@ -33,17 +34,20 @@ hears nothing more, and restarts the service."""
 
 
 class Signs:
-    """Looks at the processes each second. `name_of` returns a handler's name by its number."""
+    """Looks at the processes each second. `name_of` returns a handler's name by its number; `metrics` is
+    the server that answers with what the processes count."""
 
     def __init__(
         self,
         *,
         name_of: Callable[[int], str] = str,
         probes: Probes | None = None,
+        metrics: Server | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._name_of = name_of
         self._probes = probes or Probes()
+        self._servers = [each for each in (self._probes.server, metrics) if each is not None]
         self._clock = clock
         self._watchdog = systemd.watchdog_interval()
         self.look_at = 0.0
@@ -59,9 +63,9 @@ class Signs:
         self._counted = 0
 
     @property
-    def pid(self) -> int:
-        """The process that answers probes; 0 if there is none."""
-        return self._probes.pid
+    def pids(self) -> set[int]:
+        """The processes that answer probes and scrapes."""
+        return {server.pid for server in self._servers}
 
     def look(self, places: Sequence[Place], pipes: Pipes, *, state: str = "") -> None:
         """Tell everybody how the processes are; `state` is what the service itself does."""
@@ -80,7 +84,8 @@ class Signs:
                 systemd.notify(f"STATUS={self._text}", patience=0)
                 self._said = self._text
             self._said_at = now
-        self._probes.look_after(pipes)
+        for server in self._servers:
+            server.look_after(pipes)
         if all(now - child.killed_at < UNKILLABLE for child in children):
             self._probes.renew(is_ready=has_database and not state, text=self._text)
             if self._watchdog is not None:
@@ -91,11 +96,13 @@ class Signs:
         self._ended = _sum([self._ended, child.slot.tallies()])
 
     def leave(self) -> None:
-        """In a new process: the probes are the supervisor's."""
-        self._probes.leave()
+        """In a new process: the servers are the supervisor's."""
+        for server in self._servers:
+            server.leave()
 
     def stop(self) -> None:
-        self._probes.stop()
+        for server in self._servers:
+            server.stop()
 
     def calls(self, child: Child) -> str:
         """Return in words what a process has in hand; empty if it has nothing."""

@@ -177,7 +177,7 @@ class Supervisor:
         """Return all processes that are ours to reap."""
         bookings = (place.booking.pid for place in self._places if place.booking is not None)
         children = (child.pid for child in self._children())
-        return {*children, *bookings, *self._former.pids, self._signs.pid, self._reload.pid}
+        return {*children, *bookings, *self._former.pids, *self._signs.pids, self._reload.pid}
 
     def _vacant(self) -> list[Place]:
         """Return the places that wait for their next child, and may have it."""

@@ -36,6 +36,7 @@ select
     end::float
 from ended
 where event_group is not null
+limit %(most)s
 """
 
 PRUNE = """
@@ -106,12 +107,12 @@ class Holder(NamedTuple):
     """How many transactions have begun since."""
 
 
-def oldest(states: list[str], *, using: str) -> list[Ended]:
-    """Return groups that have ended events, with the age of the oldest."""
+def oldest(states: list[str], *, most: int | None = None, using: str) -> list[Ended]:
+    """Return groups that have ended events, with the age of the oldest; up to `most` of each state."""
     if not states:
         return []
     sql = " union all ".join(f"({OLDEST.format(state=state)})" for state in states)
-    return list(map(Ended._make, fetch(sql, using=using)))
+    return list(map(Ended._make, fetch(sql, {"most": most}, using=using)))
 
 
 def prune(state: str, group: str, *, seconds: float, most: int, using: str) -> Pruned | None:

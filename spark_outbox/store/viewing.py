@@ -6,7 +6,7 @@ are seconds.
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from decimal import Decimal
 from typing import Any
@@ -44,6 +44,30 @@ from spark_outbox_snapshots order by held_for desc nulls last, xids desc limit 5
 
 LAG = "select extract(epoch from max(late))::float as lag from spark_outbox_status"
 
+# From one handler that fails to the next, so not through all of its deliveries.
+OPEN_CIRCUITS = """
+with recursive failing (handler) as (
+    (
+        select handler from spark_outbox_delivery
+        where status in ('pending', 'failed') and error <> '' order by handler limit 1
+    )
+    union all
+    select following.handler from failing cross join lateral (
+        select delivery.handler from spark_outbox_delivery as delivery
+        where delivery.status in ('pending', 'failed') and delivery.error <> ''
+            and delivery.handler > failing.handler
+        order by delivery.handler limit 1
+    ) as following
+)
+select handler from (select * from failing limit 1000) as named
+where exists (
+    select from spark_outbox_delivery as delivery
+    where delivery.status in ('pending', 'failed') and delivery.error <> ''
+        and delivery.handler = named.handler
+        and spark_outbox_fingerprint(delivery.error) = 'spark_outbox: not called, its circuit is open'
+)
+"""
+
 EXPLANATION = "select sentence from spark_explain(%(key)s) as said (sentence)"
 
 LOOKED_AT = 10_000
@@ -59,15 +83,19 @@ _LATEST = f"select * from spark_outbox_events order by id desc limit {LOOKED_AT}
 _ANY = (
     f"select * from spark_outbox_events where status = '{{state}}' and not is_pruned limit {LOOKED_AT}"
 )
-_PENDING = " union all ".join(
-    f"""(
-        select * from spark_outbox_events
-        where status = 'pending' and available_at is {time} and ordering_key is {order}
-        order by {place} desc limit {LOOKED_AT}
-    )"""
-    for order in ("null", "not null")
-    for time, place in (("null", "id"), ("not null", "available_at"))
-)
+
+
+def _pending(most: int) -> str:
+    return " union all ".join(
+        f"""(
+            select * from spark_outbox_events
+            where status = 'pending' and available_at is {time} and ordering_key is {order}
+            order by {place} desc limit {most}
+        )"""
+        for order in ("null", "not null")
+        for time, place in (("null", "id"), ("not null", "available_at"))
+    )
+
 
 # The latest of each group, from one group to the next.
 _DONE = f"""
@@ -94,7 +122,7 @@ select latest.* from (select * from done_group limit 1000) as named cross join l
 _SOURCES: dict[str | None, str] = {
     None: _LATEST,
     "done": _DONE,
-    "pending": _PENDING,
+    "pending": _pending(LOOKED_AT),
     **{state: _ANY.format(state=state) for state in ("failed", "unhandled", "running", "discarded")},
 }
 
@@ -122,6 +150,33 @@ where not is_pruned
         or created_at < statement_timestamp() - make_interval(secs => %(seconds)s)
     )
 order by id desc limit %(limit)s
+"""
+
+# Of each group, from the end of its part of an index.
+_LATEST_OF = """
+select example.id from unnest(%(groups)s::text[]) as named (event_group) cross join lateral (
+    select event.id from spark_outbox_events as event
+    where {condition} and event.status = '{state}' and event.event_group = named.event_group
+    order by event.finished_at desc limit %(each)s
+) as example
+"""
+_ASIDE = "event.status in ('running', 'unhandled', 'failed')"
+_ENDED = "not event.is_pruned"
+
+EXAMPLES = " union all ".join(
+    [_LATEST_OF.format(state=state, condition=_ENDED) for state in ("done", "discarded")]
+    + [_LATEST_OF.format(state=state, condition=_ASIDE) for state in ("failed", "unhandled", "running")]
+)
+EXAMPLES = f"""
+(
+    {EXAMPLES}
+) union all (
+    select id from (
+        select id, row_number() over (partition by event_group order by id desc) as place
+        from ({_pending(LOOKED_AT // 10)}) as pending where event_group = any(%(groups)s)
+    ) as latest
+    where place <= %(each)s
+)
 """
 
 EVENT = """
@@ -185,3 +240,9 @@ def events(wanted: Filter, *, limit: int, using: str) -> list[Row]:
     failing = wanted.handler or wanted.fingerprint
     sql = EVENTS.format(source=_FAILING if failing else _SOURCES[wanted.state])
     return rows(sql, {**asdict(wanted), "limit": limit}, using=using)
+
+
+def examples(groups: Sequence[str], *, each: int, using: str) -> list[int]:
+    """Return the ids of the latest events of these groups: up to `each` in each state."""
+    found = fetch(EXAMPLES, {"groups": list(groups), "each": each}, using=using)
+    return [event_id for (event_id,) in found]

@@ -30,6 +30,8 @@ class Call:
     """If the call is not made at once, a copy with this handler's attempt."""
     turn: Turn = "new"
     error: BaseException | None = None
+    started: float = 0.0
+    """If it goes on by itself: when it began, by the monotonic clock."""
     seconds: float = 0.0
     has_ended: bool = False
     session: int = 0

@@ -187,7 +187,7 @@ def poll(descriptors: list[int], seconds: float) -> set[int]:
 
 
 async def _run(call: Call, timeout: asyncio.Timeout) -> None:
-    started = time.monotonic()
+    call.started = started = time.monotonic()
     limit = call.handler.policy.limit()
     try:
         async with timeout:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from contextvars import copy_context
+from time import monotonic
 from typing import Any
 
 from spark_outbox.errors import BatchFailed, HandlerTimeout
@@ -53,7 +54,7 @@ class Invoker:
         """Call a handler with one event; return what it raised. Raises BatchLost."""
         self._announce((event.id, handler.number))
         argument = event if handler.batch is None else [event]
-        if not self._observed.is_on:  # the shortest way, as this runs for each event
+        if self._observed.is_off:  # the shortest way, as this runs for each event
             return self._run(handler.call, argument, handler.name, handler.policy.limit())
         return self._call_observed(handler, [event], argument)
 
@@ -66,11 +67,16 @@ class Invoker:
         self, handler: Handler, events: list[Event], argument: Any
     ) -> BaseException | None:
         function = self._observed.function(handler, events)
+        made = self._observed.made
+        started = 0.0 if made is None else monotonic()
         try:
             error = self._run(function, argument, handler.name, handler.policy.limit())
         except BatchLost as lost:
             self._observed.explain(lost.error)
             raise
+        finally:
+            if made is not None:
+                made.append((handler.name, events, events[0].attempt, started, monotonic() - started))
         if error is not None:
             self._observed.explain(error)
         return error

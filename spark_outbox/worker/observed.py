@@ -1,11 +1,11 @@
 """The calls of one batch, for those that listen to the signals of observing/hooks.py."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from spark_outbox.events.event import Event
 from spark_outbox.observing import hooks
-from spark_outbox.observing.hooks import HandlerCall
+from spark_outbox.observing.hooks import HandlerCall, Made
 from spark_outbox.registry.handlers import Handler
 from spark_outbox.worker.batch import Call, Work
 from spark_outbox.worker.context import Context
@@ -16,9 +16,12 @@ class Observed:
 
     def __init__(self, using: str) -> None:
         self._using = using
-        self.is_on = hooks.observes_calls()
-        """Somebody listens."""
+        self._is_on = hooks.observes_calls()
         self._calls: list[HandlerCall] = []
+        self.made: list[Made] | None = [] if hooks.calls_settled.receivers else None
+        """Calls that have ended, for those that count; None if nobody does."""
+        self.is_off = not self._is_on and self.made is None
+        """Nobody listens."""
 
     @property
     def calls(self) -> list[HandlerCall]:
@@ -27,7 +30,7 @@ class Observed:
 
     def function(self, handler: Handler, events: Sequence[Event]) -> Callable[[Any], object]:
         """Return the function to call for `handler.call`."""
-        if not self.is_on:
+        if not self._is_on:
             return handler.call
         call = HandlerCall(handler.name, events, self._using)
         self._calls.append(call)
@@ -35,10 +38,12 @@ class Observed:
 
     def refused(self, handler: Handler, event: Event, error: BaseException) -> None:
         """Note that a payload could not be read, so that the handler was not called with it."""
-        if self.is_on:
+        if self._is_on:
             call = HandlerCall(handler.name, [event], self._using)
             self._calls.append(call)
             call.refuse(error)
+        if self.made is not None:
+            self.made.append((handler.name, [event], event.attempt, 0.0, 0.0))
 
     def explain(self, error: BaseException) -> None:
         """Note the error of the last call as its delivery has it."""
@@ -52,15 +57,17 @@ class Observed:
                 call.observed.error = call.error
                 self._calls.append(call.observed)
                 call.observed = None
+            if self.made is not None and call.started:
+                self.made.append(_made(call))
 
     def settled(self, works: Iterable[Work]) -> None:
         """After the commit: all that is not in `works` simply succeeded."""
-        if self._calls:
+        if self._calls or self.made:
             self._finish(works, "done")
 
     def undone(self, but: Iterable[Work] = ()) -> None:
         """After a rollback, in which only these `works` were settled."""
-        if self._calls:
+        if self._calls or self.made:
             self._finish(but, "")
 
     def _finish(self, works: Iterable[Work], others: str) -> None:
@@ -73,6 +80,14 @@ class Observed:
                 if status := result.status if result else others:
                     statuses[event.id] = status
             call.finish(statuses)
+        if self.made:
+            made, self.made = self.made, []
+            by_call = {
+                (event_id, name): result.status
+                for event_id, of_event in results.items()
+                for name, result in of_event.items()
+            }
+            _send_made(made, by_call, others, self._using)
 
 
 class Timing:
@@ -126,9 +141,22 @@ def observe(call: Call, using: str) -> None:
         call.observed = HandlerCall(call.handler.name, [call.event], using)
 
 
-def finish(call: Call) -> None:
+def finish(call: Call, using: str) -> None:
     """A call that went on by itself has been settled, or was given up."""
+    if call.result is not None and hooks.calls_settled.receivers:
+        _send_made([_made(call)], {}, call.result.status, using)
     if call.observed is not None:
         observed, call.observed = call.observed, None
         observed.error = call.error
         observed.finish({call.event.id: call.result.status} if call.result else {})
+
+
+def _made(call: Call) -> Made:
+    return call.handler.name, [call.event], call.event.attempt, call.started, call.seconds
+
+
+def _send_made(
+    calls: Sequence[Made], statuses: Mapping[tuple[int, str], str], others: str, using: str
+) -> None:
+    arguments = {"calls": calls, "statuses": statuses, "others": others}
+    hooks.send(hooks.calls_settled, using, using=using, **arguments)

@@ -59,7 +59,8 @@ class Running:
     def close(self) -> None:
         """Give up the session: others may take over whatever is still running."""
         for call in self._calls:
-            finish(call)
+            call.result = None
+            finish(call, self._context.using)
         self._presence.end()
 
     def go_on(self, calls: list[Call]) -> None:
@@ -89,7 +90,7 @@ class Running:
         self._calls = [call for call in self._calls if call not in ended or call in left]
         for call in ended:
             if call not in left:
-                finish(call)
+                finish(call, self._context.using)
         failed = sum(call.result.status == "failed" for call in ended if call.result is not None)
         self._context.guard.tally(0, failed)
         self._on_settled([str(key) for call in ended if (key := call.event.ordering_key) is not None])
@@ -140,7 +141,7 @@ class Running:
         """Run a detached handler in no transaction of ours."""
         handler, clock, guard = call.handler, self._context.clock, self._context.guard
         limit = handler.policy.limit()
-        started = clock()
+        call.started = started = clock()
         guard.take_in_hand((call.event.id, handler.number))
         try:
             with apart(self._context.using, limit):

@@ -220,7 +220,7 @@ def test_a_chunk_that_takes_too_long_leaves_those_before_it(admin, fail, monkeyp
         f"{lock}, pg_sleep(case when exists (select from spark_outbox_event where status = 'pending') "
     )
     monkeypatch.setattr("spark_outbox.store.repairing.RETRY_IDS", f"{slow} then 600 else 0 end)")
-    monkeypatch.setattr("spark_outbox.operating.lists.MILLISECONDS", 1000)
+    monkeypatch.setattr("spark_outbox.operating.patience.MILLISECONDS", 1000)
     text = post(admin, "retry")
     assert "did not answer in time: the others are left alone" in text
     assert "2 events are retried. 1 was left out." in text
@@ -334,7 +334,7 @@ def test_a_slow_query_of_a_rehearsal_is_its_failure(admin, own_registry, monkeyp
             cursor.execute("select pg_sleep(600)")
 
     emit("order", "order_1")
-    monkeypatch.setattr("spark_outbox.operating.lists.MILLISECONDS", 50)
+    monkeypatch.setattr("spark_outbox.operating.patience.MILLISECONDS", 50)
     text = post(admin, "rehearse", handler="shop.slow")
     assert "It failed on 1." in text
     assert "canceling statement due to statement timeout" in text

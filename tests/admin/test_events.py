@@ -183,7 +183,7 @@ def test_a_page_is_for_those_who_may_view_events(member, own_registry):
 
 def test_an_event_that_takes_too_long_is_no_error(admin, own_registry, monkeypatch):
     event = emit("g", "key")
-    monkeypatch.setattr("spark_outbox.operating.lists.MILLISECONDS", 50)
+    monkeypatch.setattr("spark_outbox.operating.patience.MILLISECONDS", 50)
     monkeypatch.setattr("spark_outbox.store.viewing.DELIVERIES", "select pg_sleep(600)")
     for path in ("change/", "payload.json"):
         assert "did not answer in time" in get(admin, f"{event.id}/{path}")

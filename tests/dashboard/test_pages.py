@@ -196,7 +196,7 @@ def test_the_environment_is_shown(admin, settings):
 
 
 def test_a_database_that_is_too_slow_is_no_error(admin, monkeypatch):
-    monkeypatch.setattr("spark_outbox.operating.glance.MILLISECONDS", 50)
+    monkeypatch.setattr("spark_outbox.operating.patience.MILLISECONDS", 50)
     monkeypatch.setattr("spark_outbox.store.viewing.STATUS", "select pg_sleep(600)")
     for page in ("", "fragment/"):
         assert "did not answer in time" in get(admin, page)

@@ -367,6 +367,7 @@ def test_a_receiver_that_raises_or_queries_is_logged_and_breaks_nothing(
         hooks.event_emitted,
         hooks.delivery_started,
         hooks.delivery_finished,
+        hooks.calls_settled,
         hooks.batch_settled,
         hooks.worker_state_changed,
     ]

@@ -9,7 +9,7 @@ from spark_outbox import checks, emit, emit_many
 from spark_outbox.models import Delivery, OutboxEvent
 from spark_outbox.operating import fitting
 from spark_outbox.registry.handlers import registry
-from tests.operating.test_sql import CROWD
+from tests.operating.test_bounds import CROWD
 from tests.tools import connect, make_challenge
 
 pytestmark = pytest.mark.django_db(transaction=True)

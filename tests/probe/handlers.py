@@ -24,13 +24,15 @@ from tests.challenges.models import Handled
 @handler(r"^probe_in_time$", timeout=0.2, name="in time")
 @handler(r"^probe(?!_in_time|_crash|_detached|_async|_kill|_exit)")
 def probe(event: Event) -> None:
-    """Note the call in the ledger; then touch `started`, run `sql`, have something take `later` seconds
-    after the commit, wait for `go`, or raise, as told."""
+    """Note the call in the ledger; then touch `started`, run `sql`, emit the key `emits`, have something
+    take `later` seconds after the commit, wait for `go`, or raise, as told."""
     Handled.objects.create(key=event.key, handler="probe", note=str(os.getpid()))
     if "started" in event:
         Path(event["started"]).write_text(str(os.getpid()))
     if "sql" in event:
         run_sql(event["sql"])
+    if "emits" in event:
+        emit("probe", event["emits"])
     if "later" in event:
         transaction.on_commit(partial(time.sleep, event["later"]))
     if "go" in event:

@@ -1,6 +1,5 @@
 """What a worker tells of itself while it runs: to systemd, to probes, and to its log."""
 
-import http.client
 import os
 import re
 import signal
@@ -22,6 +21,8 @@ from spark_outbox.processes.slot import Slot
 from tests.tools import (
     WorkerProcess,
     eventually,
+    free_port,
+    get,
     manage,
     start_a_handler,
     status,
@@ -31,24 +32,6 @@ from tests.tools import (
 from tests.trouble import TROUBLE
 
 pytestmark = pytest.mark.django_db(transaction=True)
-
-
-def free_port():
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return server.getsockname()[1]
-
-
-def get(port, path):
-    """Return the status and the text of an answer; None if nobody answers."""
-    client = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
-    try:
-        client.request("GET", path)
-        answer = client.getresponse()
-        return answer.status, answer.read().decode()
-    except (OSError, http.client.HTTPException):  # it may die in the middle of an answer
-        return None
-    finally:
-        client.close()
 
 
 # To systemd

@@ -8,6 +8,7 @@ from psycopg.errors import InsufficientPrivilege
 
 from spark_outbox import emit
 from spark_outbox.models import OutboxEvent
+from spark_outbox.operating import look
 from spark_outbox.store import (
     claiming,
     detached,
@@ -234,6 +235,7 @@ def works(event_id):
     yield pausing.paused
     yield pausing.ended
     yield partial(pausing.put_back, "h", "mark", limit=1)
+    yield look.figures
     yield from emits()
 
 

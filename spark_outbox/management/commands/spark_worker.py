@@ -101,6 +101,12 @@ class Command(OutboxCommand):
             help="answer GET /live and /ready over HTTP (on 127.0.0.1 if no address is given)",
         )
         parser.add_argument(
+            "--metrics-port",
+            type=address,
+            metavar="[ADDRESS:]PORT",
+            help="answer GET /metrics to Prometheus (on 127.0.0.1 if no address is given)",
+        )
+        parser.add_argument(
             "--max-events",
             type=whole_number,
             metavar="N",
