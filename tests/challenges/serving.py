@@ -90,8 +90,8 @@ def emit_something() -> None:
         emit("receipt_wanted", f"receipt_{number}", email=f"member-{number}@{host}")
     elif kind < 0.7:
         emit("partner_wants_news", f"news_{number}", is_busy=random.random() < 0.3)
-    elif kind < 0.8:
-        emit("poster_wanted", f"poster_{number}", seconds=random.uniform(0.1, 1.5))
-    elif kind < 0.9:
+    elif kind < 0.74:
+        emit("poster_wanted", f"poster_{number}", seconds=random.uniform(0.1, 0.8))
+    elif kind < 0.85:
         delay = timedelta(seconds=random.randrange(20, 90))
         emit("reminder_due", f"reminder_{number}", delay=delay)
