@@ -30,14 +30,14 @@ class Call:
     """If the call is not made at once, a copy with this handler's attempt."""
     turn: Turn = "new"
     error: BaseException | None = None
-    started: float = 0.0
-    """If it goes on by itself: when it began, by the monotonic clock."""
     seconds: float = 0.0
     has_ended: bool = False
     session: int = 0
     """The session under which its delivery is `running`, if it goes on after the commit."""
     result: Result | None = None
     """To be settled, after that."""
+    started: float = 0.0
+    """If it goes on by itself: when it began, by the monotonic clock."""
     observed: HandlerCall | None = None
     """The same call, for those that listen to signals."""
 
