@@ -7,7 +7,6 @@ from django.test import Client
 
 from spark_outbox import emit, handler
 from spark_outbox.models import Delivery, OutboxEvent
-from spark_outbox.operating import lists
 from spark_outbox.worker.loop import Worker
 from tests.admin.pages import DELIVERIES, EVENTS, get, link, listed, words
 from tests.tools import HOUR
@@ -222,7 +221,7 @@ def test_a_delivery_has_a_page(admin, shop):
 
 
 def test_a_list_that_takes_too_long_is_no_error(admin, own_registry, monkeypatch):
-    monkeypatch.setattr(lists, "MILLISECONDS", 50)
+    monkeypatch.setattr("spark_outbox.operating.patience.MILLISECONDS", 50)
     monkeypatch.setattr("spark_outbox.store.sampling.EVENTS", "select pg_sleep(600), 1")
     monkeypatch.setattr("spark_outbox.store.listing.GROUPS", "select pg_sleep(600)")
     assert "Narrow the filter, or try again later." in get(admin)
