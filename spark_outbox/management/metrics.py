@@ -1,6 +1,7 @@
 """`spark_worker --metrics-port`: what its processes count, and the state of the outbox, at once."""
 
 import contextlib
+import logging
 import os
 import shutil
 import tempfile
@@ -11,6 +12,8 @@ from django.db import connections
 from spark_outbox.errors import SettingsError
 from spark_outbox.processes.serving import Page, Server
 from spark_outbox.worker import bounds
+
+logger = logging.getLogger(__name__)
 
 VARIABLE = "SPARK_OUTBOX_METRICS"
 """The environment variable by which a supervisor that becomes a new program, see processes/reload.py,
@@ -39,11 +42,20 @@ class Metrics:
         os.environ[VARIABLE] = f"{os.getpid()} {self._generation + 1} {self._folder}"
 
     def count(self, number: int) -> None:
-        """In a new worker process, of this place: count from now on.
+        """In a new worker process, of this place: count from now on; nothing, if the disk is full.
 
         During a reload, a place has a process of the former program beside that of the new one.
         """
-        self._prometheus.count_in(self._folder, f"{number}{'ab'[self._generation % 2]}")
+        try:
+            self._prometheus.count_in(self._folder, f"{number}{'ab'[self._generation % 2]}")
+        except OSError as error:
+            self._prometheus.stop()
+            details: dict[str, object] = {"folder": str(self._folder), "error": error.strerror}
+            logger.warning(
+                "This process counts nothing for metrics: %(folder)s can't be written to (%(error)s).",
+                details,
+                extra=details,
+            )
 
     def remove(self) -> None:
         """Forget what was counted."""

@@ -2,12 +2,15 @@
 
 The files are those of prometheus_client's multiprocess mode. What it has for writing them is set up once
 for a whole process, by the environment, where the project may have metrics of its own. So what writes
-ours is here, and adds the calls of a batch at once.
+ours is here, and adds the calls of a batch at once. A disk that is full is an OSError: with a sparse
+file, as prometheus_client has it, it would be the signal SIGBUS, and the end of the process.
 """
 
+import contextlib
 import fcntl
 import json
 import math
+import os
 import threading
 from bisect import bisect_right
 from collections.abc import Iterable, Sequence
@@ -22,11 +25,46 @@ PREFIX = "spark_outbox_"
 OTHER = "other"
 
 
+INITIAL_SIZE = 1 << 16
+
+
+class Allocated(MmapedDict):
+    """A file whose space on the disk is there before it is written to. Raises OSError."""
+
+    def __init__(self, file: Path) -> None:
+        is_new = not file.exists() or not file.stat().st_size
+        try:
+            _allocate(file, INITIAL_SIZE if is_new else file.stat().st_size)
+        except OSError:
+            if is_new:
+                file.unlink(missing_ok=True)  # no scrape can read an empty one
+            raise
+        super().__init__(str(file))  # type: ignore[no-untyped-call]
+
+    def _init_value(self, key: str) -> None:
+        needed = self._used + len(key.encode()) + 4 + 8 + 16  # its length, padding, and two numbers
+        size = self._capacity
+        while size < needed:
+            size *= 2
+        if size > self._capacity:
+            _allocate(Path(self._fname), size)
+        super()._init_value(key)  # type: ignore[no-untyped-call]
+
+
+def _allocate(file: Path, size: int) -> None:
+    # Not by the descriptor of MmapedDict, which appends: that won't do where it must be emulated.
+    descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        os.posix_fallocate(descriptor, 0, size)
+    finally:
+        os.close(descriptor)
+
+
 class Numbers:
     """The numbers of one file. It belongs to one process at a time; the next one goes on with it."""
 
     def __init__(self, file: Path) -> None:
-        self._file = MmapedDict(str(file))
+        self._file: MmapedDict = Allocated(file)
         self._lock = threading.Lock()
 
     def add(self, key: str, amount: float) -> None:
@@ -132,10 +170,19 @@ class Bounded:
             if len(self._known) < self._most:
                 self._known.add(name)
             return
-        with self._file.open("a+") as file:
+        with self._file.open("a+", encoding="ascii", errors="replace") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             file.seek(0)
-            self._known.update(map(json.loads, file))
+            text = file.read()
+            self._known.update(_readable(text))
             if len(self._known) < self._most and name not in self._known:
-                file.write(json.dumps(name) + "\n")
+                file.write("\n" * (text[-1:] not in {"", "\n"}) + json.dumps(name) + "\n")
+                file.flush()
                 self._known.add(name)
+
+
+def _readable(lines: str) -> Iterable[str]:
+    """Yield the names; not those of which a full disk has a part only."""
+    for line in lines.splitlines():
+        with contextlib.suppress(ValueError):
+            yield json.loads(line)

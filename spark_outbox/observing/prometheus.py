@@ -128,12 +128,14 @@ class Handled:
 
 
 def count_in(folder: Path, place: str) -> None:
-    """In a new worker process: count from now on, in files that `place` has to itself."""
+    """In a new worker process: count from now on, in files that `place` has to itself. Raises
+    OSError."""
     group = Bounded(MOST_GROUPS, folder / "groups")
     totals = Numbers(folder / f"counter_{place}.db")
+    distributions = Numbers(folder / f"histogram_{place}.db")
     emitted = Total(totals, *EMITTED, "group")
     count_emitted(lambda name: emitted.add(1, name), group, _UID)
-    Handled(totals, Numbers(folder / f"histogram_{place}.db"), group)
+    Handled(totals, distributions, group)
     os.register_at_fork(after_in_child=stop)  # what a handler forks would write into the same files
 
 

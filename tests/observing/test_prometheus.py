@@ -1,5 +1,6 @@
 """Metrics for Prometheus: of real worker processes, and of the web side."""
 
+import errno
 import os
 import re
 import signal
@@ -12,10 +13,11 @@ from django.test.utils import CaptureQueriesContext
 
 from spark_outbox import BatchFailed, conf, emit, emit_many, handler
 from spark_outbox.errors import SettingsError
+from spark_outbox.management.metrics import VARIABLE, Metrics
 from spark_outbox.models import OutboxEvent
-from spark_outbox.observing import prometheus, views
+from spark_outbox.observing import hooks, prometheus, views
 from spark_outbox.observing.database import INTERVAL, Database
-from spark_outbox.observing.files import Bounded, Distribution, InFiles, Numbers
+from spark_outbox.observing.files import Bounded, Distribution, InFiles, Numbers, Total
 from spark_outbox.testing import drain
 from spark_outbox.worker.loop import Worker
 from tests.observing.scraping import every_name, folder_of, parsed, scrape, value
@@ -144,6 +146,14 @@ def test_groups_above_a_number_share_a_time_series(tmp_path):
     assert Bounded(3, tmp_path / "groups")("a") == "a"
 
 
+def test_a_line_that_a_full_disk_has_cut_off_is_no_name(tmp_path):
+    file = tmp_path / "groups"
+    file.write_text('"a"\n"cut o')
+    groups = Bounded(3, file)
+    assert [groups(name) for name in "bacd"] == ["b", "a", "c", "other"]
+    assert Bounded(3, file)("c") == "c"
+
+
 def test_no_scrape_has_more_groups_than_that():
     emit_many({"group": f"group\n{n}", "key": f"{n}"} for n in range(60))
     samples = parsed(prometheus.scrape(Database("default")).decode())
@@ -252,6 +262,45 @@ def test_values_are_counted_in_their_buckets(tmp_path):
     assert buckets == {"1.0": 4, "5.0": 6, "+Inf": 8}
     assert value(samples, "spark_outbox_d_sum") == 27
     assert value(samples, "spark_outbox_d_count") == 8
+
+
+@pytest.fixture
+def full_disk(monkeypatch):
+    def refuse(descriptor, offset, size):
+        if size > os.fstat(descriptor).st_size:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    return lambda: monkeypatch.setattr(os, "posix_fallocate", refuse)
+
+
+def test_a_full_disk_costs_a_number_and_no_process(tmp_path, full_disk):
+    file = tmp_path / "counter_0.db"
+    numbers = Numbers(file)
+    assert file.stat().st_blocks * 512 >= file.stat().st_size > 0  # it has no holes
+    total = Total(numbers, "x", "Text.", "kind")
+    total.add(1, "a")
+    full_disk()
+    for _ in range(2):
+        with pytest.raises(OSError, match="No space left"):
+            total.add(1, "long" * 20_000)
+    total.add(1, "a")
+    samples = parsed(prometheus.scrape(InFiles(tmp_path)).decode())
+    assert value(samples, "spark_outbox_x_total", kind="a") == 2
+    numbers.close()
+
+
+def test_a_worker_on_a_full_disk_counts_nothing(own_registry, full_disk, caplog):
+    full_disk()
+    metrics = Metrics(("127.0.0.1", free_port()), using="default")
+    try:
+        metrics.count(1)
+        assert "This process counts nothing for metrics" in caplog.text
+        assert not hooks.calls_settled.receivers
+        assert list(InFiles(metrics._folder).collect()) == []
+    finally:
+        metrics.server.leave()
+        metrics.remove()
+        os.environ.pop(VARIABLE)
 
 
 def test_an_event_that_was_due_before_it_was_emitted_waits_from_then(own_registry, counted):
