@@ -43,10 +43,11 @@ def count_emitted(add: Callable[[str], object], group: Bounded, uid: str) -> Non
 
 
 def counter_of_emitted(registry: CollectorRegistry, group: Bounded) -> None:
-    """Count what this process emits, in a registry."""
+    """Count what this process emits, in a registry; not in a process that counts in files."""
     name, text = EMITTED
     counter = prometheus_client.Counter(PREFIX + name, text, ["group"], registry=registry)
-    count_emitted(lambda name: counter.labels(name).inc(), group, "spark_outbox.prometheus.registry")
+    if not _files:
+        count_emitted(lambda name: counter.labels(name).inc(), group, _UID_OF_REGISTRY)
 
 
 class Handled:
@@ -128,11 +129,16 @@ class Handled:
 
 
 def count_in(folder: Path, place: str) -> None:
-    """In a new worker process: count from now on, in files that `place` has to itself. Raises
-    OSError."""
+    """In a new worker process: count from now on, in files that `place` has to itself. Raises OSError.
+
+    It counts in no registry any more: a scrape of the web side, whose URLs the worker may have imported,
+    would have its emissions again.
+    """
     group = Bounded(MOST_GROUPS, folder / "groups")
     totals = Numbers(folder / f"counter_{place}.db")
     distributions = Numbers(folder / f"histogram_{place}.db")
+    _files.extend([totals, distributions])
+    hooks.event_emitted.disconnect(dispatch_uid=_UID_OF_REGISTRY)
     emitted = Total(totals, *EMITTED, "group")
     count_emitted(lambda name: emitted.add(1, name), group, _UID)
     Handled(totals, distributions, group)
@@ -148,6 +154,10 @@ def scrape(*collectors: Collector) -> bytes:
 
 
 _UID = "spark_outbox.prometheus"
+_UID_OF_REGISTRY = "spark_outbox.prometheus.registry"
+
+_files: list[Numbers] = []
+"""Those of this process, if it is a worker."""
 
 
 def _connect(signal: Signal, receiver: Any, uid: str = _UID) -> None:

@@ -448,6 +448,30 @@ def test_the_view_shows_what_processes_share(client, settings, tmp_path, monkeyp
     assert value(parsed(text), "spark_outbox_events_emitted_total", group="theirs") == 1
 
 
+A_WORKER = """
+from pathlib import Path
+from spark_outbox.observing import hooks, prometheus
+if {views_first}:
+    from spark_outbox.observing import views
+prometheus.count_in(Path("{folder}"), "1a")
+from spark_outbox.observing import views
+hooks.event_emitted.send(None, group="theirs", key="k", using="default")
+"""
+
+
+@pytest.mark.parametrize("views_first", [True, False])
+def test_what_a_worker_emits_is_not_in_what_it_shares_with_the_web(tmp_path, views_first):
+    own, shared = tmp_path / "own", tmp_path / "shared"
+    for folder in (own, shared):
+        folder.mkdir()
+    code = A_WORKER.format(folder=own, views_first=views_first)
+    done = manage("shell", "--command", code, **{prometheus.FOLDER: str(shared)})
+    assert done.returncode == 0, done.stderr
+    for folder, number in ((own, 1), (shared, 0)):
+        samples = parsed(prometheus.scrape(InFiles(folder)).decode())
+        assert value(samples, "spark_outbox_events_emitted_total") == number
+
+
 def test_the_token_is_not_shown(settings):
     settings.SPARK_OUTBOX = {"METRICS_TOKEN": "secret"}
     assert "secret" not in repr(conf.current())
