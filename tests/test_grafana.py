@@ -53,6 +53,12 @@ def test_each_metric_of_dashboard_and_alerts_is_in_a_real_scrape():
     assert names - every_name() == set()
 
 
+def test_no_query_adds_up_what_was_read_at_different_moments():
+    """An event that has moved to another state meanwhile would count twice."""
+    expressions = [*(target["expr"] for target in targets("prometheus")), *(r["expr"] for r in rules())]
+    assert not [each for each in expressions if re.search(r"(sum|count)[^(]*(\([^(]*\) )?\(max", each)]
+
+
 @pytest.mark.parametrize("sql", [target["rawSql"] for target in targets("postgresql")])
 def test_each_query_of_the_dashboard_runs_as_the_viewer(logins, sql):  # noqa: F811
     emit("g", "key")
