@@ -9,6 +9,7 @@ PROMETHEUS_MULTIPROC_DIR, what all of them emit.
 import os
 from pathlib import Path
 
+from django.contrib.auth.decorators import login_not_required
 from django.db import router
 from django.http import Http404, HttpRequest, HttpResponse, HttpResponseForbidden
 from django.utils.crypto import constant_time_compare
@@ -39,6 +40,7 @@ prometheus.counter_of_emitted(_emitted, Bounded(prometheus.MOST_GROUPS, _shared_
 _databases: dict[str, Database] = {}
 
 
+@login_not_required  # by LoginRequiredMiddleware: this asks by itself
 @never_cache
 @require_safe
 def metrics(request: HttpRequest) -> HttpResponse:

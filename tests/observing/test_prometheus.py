@@ -414,6 +414,15 @@ def test_the_view_asks_who_it_is(client, settings):
 
 
 @pytest.mark.usefixtures("page")
+def test_the_view_takes_a_token_where_all_else_takes_a_login(client, settings):
+    settings.SPARK_OUTBOX = {"METRICS_TOKEN": "secret"}
+    required = "django.contrib.auth.middleware.LoginRequiredMiddleware"
+    settings.MIDDLEWARE = [*settings.MIDDLEWARE, required]
+    assert client.get("/metrics/", headers={"authorization": "Bearer secret"}).status_code == 200
+    assert client.get("/metrics/").status_code == 404
+
+
+@pytest.mark.usefixtures("page")
 def test_the_view_has_what_this_process_emits_and_the_state_of_the_outbox(client, settings):
     settings.SPARK_OUTBOX = {"METRICS_TOKEN": "secret"}
 
