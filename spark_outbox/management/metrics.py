@@ -7,8 +7,6 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from django.db import connections
-
 from spark_outbox.errors import SettingsError
 from spark_outbox.processes.serving import Page, Server
 from spark_outbox.worker import bounds
@@ -34,7 +32,7 @@ class Metrics:
             ) from None
         self._prometheus, self._files = prometheus, files
         self._using = using
-        self._database = database.Database(using, on_read=self._close)
+        self._database = database.Database(using)
         self.server = Server(
             "spark_metrics", "--metrics-port", address, {"/metrics": self._page}, on_end=self.remove
         )
@@ -67,10 +65,6 @@ class Metrics:
         bounds.leave_pools(self._using)
         counted = self._files.InFiles(self._folder)
         return Page(self._prometheus.scrape(counted, self._database), kind=self._prometheus.CONTENT_TYPE)
-
-    def _close(self) -> None:
-        """End the connection of a thread that answers one scrape."""
-        connections[self._using].close()
 
 
 def _inherit() -> tuple[int, Path]:

@@ -1,11 +1,12 @@
 """The state of the outbox, as metrics of Prometheus: read from bounded views of the database."""
 
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
 
-from django.db import Error
+from django.db import connections
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 
@@ -14,13 +15,15 @@ from spark_outbox.observing.files import PREFIX, Bounded
 from spark_outbox.observing.prometheus import MOST_GROUPS
 from spark_outbox.operating import look
 from spark_outbox.operating.look import Figures
-from spark_outbox.operating.patience import TooSlow
 from spark_outbox.store.viewing import Row
 
 logger = logging.getLogger(__name__)
 
 INTERVAL = 15.0
 """Seconds for which what was read is good enough."""
+
+PATIENCE = 3.0
+"""Seconds that a scrape waits for the database. Prometheus itself gives up after 10, by default."""
 
 STATES = ("ready", "delayed", "retrying", "running", "failed", "unhandled")
 WORKER_STATES = ("busy", "resting", "watch", "unknown", "gone")
@@ -31,51 +34,57 @@ Samples = Mapping[tuple[str, ...], float]
 
 
 class Database:
-    """A collector that reads the outbox at most once in INTERVAL, one thread at a time.
+    """A collector that reads the outbox at most once in INTERVAL, in one thread of its own.
 
-    While a thread reads, others get what was read before. If it can't be read, `database_up` is 0, and
-    all else is absent. `on_read` is called after each read.
+    A scrape waits for that thread, but not longer than PATIENCE: a database that hangs must not cost
+    Prometheus what is counted elsewhere. Then it gets what was read before; and once that is older than
+    two INTERVALs, or if the outbox can't be read, `database_up` is 0, and all else is absent.
     """
 
-    def __init__(
-        self,
-        using: str,
-        *,
-        on_read: Callable[[], None] = lambda: None,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
+    def __init__(self, using: str, *, clock: Callable[[], float] = time.monotonic) -> None:
         self._using = using
-        self._on_read = on_read
         self._clock = clock
         self._group = Bounded(MOST_GROUPS)
         self._handler = Bounded(MOST_GROUPS)
         self._lock = threading.Lock()
-        self._metrics: list[Metric] = []
-        self._read_at = 0.0
+        self._thread: threading.Thread | None = None
+        self._found: tuple[float, list[Metric]] = (-math.inf, [])
+        """When reading has ended, and what was read."""
 
     def collect(self) -> Iterable[Metric]:
-        if self._lock.acquire(blocking=not self._metrics):
-            try:
-                if not self._metrics or self._clock() - self._read_at >= INTERVAL:
-                    self._metrics = self._read()
-                    self._read_at = self._clock()
-            finally:
-                self._lock.release()
-        return self._metrics
+        if thread := self._reading():
+            thread.join(PATIENCE)
+        read_at, metrics = self._found
+        return metrics if self._clock() - read_at < 2 * INTERVAL else _down()
 
-    def _read(self) -> list[Metric]:
+    def _reading(self) -> threading.Thread | None:
+        """Return the thread that reads; it is begun if it is time."""
+        with self._lock:
+            if self._thread is not None and self._thread.is_alive():
+                return self._thread
+            if self._clock() - self._found[0] < INTERVAL:
+                return None
+            self._thread = threading.Thread(target=self._read, name="spark_metrics", daemon=True)
+            self._thread.start()
+            return self._thread
+
+    def _read(self) -> None:
         try:
-            found = look.figures(using=self._using)
-        except (Error, TooSlow) as error:
+            metrics = self._metrics()
+        except Exception as error:  # noqa: BLE001, whatever it is, the scrape goes on without
             details: dict[str, object] = {"database": self._using, "error": describe(error)}
             logger.warning(
                 "The outbox of database %(database)s can't be read for metrics (%(error)s).",
                 details,
                 extra=details,
             )
-            return [_gauge("database_up", "Whether the outbox could be read.", {(): 0.0})]
+            metrics = _down()
         finally:
-            self._on_read()
+            connections[self._using].close()
+        self._found = (self._clock(), metrics)
+
+    def _metrics(self) -> list[Metric]:
+        found = look.figures(using=self._using)
         return [
             _gauge("database_up", "Whether the outbox could be read.", {(): 1.0}),
             *self._events(found.groups),
@@ -106,6 +115,10 @@ class Database:
         names = {self._handler(name) for name in found.open_circuits}
         help_ = "Handlers for which events wait, since they fail on everything: 1."
         yield _gauge("circuit_open", help_, {(name,): 1.0 for name in sorted(names)}, "handler")
+
+
+def _down() -> list[Metric]:
+    return [_gauge("database_up", "Whether the outbox could be read.", {(): 0.0})]
 
 
 def _others(found: Figures) -> Iterable[Metric]:

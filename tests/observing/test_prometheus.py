@@ -4,12 +4,13 @@ import errno
 import os
 import re
 import signal
+import socket
+import threading
 from pathlib import Path
 
 import pytest
 from django.contrib.auth.models import Permission, User
 from django.db import connection
-from django.test.utils import CaptureQueriesContext
 
 from spark_outbox import BatchFailed, conf, emit, emit_many, handler
 from spark_outbox.errors import SettingsError
@@ -18,12 +19,14 @@ from spark_outbox.models import OutboxEvent
 from spark_outbox.observing import hooks, prometheus, views
 from spark_outbox.observing.database import INTERVAL, Database
 from spark_outbox.observing.files import Bounded, Distribution, InFiles, Numbers, Total
+from spark_outbox.operating import look
 from spark_outbox.testing import drain
 from spark_outbox.worker.loop import Worker
 from tests.observing.scraping import every_name, folder_of, parsed, scrape, value
 from tests.test_readme import OPERATING, section
 from tests.tools import (
     HOUR,
+    PATIENCE,
     Clock,
     WorkerProcess,
     eventually,
@@ -347,14 +350,50 @@ def test_a_batch_that_is_rolled_back_counts_once(own_registry, counted):
 # The database
 
 
-def test_the_database_is_read_once_in_an_interval():
-    clock = Clock()
+def test_the_database_is_read_once_in_an_interval(monkeypatch):
+    clock, reads, figures = Clock(), [], look.figures
+    monkeypatch.setattr(look, "figures", lambda **given: reads.append(1) or figures(**given))
     database = Database("default", clock=clock)
-    for now, reads in ((0, True), (INTERVAL - 1, False), (INTERVAL, True)):
+    for now, number in ((0, 1), (INTERVAL - 1, 1), (INTERVAL, 2)):
         clock.now = now
-        with CaptureQueriesContext(connection) as queries:
-            database.collect()
-        assert bool(len(queries)) == reads
+        database.collect()
+        assert len(reads) == number
+
+
+def test_a_scrape_does_not_wait_for_a_database_that_hangs(monkeypatch):
+    """Nor does it read a second time meanwhile."""
+    clock, answers = Clock(), threading.Event()
+    database = Database("default", clock=clock)
+    up = "spark_outbox_database_up"
+
+    def scraped():
+        return parsed(prometheus.scrape(database).decode())
+
+    before = scraped()
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def take():
+            client, _ = server.accept()
+            with client:
+                answers.wait(PATIENCE)  # the test's own; what hangs says nothing
+
+        accepts = threading.Thread(target=take)
+        accepts.start()
+        with monkeypatch.context() as patch:
+            port = str(server.getsockname()[1])
+            patch.setitem(connection.settings_dict, "HOST", "127.0.0.1")
+            patch.setitem(connection.settings_dict, "PORT", port)
+            patch.setattr("spark_outbox.observing.database.PATIENCE", 0.1)
+            for now, is_up in ((0, 1), (INTERVAL, 1), (2 * INTERVAL - 1, 1), (2 * INTERVAL, 0)):
+                clock.now = now
+                assert value(scraped(), up) == is_up
+            answers.set()
+            accepts.join()
+            eventually(lambda: not database._thread.is_alive())
+    assert value(before, up) == 1
+    assert value(scraped(), up) == 0  # the connection was refused
+    clock.now += INTERVAL
+    assert value(scraped(), up) == 1
 
 
 def test_a_database_that_can_not_be_read_is_down_and_nothing_else_is_told(caplog):
