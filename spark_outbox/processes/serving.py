@@ -5,16 +5,25 @@ import logging
 import os
 import signal
 import socket
+import sys
+import time
 from collections.abc import Callable, Mapping
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from spark_outbox.errors import SettingsError, describe
 from spark_outbox.processes.fork import Pipes, be_process, name_process, signals_blocked
 from spark_outbox.processes.place import exit_code, send
 
 logger = logging.getLogger(__name__)
+
+
+DEADLINE = 8.0
+"""Seconds that a connection may last, from when it is accepted until it is answered."""
+
+MOST = 32
+"""How many connections there may be at a time."""
 
 
 class Page(NamedTuple):
@@ -81,17 +90,58 @@ class Server:
             signal.signal(number, signal.SIG_IGN)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         signal.pthread_sigmask(signal.SIG_SETMASK, ())
-        server = ThreadingHTTPServer(("", 0), partial(Answer, self._pages), bind_and_activate=False)
+        server = Bounded(("", 0), partial(Answer, self._pages), bind_and_activate=False)
         server.socket.close()
         server.socket = self._socket
         server.serve_forever()
         return 0
 
 
+class Bounded(ThreadingHTTPServer):
+    """Ends connections that last longer than DEADLINE, and refuses those beyond MOST."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        self._open: dict[socket.socket, float] = {}
+        """When each connection was accepted, by the monotonic clock."""
+        super().__init__(*arguments, **options)
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        if len(self._open) >= MOST:
+            self.shutdown_request(request)
+            return
+        self._open[request] = time.monotonic()
+        try:
+            super().process_request(request, client_address)
+        except RuntimeError:  # there can be no thread
+            del self._open[request]
+            raise
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            self._open.pop(request, None)
+
+    def service_actions(self) -> None:
+        """After each connection, and at least twice a second: what reads or writes too long fails."""
+        before = time.monotonic() - DEADLINE
+        for request, accepted in list(self._open.items()):
+            if accepted < before:
+                with contextlib.suppress(OSError):  # it has just been closed
+                    request.shutdown(socket.SHUT_RDWR)
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Clients that go away are none of ours."""
+        error = sys.exception()
+        if not isinstance(error, OSError):
+            super().handle_error(request, client_address)
+
+
 class Answer(BaseHTTPRequestHandler):
     """Answers one request."""
 
     timeout = 5.0
+    """Seconds that a client may say nothing."""
 
     def __init__(self, pages: Pages, *arguments: object) -> None:
         self._pages = pages
