@@ -70,7 +70,7 @@ class LookingAdmin(Base):
     def get_search_results(
         self, request: HttpRequest, queryset: QuerySet[Any], search_term: str
     ) -> tuple[QuerySet[Any], bool]:
-        return queryset, False
+        return queryset.none(), False  # the list has its rows from `page`, and autocomplete none
 
     def get_changelist(self, request: HttpRequest, **kwargs: Any) -> type[Any]:
         from spark_outbox.admin.changelist import PagedList

@@ -104,8 +104,9 @@ class EventAdmin(LookingAdmin):
 
     # What users may do
 
-    def get_actions(self, request: HttpRequest, *args: Any, **kwargs: Any) -> Any:
-        found = super().get_actions(request, *args, **kwargs)
+    def get_actions(self, request: HttpRequest, action_location: Any = None) -> Any:
+        given = () if action_location is None else (action_location,)  # as Django does from 6.1 on
+        found = super().get_actions(request, *given)
         return found if found and repair.is_possible(using=alias()) else {}
 
     def has_retry_permission(self, request: HttpRequest) -> bool:

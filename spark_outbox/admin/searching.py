@@ -7,6 +7,7 @@ from django.http import QueryDict
 from django.utils.translation import gettext_lazy as _
 
 from spark_outbox.store.listing import Range, Wanted
+from spark_outbox.store.reading import HIGHEST_ID, LOWEST_ID
 
 HELP = _(
     "A key, or how it begins; group:NAME, handler:NAME, or error:TEXT for a part of an error. "
@@ -37,7 +38,9 @@ def place(asked: QueryDict) -> Range:
 
 def number(text: str) -> int | None:
     """Return an id; None if it is none."""
-    return int(text) if re.fullmatch(r"-?[0-9]{1,18}", text) else None
+    if not re.fullmatch(r"-?[0-9]{1,19}", text):
+        return None
+    return found if LOWEST_ID <= (found := int(text)) <= HIGHEST_ID else None
 
 
 def _text(asked: QueryDict, name: str) -> str:

@@ -19,7 +19,7 @@ from django.utils.translation import gettext as _
 from spark_outbox import conf
 from spark_outbox.dashboard import figures, triage
 from spark_outbox.dashboard.links import Links
-from spark_outbox.models import Dashboard
+from spark_outbox.models import Dashboard, OutboxEvent
 from spark_outbox.operating import glance, repair
 from spark_outbox.operating.patience import TooSlow
 from spark_outbox.operating.triage import explain
@@ -177,4 +177,4 @@ class DashboardAdmin(Base):
 
 def _alias() -> str:
     """Return the database of the outbox: the one that is written, as others know no workers."""
-    return router.db_for_write(Dashboard)
+    return router.db_for_write(OutboxEvent)

@@ -12,10 +12,12 @@
                            woke, or the database's error
 
 A receiver that raises is logged, and changes nothing. It must not use the connection to the outbox,
-where a failure would abort the transaction of others: its queries are refused.
+where a failure would abort the transaction of others: its queries are refused. It is a plain function:
+an async one can't be called where an event loop runs.
 """
 
 import json
+import logging
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -28,6 +30,8 @@ from django.dispatch import Signal
 
 from spark_outbox.events.encoding import dump
 from spark_outbox.events.event import Event
+
+logger = logging.getLogger(__name__)
 
 emission_started = Signal()
 emission_finished = Signal()
@@ -183,12 +187,16 @@ def send(signal: Signal, using: str, /, **arguments: Any) -> None:
     """Send a signal if anybody listens. Django logs receivers that raise."""
     if not signal.receivers:
         return
-    wrappers = connections[using].execute_wrappers
-    wrappers.insert(0, _refuse)  # before those of the worker, which take savepoints
+    connection = connections[using]
+    must_roll_back = connection.needs_rollback
+    connection.execute_wrappers.insert(0, _refuse)  # before those of the worker, which take savepoints
     try:
         signal.send_robust(sender=None, **arguments)
+    except Exception:
+        logger.exception("A receiver of spark_outbox's signals can't be called.")  # async, in a loop
     finally:
-        wrappers.remove(_refuse)
+        connection.execute_wrappers.remove(_refuse)
+        connection.needs_rollback = must_roll_back  # save() that is refused sets it
 
 
 def _refuse(*_: Any) -> Any:

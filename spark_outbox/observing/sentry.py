@@ -15,7 +15,7 @@ from sentry_sdk.consts import OP, SPANDATA
 from sentry_sdk.integrations import Integration
 from sentry_sdk.integrations.django import DjangoIntegration
 from sentry_sdk.scope import Scope, add_global_event_processor
-from sentry_sdk.utils import event_from_exception
+from sentry_sdk.utils import current_stacktrace, event_from_exception
 
 from spark_outbox.errors import BatchFailed, Retry
 from spark_outbox.events.event import Event, size_of
@@ -85,8 +85,7 @@ class Reporter:
             data["messaging.message.body.size"] = sum(len(event.payload) for event in emission.events)
             self._sends[emission] = scope, _begin(OP.QUEUE_PUBLISH, name, data)
             scope = inner
-        for name, value in scope.iter_trace_propagation_headers():
-            emission.add({name: value})
+        emission.add(dict(scope.iter_trace_propagation_headers()))
 
     def emission_finished(self, emission: Emission, **_: Any) -> None:
         if emission in self._sends:
@@ -177,10 +176,17 @@ def _capture(
 
 
 def _without_variables(event: Any, _hint: Any) -> Any:
-    """Drop the local variables of an error."""
-    for error in (event.get("exception") or {}).get("values", []):
-        for frame in (error.get("stacktrace") or {}).get("frames", []):
+    """Drop the local variables of all frames."""
+    traces = [event.get("stacktrace")]
+    for kind in ("exception", "threads"):
+        traces += [each.get("stacktrace") for each in (event.get(kind) or {}).get("values", [])]
+    for trace in filter(None, traces):
+        for frame in trace.get("frames", []):
             frame.pop("vars", None)
+    if sentry_sdk.get_client().options["attach_stacktrace"] and not any(traces):
+        # Or the client does it after this, with variables.
+        trace = current_stacktrace(include_local_variables=False)
+        event["threads"] = {"values": [{"stacktrace": trace, "crashed": False, "current": True}]}
     return event
 
 

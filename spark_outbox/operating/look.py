@@ -10,6 +10,7 @@ from django.utils.module_loading import import_string
 from psycopg.errors import InsufficientPrivilege
 
 from spark_outbox import conf
+from spark_outbox.events.encoding import TAG
 from spark_outbox.operating.patience import in_time
 from spark_outbox.store import pruning, repairing, viewing, waking
 from spark_outbox.store.viewing import Filter, Row
@@ -151,6 +152,12 @@ def redacted(document: Any) -> Any:
 
 def _without(names: frozenset[str], document: Any) -> Any:
     if isinstance(document, Mapping):
+        if (
+            document.keys() == {TAG}
+            and isinstance(found := document[TAG], list)
+            and found[:1] == ["dict"]
+        ):
+            return {TAG: ["dict", *(_without_pairs(names, pairs) for pairs in found[1:])]}
         return {
             name: REDACTED if name in names else _without(names, value)
             for name, value in document.items()
@@ -158,3 +165,15 @@ def _without(names: frozenset[str], document: Any) -> Any:
     if isinstance(document, list):
         return [_without(names, value) for value in document]
     return document
+
+
+def _without_pairs(names: frozenset[str], pairs: Any) -> Any:
+    """Redact a dict that is stored as pairs, since not all of its keys are text."""
+    if not isinstance(pairs, list):
+        return pairs
+    return [
+        [pair[0], REDACTED]
+        if isinstance(pair, list) and len(pair) == 2 and isinstance(pair[0], str) and pair[0] in names
+        else _without(names, pair)
+        for pair in pairs
+    ]

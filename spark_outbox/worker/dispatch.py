@@ -54,6 +54,7 @@ class Dispatch:
         self._context = context
         self._clock = context.clock
         self._interval = context.settings.COMMIT_INTERVAL
+        self._failed_head = context.settings.FAILED_HEAD
         self._experience = context.experience
         self._breakers = context.experience.breakers
         self._savepoints = savepoints
@@ -122,7 +123,7 @@ class Dispatch:
         is_first, owed = event.attempt == 1, handlers if stored is None else batch.owed(event, handlers)
         results = batch.put_aside(event, owed) if batch.paused else {}
         calls = [handler for handler in owed if handler.name not in results] if results else owed
-        unreadable = None if event.is_simple or not calls else self._check(event, calls[0], handlers)
+        unreadable = None if event.is_simple or not calls else self._check(event, calls, handlers)
         deferred: list[Handler] = []
         result: Result | None
         for handler in calls:
@@ -147,16 +148,15 @@ class Dispatch:
             self._defer(deferred, work)
         else:
             self._batch.close(work)
-        failed_head = self._context.settings.FAILED_HEAD
-        if event.ordering_key is not None and (deferred or work.holds_up(failed_head)):
+        if event.ordering_key is not None and (deferred or work.holds_up(self._failed_head)):
             batch.blocked.add(event.ordering_key)
 
-    def _check(self, event: Event, handler: Handler, handlers: Matching) -> BaseException | None:
-        """Check an event's payload before `handler` is called; return what is wrong with it."""
+    def _check(self, event: Event, calls: Sequence[Handler], handlers: Matching) -> BaseException | None:
+        """Check an event's payload before `calls` are made; return what is wrong with it."""
         try:
-            return self._invoker.read(Event.check, handler, event)
+            return self._invoker.read(Event.check, calls, event)
         except BatchLost as lost:
-            self._salvage(lost, Call(handler, event), handlers)
+            self._salvage(lost, Call(calls[0], event), handlers)
             raise
         finally:
             self._now = self._clock()
@@ -276,7 +276,7 @@ class Dispatch:
         """Call async handlers, and wait for those that are about as fast as the others."""
         for work, call in self._concurrent:  # now: a running loop can't wait for our connection
             try:
-                call.error = self._invoker.read(Event.load, call.handler, call.event)
+                call.error = self._invoker.read(Event.load, [call.handler], call.event)
             except BatchLost as lost:
                 self._salvage(lost, call, work.handlers)
                 raise
@@ -287,9 +287,8 @@ class Dispatch:
             loop.wait_for(calls, first=None, others=None)
         else:
             waiting = {id(work) for work, _ in self._concurrent}
-            has_more = self._batch.count or len(self._deferred) > len(waiting)
-            first = self._interval if has_more else LONGEST_WAIT
-            loop.wait_for(calls, first=first, others=self._interval)
+            more = self._batch.count or len(self._deferred) > len(waiting)
+            loop.wait_for(calls, first=self._interval if more else LONGEST_WAIT, others=self._interval)
         for work, call in self._concurrent:
             if not call.has_ended:
                 self._outlive(Deferred(work, call))

@@ -1,6 +1,6 @@
 """Call a handler in the batch's transaction; take back what it did if it raises."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextvars import copy_context
 from time import monotonic
 from typing import Any
@@ -82,14 +82,14 @@ class Invoker:
         return error
 
     def read(
-        self, read: Callable[[Event], None], handler: Handler, event: Event
+        self, read: Callable[[Event], None], handlers: Sequence[Handler], event: Event
     ) -> BaseException | None:
-        """Check an event's payload, or load it, before `handler` is called; return what that raised."""
-        self._announce((event.id, handler.number))
+        """Check an event's payload, or load it, before `handlers` are called; return what that raised."""
+        self._announce((event.id, handlers[0].number))
         error = self._run(read, event, "", READ_LIMIT)
         if isinstance(error, HandlerTimeout):
             error = HandlerTimeout(f"The payload takes more than {READ_LIMIT:g} s to decode.")
-        if error is not None:
+        for handler in handlers if error is not None else ():
             self._observed.refused(handler, event, error)
         return error
 

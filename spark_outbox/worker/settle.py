@@ -205,6 +205,9 @@ def _write_calls(calls: Sequence[Call], registry: Registry, using: str) -> None:
                 work = Work(event, handlers, before)
                 works.setdefault(event.id, work).results[call.handler.name] = call.result
         write(list(works.values()), using=using)
+    for call in calls:
+        if (call.event.id, call.handler.name) not in taken:
+            call.result = None  # it came to nothing: others have it
 
 
 def log_uncounted(event_ids: list[int], error: str) -> None:

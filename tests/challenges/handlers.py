@@ -1,7 +1,7 @@
 """Handlers of the demo: each notes in a ledger that it was called, in the worker's transaction. Those
 below have the events of `spark_demo --serve`, and some of them fail."""
 
-import time
+import asyncio
 from datetime import timedelta
 
 from django.utils import timezone
@@ -52,11 +52,11 @@ def inform_partner(event: Event) -> None:
     note(event, "inform_partner")
 
 
-@handler(r"^poster_wanted$", atomic=False)
-def print_poster(event: Event) -> None:
-    """Take a while, in no transaction."""
-    time.sleep(event["seconds"])
-    note(event, "print_poster")
+@handler(r"^poster_wanted$")
+async def print_poster(event: Event) -> None:
+    """Take a while, and hold nobody up."""
+    await asyncio.sleep(event["seconds"])
+    await Handled.objects.acreate(key=event.key, handler="print_poster")
 
 
 @handler(r"^reminder_due$")

@@ -13,7 +13,7 @@ from django.db import connection, transaction
 
 from spark_outbox import BatchFailed, Discard, Retry, aemit, emit, emit_many, handler, source
 from spark_outbox.errors import BrokenTransaction, HandlerTimeout, UnreadablePayload
-from spark_outbox.models import OutboxEvent
+from spark_outbox.models import Delivery, OutboxEvent
 from spark_outbox.observing import hooks
 from spark_outbox.observing.hooks import ReceiverQuery
 from spark_outbox.processes.guard import Guard
@@ -287,11 +287,49 @@ def test_calls_of_a_batch_that_is_refused_are_rolled_back_and_made_again(
     assert told(calls) == [*rolled_back, ("note", {"1": "done"}, None), ("note", {"2": "done"}, None)]
 
 
-def test_a_payload_that_cannot_be_read_is_told_as_a_call_that_failed(own_registry, calls):
-    own_registry.add_handler(note, group="", name="note")
+def test_a_payload_that_cannot_be_read_is_told_as_calls_that_failed(own_registry, calls):
+    for name in ("first", "second"):
+        own_registry.add_handler(note, group="", name=name)
     OutboxEvent.objects.create(group="g", key="key", payload={"a": {"$": ["?"]}})
     work()
-    assert told(calls) == [("note", {"key": "failed"}, UnreadablePayload)]
+    assert told(calls) == [(name, {"key": "failed"}, UnreadablePayload) for name in ("first", "second")]
+
+
+def test_a_detached_call_that_others_have_taken_over_is_not_told_as_done(own_registry, calls):
+    lost = []
+
+    def lose_the_first(event):
+        if not lost:
+            lost.append(event.key)
+            Delivery.objects.update(status="pending")
+            OutboxEvent.objects.update(status="pending")
+
+    settled = []
+    own_registry.add_handler(lose_the_first, group="", name="h", atomic=False)
+    emit("g", "key")
+    with listening(hooks.calls_settled, lambda others, **_: settled.append(others)):
+        work()
+    assert told(calls) == [("h", {"key": None}, None), ("h", {"key": "done"}, None)]
+    assert settled == ["done"]
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+def test_an_async_receiver_breaks_nothing(own_registry, is_async, caplog):
+    def plain(event):
+        Handled.objects.create(key="key")
+
+    async def concurrent(event):
+        await Handled.objects.acreate(key="key")
+
+    async def receiver(**_):
+        pass
+
+    handler("", name="h", max_attempts=1)(concurrent if is_async else plain)
+    emit("g", "key")
+    with listening(hooks.delivery_started, receiver):
+        work()
+    assert statuses() == {"key": "done"}
+    assert Handled.objects.count() == 1
 
 
 def test_an_error_is_told_with_how_long_the_call_took(own_registry, calls):
@@ -345,11 +383,15 @@ def query_past_django(**_):
         cursor.execute("select 1")
 
 
+def save(**_):  # where Django notes that the transaction is to be rolled back
+    Handled.objects.create(key="of a receiver")
+
+
 def fail(**_):
     raise RuntimeError
 
 
-@pytest.mark.parametrize("receiver", [query, query_past_django, fail])
+@pytest.mark.parametrize("receiver", [query, query_past_django, save, fail])
 @pytest.mark.parametrize("kind", ["plain", "list", "detached", "failing", "unreadable"])
 def test_a_receiver_that_raises_or_queries_is_logged_and_breaks_nothing(
     own_registry, receiver, kind, caplog

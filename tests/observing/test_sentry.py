@@ -159,6 +159,16 @@ settings.SPARK_OUTBOX = {{"REDACT": ["key"]}}
     assert "a secret key" not in json.dumps(exports)
 
 
+def test_what_a_handler_logs_has_no_variables(tmp_path):
+    script = f'emit("seen_reports", "reports", secret={SECRET!r})\n{HANDLE}'
+    options = '{"attach_stacktrace": true}'
+    exports = emit_elsewhere(tmp_path / "one", script, settings="sentry", SENTRY_OPTIONS=options)
+    (event,) = of_type(exports, "event")
+    (thread,) = event["threads"]["values"]
+    assert "report" in [frame["function"] for frame in thread["stacktrace"]["frames"]]
+    assert SECRET not in json.dumps(exports)
+
+
 def test_it_works_where_spans_are_streamed_and_where_there_is_no_tracing(tmp_path):
     plain = 'emit("seen_fails", "1", secret="?")\n'
     without = emit_elsewhere(

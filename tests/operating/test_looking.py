@@ -279,14 +279,15 @@ def hide(document):
 
 def test_what_is_not_to_be_shown_is_not(own_registry, settings):
     user = {"token": "s3cret", "name": "anna"}
-    emit("g", "key", headers={"token": "t0p"}, user=user, n=[{"iban": "x1"}])
+    pairs = {1: {"iban": "x1"}, "token": "s3cret", (2, 3): [{4: 5, "iban": "x1"}]}
+    emit("g", "key", headers={"token": "t0p"}, user=user, n=[{"iban": "x1"}], pairs=pairs)
     settings.SPARK_OUTBOX = {"REDACT": ["token", "iban"]}
     out, _, _ = run("spark_events", "key")
     assert "anna" in out
-    assert out.count("[redacted]") == 3
+    assert out.count("[redacted]") == 6
     assert not re.search("s3cret|x1|t0p", out)
     settings.SPARK_OUTBOX = {"REDACT": f"{__name__}.hide"}
-    assert json.loads(run("spark_events", "key", "--json")[0])["payload"] == {"hidden": 2}
+    assert json.loads(run("spark_events", "key", "--json")[0])["payload"] == {"hidden": 3}
 
 
 def test_a_pruned_event_is_not_listed_but_shown(own_registry):

@@ -12,7 +12,6 @@ from opentelemetry.context import Context
 from opentelemetry.trace import Link, Span, SpanContext, SpanKind, StatusCode, TracerProvider
 
 import spark_outbox
-from spark_outbox.errors import describe
 from spark_outbox.observing import facts
 from spark_outbox.observing.hooks import Emission, HandlerCall
 from spark_outbox.observing.otel import conventions
@@ -130,4 +129,4 @@ class Spans:
 
 def _fail(span: Span, error: BaseException) -> None:
     span.set_attributes(conventions.error_type(error))
-    span.set_status(StatusCode.ERROR, describe(error))
+    span.set_status(StatusCode.ERROR)  # without a message, which may quote a payload

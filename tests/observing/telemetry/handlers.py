@@ -55,6 +55,12 @@ def fail(event: Event) -> None:
         raise
 
 
+@handler("^seen_reports$", name="reports")
+def report(event: Event) -> None:
+    secret = event["secret"]
+    logger.error("Odd, with %s characters.", len(secret))
+
+
 @handler("^seen_discarded$", name="discards")
 def discard(event: Event) -> None:
     raise Discard("not needed")
