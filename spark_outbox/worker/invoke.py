@@ -84,13 +84,14 @@ class Invoker:
     def read(
         self, read: Callable[[Event], None], handlers: Sequence[Handler], event: Event
     ) -> BaseException | None:
-        """Check an event's payload, or load it, before `handlers` are called; return what that raised."""
+        """Check an event's payload, or load it, before `handlers` are called; return what it raised."""
         self._announce((event.id, handlers[0].number))
         error = self._run(read, event, "", READ_LIMIT)
         if isinstance(error, HandlerTimeout):
             error = HandlerTimeout(f"The payload takes more than {READ_LIMIT:g} s to decode.")
-        for handler in handlers if error is not None else ():
-            self._observed.refused(handler, event, error)
+        if error is not None:
+            for handler in handlers:
+                self._observed.refused(handler, event, error)
         return error
 
     def _run(

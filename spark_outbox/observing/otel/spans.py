@@ -6,12 +6,14 @@ from contextvars import Token
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
+from django.db import Error
 from opentelemetry import context as contexts
 from opentelemetry import propagate, trace
 from opentelemetry.context import Context
 from opentelemetry.trace import Link, Span, SpanContext, SpanKind, StatusCode, TracerProvider
 
 import spark_outbox
+from spark_outbox.errors import describe
 from spark_outbox.observing import facts
 from spark_outbox.observing.hooks import Emission, HandlerCall
 from spark_outbox.observing.otel import conventions
@@ -129,4 +131,5 @@ class Spans:
 
 def _fail(span: Span, error: BaseException) -> None:
     span.set_attributes(conventions.error_type(error))
-    span.set_status(StatusCode.ERROR)  # without a message, which may quote a payload
+    # `describe` quotes some messages of the database, and these may quote a payload.
+    span.set_status(StatusCode.ERROR, None if isinstance(error, Error) else describe(error))
