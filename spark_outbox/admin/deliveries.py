@@ -5,7 +5,6 @@ from typing import Any
 from django.contrib import admin
 from django.core.exceptions import PermissionDenied
 from django.http import Http404, HttpRequest, HttpResponse
-from django.urls import reverse
 from django.utils.translation import gettext as _
 from django.utils.translation import gettext_lazy
 
@@ -13,6 +12,7 @@ from spark_outbox.admin import searching
 from spark_outbox.admin.base import LookingAdmin, alias
 from spark_outbox.admin.changelist import DeliveryStateFilter, GroupFilter, HandlerFilter
 from spark_outbox.admin.events import delivery_shown
+from spark_outbox.dashboard.links import Links
 from spark_outbox.models import Delivery, DeliveryStatus
 from spark_outbox.operating import lists
 from spark_outbox.operating.lists import Page
@@ -76,10 +76,7 @@ class DeliveryAdmin(LookingAdmin):
             return self.too_slow(request)
         if row is None:
             raise Http404(_("There is no such delivery."))
-        url = ""
-        if request.user.has_perm("spark_outbox.view_outboxevent"):
-            name = "admin:spark_outbox_outboxevent_change"
-            url = reverse(name, args=[row["event_id"]], current_app=self.admin_site.name)
+        url = Links(request, self.admin_site).event(row["event_id"])
         delivery = delivery_shown(row)
         context = {"title": delivery["name"], "delivery": delivery, "url": url, **(extra_context or {})}
         return self.answer(request, "delivery", context)

@@ -3,7 +3,9 @@
 import re
 
 import pytest
+from django.db import connection
 from django.test import Client
+from django.test.utils import CaptureQueriesContext
 
 from spark_outbox import emit, handler
 from spark_outbox.models import Delivery, OutboxEvent
@@ -218,6 +220,31 @@ def test_a_delivery_has_a_page(admin, shop):
     assert get(admin, f"{delivery.id}/history/", root=DELIVERIES)
     for nothing in ("0", "x", "9" * 30):
         assert admin.get(f"{DELIVERIES}{nothing}/change/").status_code == 404
+
+
+def test_a_delivery_has_a_page_in_an_admin_without_events(admin, shop, settings):
+    delivery = Delivery.objects.get(event__key="order_10")
+    settings.ROOT_URLCONF = "tests.admin.deliveries_alone"
+    text = get(admin, f"{delivery.id}/change/", root=DELIVERIES)
+    assert "ValueError: No such user 17" in words(text)
+    assert "outboxevent" not in text
+
+
+def test_autocomplete_finds_nothing_and_looks_for_nothing(admin, shop):
+    asked = {"app_label": "spark_outbox", "model_name": "delivery", "field_name": "event", "term": "o"}
+    with CaptureQueriesContext(connection) as queries:
+        answer = admin.get("/admin/autocomplete/", asked)
+    assert answer.json()["results"] == []
+    assert not [query for query in queries if 'from "spark_outbox_event"' in query["sql"].lower()]
+
+
+def test_ids_of_any_length_have_a_page_and_turn_pages(admin, own_registry):
+    first = 5 * 10**18
+    for number in range(60):
+        OutboxEvent.objects.create(id=first + number, key=f"key_{number}", group="g")
+    older = link(get(admin), "Older")
+    assert listed(get(admin, older)) == [f"key_{n}" for n in reversed(range(10))]
+    assert "key_0" in get(admin, f"{first}/change/")
 
 
 def test_a_list_that_takes_too_long_is_no_error(admin, own_registry, monkeypatch):
