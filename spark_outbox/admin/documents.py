@@ -22,6 +22,9 @@ from spark_outbox.events.encoding import TAG
 SHOWN = 20_000
 """How many characters of a document its event's page shows."""
 
+LINKED = 1000
+"""How many references it looks for the pages of."""
+
 Find = Callable[[str, str, str], str]
 """Takes a model's label, the text of a key and an alias; returns an address, or "" if there is none."""
 
@@ -40,7 +43,7 @@ def as_text(document: Any) -> str:
 
 def as_html(document: Any, find: Find) -> Shown:
     """Return the first SHOWN characters."""
-    mark, links = secrets.token_hex(8), list[str]()
+    mark, links, tries = secrets.token_hex(8), list[str](), iter(range(LINKED))
 
     def marked(node: Any) -> Any:
         if isinstance(node, list):
@@ -48,7 +51,7 @@ def as_html(document: Any, find: Find) -> Shown:
         if not isinstance(node, dict):
             return node
         reference = _reference(node)
-        if reference and (url := find(*reference)):
+        if reference and next(tries, None) is not None and (url := find(*reference)):
             links.append(format_html('<a href="{}">{}</a>', url, json.dumps(node, ensure_ascii=False)))
             return f"{mark}{len(links) - 1}"
         return {name: marked(value) for name, value in node.items()}
