@@ -19,7 +19,7 @@ from spark_outbox.admin.base import LookingAdmin, alias
 from spark_outbox.admin.changelist import EventStateFilter, GroupFilter, HandlerFilter
 from spark_outbox.dashboard import wording
 from spark_outbox.models import DeliveryStatus, EventStatus, OutboxEvent
-from spark_outbox.operating import lists, look, repair
+from spark_outbox.operating import lists, look, repair, replay
 from spark_outbox.operating.lists import Page
 from spark_outbox.operating.patience import TooSlow, in_time
 from spark_outbox.store.listing import Wanted
@@ -118,7 +118,7 @@ class EventAdmin(LookingAdmin):
         return may(request, "replay")
 
     def has_rehearse_permission(self, request: HttpRequest) -> bool:
-        return may(request, "rehearse")
+        return may(request, "rehearse") and replay.can_rehearse(using=alias())
 
     def get_urls(self) -> list[URLPattern]:
         view = self.admin_site.admin_view
@@ -152,13 +152,13 @@ class EventAdmin(LookingAdmin):
         try:
             with in_time(using=alias()):
                 event = self._event(request, object_id)
-                is_possible = repair.is_possible(using=alias())
+                possible = acting.possible(using=alias())
         except TooSlow:
             return self.too_slow(request)
         actions = [
             {"label": action.label, "url": acting.address(self, action, event["id"])}
             for action in ACTIONS.values()
-            if is_possible and may(request, action.name) and action.fits(event)
+            if action.name in possible and may(request, action.name) and action.fits(event)
         ]
         find = documents.finder(request, self.admin_site)
         context = {

@@ -98,6 +98,11 @@ def replay_ids(handler: Handler, ids: list[int], *, using: str) -> list[int]:
     return locked
 
 
+def can_rehearse(*, using: str) -> bool:
+    """Return whether this session may read what handlers are called with."""
+    return replaying.can_read_documents(using=using)
+
+
 @dataclass(slots=True)
 class Rehearsal:
     """The result of a rehearsal."""

@@ -22,7 +22,7 @@ NAMES = ("retry", "discard", "replay", "rehearse")
 
 def ids(*keys):
     found = OutboxEvent.objects.filter(key__in=keys) if keys else OutboxEvent.objects.all()
-    return ",".join(str(event.id) for event in found.order_by("id"))
+    return ",".join(map(str, found.order_by("id").values_list("id", flat=True)))
 
 
 def post(client, name, *keys, **fields):
@@ -325,6 +325,32 @@ def test_a_role_that_only_looks_sees_no_payload_and_is_offered_nothing(logins, f
     assert "ValueError: no" in shown
     assert not any(f"{name.capitalize()}…" in shown for name in NAMES)
     assert refused.status_code == 403
+
+
+@pytest.mark.django_db(transaction=True)
+def test_an_operator_s_role_can_do_all_but_rehearse(logins, admin, past, fail):
+    fail(number=2)
+    OutboxEvent.objects.filter(key="key 1").update(status="unhandled")
+    with logins.django("operator"):
+        shown = get(admin)
+        event = get(admin, f"{ids('order_1')}/change/")
+        assert "1 event is retried." in post(admin, "retry", "key 1")
+        assert "1 event is discarded." in post(admin, "discard", "key 2", why="so")
+        assert "2 events are replayed." in post(admin, "replay", handler="shop.note")
+        refused = admin.post(f"{EVENTS}rehearse/", {"ids": ids("order_1"), "handler": "shop.note"})
+    assert [name for name in NAMES if f'value="{name}"' in shown] == ["retry", "discard", "replay"]
+    assert "replay/" in event
+    assert "rehearse/" not in event
+    assert refused.status_code == 403
+    assert "may not read payloads" in refused.text
+    assert statuses() == {
+        "order_1": "pending",
+        "order_2": "pending",
+        "other_1": "done",
+        "key 1": "pending",
+        "key 2": "discarded",
+    }
+    assert len(log()) == 4
 
 
 def test_a_slow_query_of_a_rehearsal_is_its_failure(admin, own_registry, monkeypatch):

@@ -12,6 +12,7 @@ from django.utils import timezone
 
 from spark_outbox import emit, handler
 from spark_outbox.models import Delivery, OutboxEvent, Pause
+from spark_outbox.operating.glance import glance
 from spark_outbox.store import triaging
 from spark_outbox.worker.loop import Worker
 from tests.tools import HOUR, connect, statuses, wait_until_asleep, worker_thread
@@ -200,6 +201,18 @@ def test_a_database_that_is_too_slow_is_no_error(admin, monkeypatch):
     monkeypatch.setattr("spark_outbox.store.viewing.STATUS", "select pg_sleep(600)")
     for page in ("", "fragment/"):
         assert "did not answer in time" in get(admin, page)
+
+
+@pytest.mark.django_db(transaction=True)
+@pytest.mark.parametrize("role", ["viewer", "operator"])
+def test_each_role_that_sees_events_has_a_dashboard(logins, admin, some_events, fail, role):
+    fail()
+    OutboxEvent.objects.filter(key="fine").update(finished_at=timezone.now())
+    with logins.django(role):
+        shown = [get(admin, page, **kind(), key="fine") for page in PAGES]
+        done = glance(using="default").flows
+    assert tiles(shown[0])["failed"] == "2"
+    assert sum(flow.done for flow in done.minutes) == 1
 
 
 # Triage
