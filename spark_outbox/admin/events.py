@@ -16,7 +16,12 @@ from django.utils.translation import gettext_lazy
 from spark_outbox.admin import acting, documents, searching
 from spark_outbox.admin.asking import ACTIONS, may
 from spark_outbox.admin.base import LookingAdmin, alias
-from spark_outbox.admin.changelist import EventStateFilter, GroupFilter, HandlerFilter
+from spark_outbox.admin.changelist import (
+    EventStateFilter,
+    FingerprintFilter,
+    GroupFilter,
+    HandlerFilter,
+)
 from spark_outbox.dashboard import wording
 from spark_outbox.models import DeliveryStatus, EventStatus, OutboxEvent
 from spark_outbox.operating import lists, look, repair, replay
@@ -40,7 +45,7 @@ def _action(name: str) -> Any:
 @admin.register(OutboxEvent)
 class EventAdmin(LookingAdmin):
     list_display = ("key", "group", "state", "attempts", "emitted", "ended", "error")
-    list_filter = (EventStateFilter, GroupFilter, HandlerFilter)
+    list_filter = (EventStateFilter, GroupFilter, HandlerFilter, FingerprintFilter)
     actions = [_action(name) for name in ACTIONS]
 
     @admin.display(description=gettext_lazy("state"))

@@ -165,6 +165,29 @@ def test_what_fails_without_a_delivery_is_found_by_its_error(admin, own_registry
     assert (listed(html), listed(html, "error")) == (["bad"], ["NotSettled: a trigger"])
 
 
+@pytest.mark.parametrize("root", [EVENTS, DELIVERIES])
+@pytest.mark.parametrize(
+    ("query", "keys"),
+    [
+        ({}, ["b 1", "a 2", "a 1"]),
+        ({"handler": "h"}, ["a 2", "a 1"]),
+        ({"q": "a 1"}, ["a 1"]),
+        ({"q": "a"}, ["a 2", "a 1"]),
+        ({"q": "c 1"}, []),
+        ({"q": "error:no 2"}, ["b 1"]),
+        ({"state": "failed", "group": "order"}, ["b 1", "a 2", "a 1"]),
+        ({"state": "pending"}, []),
+    ],
+)
+def test_events_and_deliveries_are_found_by_the_kind_of_error(admin, fail, root, query, keys):
+    fail("a", handler="h", error="Error: no 1", number=2)
+    fail("b", handler="i", error="Error: no 2")
+    fail("c", handler="h", error="Error: no")
+    fail("d", handler="h", error="Error: no 1")
+    Delivery.objects.filter(event__key="d 1").update(status="done")  # its error is a former one
+    assert found(admin, root=root, fingerprint="Error: no #", **query) == keys
+
+
 def test_a_sample_that_is_not_all_says_so(admin, own_registry, monkeypatch, fail):
     monkeypatch.setattr("spark_outbox.store.listing.LOOKED_AT", 100)
     fail(number=120)

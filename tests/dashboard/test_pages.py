@@ -447,3 +447,35 @@ def test_a_kind_leads_to_its_events_in_the_admin(admin, fail):
     assert "key 1" in event.text
     for link in re.findall(r'href="([^"]*outboxevent[^"]*)"', get(admin)):
         assert admin.get(unescape(link)).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("error", "fingerprint"),
+    [
+        ("RuntimeError: tool said error: 17", "RuntimeError: tool said error: #"),
+        ("17", "#"),
+        ("'17'", "*"),
+        ("key:a handler:b state:c", "key:a handler:b state:c"),
+        (" ошибка", " "),
+        ("нет", ""),
+    ],
+)
+def test_to_select_all_events_of_a_kind_takes_exactly_these(admin, fail, error, fingerprint):
+    fail("of kind", error=error, number=2)
+    others = ("ValueError: no", "error: 17", "RuntimeError: tool said error: 17 not", "17 '17'", "-")
+    for number, other in enumerate(others):
+        fail(f"other {number}", error=other)
+    fail("handler", error=error, handler="shop.other")
+    html = get(admin, "triage/kind/", **kind(fingerprint=fingerprint))
+    url = unescape(re.search(r'href="([^"]*)">All of them in the list of events</a>', html)[1])
+    listed = admin.get(url)
+    assert "2 found." in listed.text
+    chosen = listed.text.rpartition("kind of error")[2]
+    without = re.search(r'href="([^"]*)"[^>]*>All</a>\s*</li>\s*<li class="selected', chosen)[1]
+    assert "handler=shop.mail" in without
+    assert "fingerprint" not in without
+    asked = admin.post(url, {"action": "discard", "index": "0", "select_across": "1"}).text
+    ids = re.search(r'name="ids" value="([^"]*)"', asked)[1]
+    admin.post("/admin/spark_outbox/outboxevent/discard/", {"ids": ids, "why": "so"})
+    discarded = {key for key, state in statuses().items() if state == "discarded"}
+    assert discarded == {"of kind 1", "of kind 2"}
