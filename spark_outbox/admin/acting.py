@@ -230,9 +230,9 @@ def _rehearse(admin: "EventAdmin", request: HttpRequest, asked: Asked) -> HttpRe
     if asked.handler is None:
         raise PermissionDenied
     ids = [event["id"] for event in events]
+    _log(request, events, _entry(asked))  # first: its mails are real, and it may end this process
     limit = patience.MILLISECONDS
     done = replay.rehearse_ids(asked.handler, ids, milliseconds=limit, using=alias())
-    _log(request, events, _entry(asked))
     return admin.answer(request, "rehearsed", _rehearsed(asked, done))
 
 

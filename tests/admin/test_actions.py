@@ -1,5 +1,7 @@
 """Retry, discard, replay and rehearse: who may, what is asked, and what is done."""
 
+from asyncio import CancelledError
+
 import pytest
 from django.contrib.admin import site
 from django.contrib.admin.models import LogEntry
@@ -300,6 +302,33 @@ def test_a_rehearsal_shows_tracebacks(admin, past):
     assert "Traceback (most recent call last)" in text
     assert status("order_1") == "failed"
     assert not Handled.objects.exists()
+
+
+@pytest.mark.parametrize("error", [SystemExit, CancelledError, GeneratorExit])
+def test_whatever_a_handler_raises_is_reported(admin, past, own_registry, error):
+    def leave(event):
+        Handled.objects.create(key=event.key, handler="leave")
+        raise error("enough")
+
+    own_registry.add_handler(leave, group="^order$", name="shop.leave")
+    text = post(admin, "rehearse", handler="shop.leave")
+    assert "It failed on 2." in text
+    assert "enough" in text
+    assert not Handled.objects.exists()
+    assert [entry[:2] for entry in log()] == [
+        ("order_1", "Rehearsed with shop.leave."),
+        ("order_2", "Rehearsed with shop.leave."),
+    ]
+
+
+def test_a_rehearsal_is_logged_even_if_it_ends_the_request(admin, past, own_registry):
+    def interrupt(event):
+        raise KeyboardInterrupt
+
+    own_registry.add_handler(interrupt, group="^order$", name="shop.interrupt")
+    with pytest.raises(KeyboardInterrupt):
+        post(admin, "rehearse", "order_1", handler="shop.interrupt")
+    assert log() == [("order_1", "Rehearsed with shop.interrupt.", "boss")]
 
 
 def test_a_rehearsal_takes_a_few_events(admin, past, monkeypatch):
