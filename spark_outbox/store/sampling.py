@@ -66,12 +66,17 @@ def of_state(state: str, group: str, most: int) -> str:
     )"""
 
 
+# In the order of a language, other keys stand among those of a prefix. The key gives its collation.
+_IN_ORDER_OF_LANGUAGE = "left(key, 0) || 'B' > 'a'"
+
+
 def with_prefix(most: int) -> str:
     """Return a source of the events whose keys come first from the prefix on, and of the latest: there
     may be more of them than are read."""
     by_key = f"{EVENTS} where key >= %(prefix)s order by key"
     latest = piece(f"{EVENTS} order by id desc", most // 2, more="false")
-    return f"{piece(by_key, most // 2, more='starts_with(key, %(prefix)s)')} union all {latest}"
+    more = f"(starts_with(key, %(prefix)s) or {_IN_ORDER_OF_LANGUAGE})"
+    return f"{piece(by_key, most // 2, more=more)} union all {latest}"
 
 
 DELIVERY = "id, event_id, handler, status, attempts, available_at, attempted_at, duration, worker, error"

@@ -3,6 +3,7 @@
 import re
 
 import pytest
+from django.db import connection
 from django.test import Client
 
 from spark_outbox import emit, handler
@@ -197,6 +198,29 @@ def test_a_sample_that_is_not_all_says_so(admin, own_registry, monkeypatch, fail
     assert found(admin, "key 7") == ["key 7"]
     assert "Only 100 were looked at" in words(get(admin, q="key*"))
     assert "Only" not in words(get(admin, q="key 12*"))
+
+
+@pytest.mark.parametrize(("collation", "says_more"), [("C", False), ("en-x-icu", True)])
+def test_in_the_order_of_a_language_a_full_piece_is_not_all(
+    admin, monkeypatch, fail, collation, says_more
+):
+    """There `aa` comes after `A`, and before `Ab`."""
+    with connection.cursor() as cursor:
+        cursor.execute("select from pg_collation where collname = %s", [collation])
+        if cursor.fetchone() is None:
+            pytest.skip("the server has no collations of languages")
+        cursor.execute(
+            f'create temp view spark_outbox_events as select id, key collate "{collation}" as key, '
+            "event_group, status, attempts, available_at, ordering_key, created_at, finished_at, "
+            "last_error, digest is not null as is_pruned from spark_outbox_event"
+        )
+    monkeypatch.setattr("spark_outbox.store.listing.LOOKED_AT", 20)
+    fail("Ab")
+    fail("aa", number=12)
+    fail("b", number=15)
+    text = words(get(admin, q="A"))
+    assert ("0 found. Only 20 were looked at" in text) == says_more
+    assert ("1 found." in text) != says_more
 
 
 def test_pruned_events_are_found_by_their_keys(admin, own_registry):
