@@ -195,9 +195,9 @@ def deliveries_sql(wanted: Wanted, where: Range) -> Query:
         events = sampling.with_prefix(LOOKED_AT // 2)
         source = f"""
             select {", ".join(f"its.{name}" for name in sampling.DELIVERY.split(", "))}, event.is_cut
-            from ({events}) as event cross join lateral (
+            from ({events}) as event left join lateral (
                 {sampling.DELIVERIES} where event_id = event.id limit 20
-            ) as its where starts_with(event.key, %(prefix)s)
+            ) as its on starts_with(event.key, %(prefix)s)
         """
     elif wanted.fingerprint is not None:
         source = sampling.of_kind(wanted.handler, LOOKED_AT // 2)
