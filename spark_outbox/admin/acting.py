@@ -18,7 +18,7 @@ from django.urls import reverse
 from django.utils.translation import gettext as _
 from django.utils.translation import ngettext
 
-from spark_outbox.admin.asking import Action, Asked, may
+from spark_outbox.admin.asking import ACTIONS, Action, Asked, may
 from spark_outbox.admin.base import alias
 from spark_outbox.admin.searching import number
 from spark_outbox.dashboard import wording
@@ -44,6 +44,13 @@ def address(admin: "EventAdmin", action: Action, event_id: int | None = None) ->
     name = f"admin:spark_outbox_outboxevent_{action.name}"
     url = reverse(name, current_app=admin.admin_site.name)
     return url if event_id is None else f"{url}?ids={event_id}"
+
+
+def possible(*, using: str) -> set[str]:
+    """Return what can be done here, by the role that the database knows this session by."""
+    if not repair.is_possible(using=using):
+        return set()
+    return set(ACTIONS) if replay.can_rehearse(using=using) else set(ACTIONS) - {"rehearse"}
 
 
 def back(admin: "EventAdmin", query: str = "") -> HttpResponse:
@@ -108,10 +115,12 @@ def _allowed(admin: "EventAdmin", request: HttpRequest, action: Action) -> Itera
     if not may(request, action.name):
         raise PermissionDenied
     with in_time(using=alias()):
-        if repair.is_possible(using=alias()):
+        if action.name in possible(using=alias()):
             yield None
         else:
             problem = _("This database can only be read here.")
+            if repair.is_possible(using=alias()):
+                problem = _("The role of this database connection may not read payloads.")
             context = {"title": action.label, "problem": problem}
             yield admin.answer(request, "problem", context, status=403)
 
@@ -221,9 +230,9 @@ def _rehearse(admin: "EventAdmin", request: HttpRequest, asked: Asked) -> HttpRe
     if asked.handler is None:
         raise PermissionDenied
     ids = [event["id"] for event in events]
+    _log(request, events, _entry(asked))  # first: its mails are real, and it may end this process
     limit = patience.MILLISECONDS
     done = replay.rehearse_ids(asked.handler, ids, milliseconds=limit, using=alias())
-    _log(request, events, _entry(asked))
     return admin.answer(request, "rehearsed", _rehearsed(asked, done))
 
 

@@ -116,3 +116,14 @@ class HandlerFilter(_Filter):
 
     def lookups(self, request: HttpRequest, model_admin: Any) -> list[tuple[str, str]]:
         return self.choice(sorted(handler.name for handler in registry.handlers))
+
+
+class FingerprintFilter(_Filter):
+    """The kind of error that a link asks for: the filter is there to take it away again."""
+
+    title = gettext_lazy("kind of error")
+    parameter_name = "fingerprint"
+
+    def lookups(self, request: HttpRequest, model_admin: Any) -> list[tuple[str, str]]:
+        chosen = self.used_parameters.get(self.parameter_name)
+        return [] if chosen is None else [(chosen, chosen or "-")]

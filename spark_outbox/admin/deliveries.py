@@ -10,7 +10,12 @@ from django.utils.translation import gettext_lazy
 
 from spark_outbox.admin import searching
 from spark_outbox.admin.base import LookingAdmin, alias
-from spark_outbox.admin.changelist import DeliveryStateFilter, GroupFilter, HandlerFilter
+from spark_outbox.admin.changelist import (
+    DeliveryStateFilter,
+    FingerprintFilter,
+    GroupFilter,
+    HandlerFilter,
+)
 from spark_outbox.admin.events import delivery_shown
 from spark_outbox.dashboard.links import Links
 from spark_outbox.models import Delivery, DeliveryStatus
@@ -32,7 +37,7 @@ def _column(name: str, label: Any) -> Any:
 @admin.register(Delivery)
 class DeliveryAdmin(LookingAdmin):
     list_display = ("of", "key", "group", "state", "tries", "problem", "attempted", "took", "by")
-    list_filter = (DeliveryStateFilter, GroupFilter, HandlerFilter)
+    list_filter = (DeliveryStateFilter, GroupFilter, HandlerFilter, FingerprintFilter)
     actions = None
 
     of = _column("name", gettext_lazy("handler"))

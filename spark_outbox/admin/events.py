@@ -16,10 +16,15 @@ from django.utils.translation import gettext_lazy
 from spark_outbox.admin import acting, documents, searching
 from spark_outbox.admin.asking import ACTIONS, may
 from spark_outbox.admin.base import LookingAdmin, alias
-from spark_outbox.admin.changelist import EventStateFilter, GroupFilter, HandlerFilter
+from spark_outbox.admin.changelist import (
+    EventStateFilter,
+    FingerprintFilter,
+    GroupFilter,
+    HandlerFilter,
+)
 from spark_outbox.dashboard import wording
 from spark_outbox.models import DeliveryStatus, EventStatus, OutboxEvent
-from spark_outbox.operating import lists, look, repair
+from spark_outbox.operating import lists, look, repair, replay
 from spark_outbox.operating.lists import Page
 from spark_outbox.operating.patience import TooSlow, in_time
 from spark_outbox.store.listing import Wanted
@@ -40,7 +45,7 @@ def _action(name: str) -> Any:
 @admin.register(OutboxEvent)
 class EventAdmin(LookingAdmin):
     list_display = ("key", "group", "state", "attempts", "emitted", "ended", "error")
-    list_filter = (EventStateFilter, GroupFilter, HandlerFilter)
+    list_filter = (EventStateFilter, GroupFilter, HandlerFilter, FingerprintFilter)
     actions = [_action(name) for name in ACTIONS]
 
     @admin.display(description=gettext_lazy("state"))
@@ -119,7 +124,7 @@ class EventAdmin(LookingAdmin):
         return may(request, "replay")
 
     def has_rehearse_permission(self, request: HttpRequest) -> bool:
-        return may(request, "rehearse")
+        return may(request, "rehearse") and replay.can_rehearse(using=alias())
 
     def get_urls(self) -> list[URLPattern]:
         view = self.admin_site.admin_view
@@ -153,13 +158,13 @@ class EventAdmin(LookingAdmin):
         try:
             with in_time(using=alias()):
                 event = self._event(request, object_id)
-                is_possible = repair.is_possible(using=alias())
+                possible = acting.possible(using=alias())
         except TooSlow:
             return self.too_slow(request)
         actions = [
             {"label": action.label, "url": acting.address(self, action, event["id"])}
             for action in ACTIONS.values()
-            if is_possible and may(request, action.name) and action.fits(event)
+            if action.name in possible and may(request, action.name) and action.fits(event)
         ]
         find = documents.finder(request, self.admin_site)
         context = {

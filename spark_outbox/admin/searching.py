@@ -28,7 +28,8 @@ def wanted(asked: QueryDict, *, states: Collection[str]) -> Wanted:
     found |= {name: value.strip() for name, value in zip(terms[::2], terms[1::2], strict=True)}
     if found["state"] not in states:
         found["state"] = ""
-    return Wanted(**found)
+    fingerprint = _text(asked, "fingerprint") if "fingerprint" in asked else None
+    return Wanted(**found, fingerprint=fingerprint)
 
 
 def place(asked: QueryDict) -> Range:

@@ -112,14 +112,9 @@ def kind(of: Kind, allowed: list[str], links: Links, *, using: str) -> dict[str,
         **found,
         "kind": of,
         "count": wording.number(found["failed"], is_bounded=found["is_bounded"]),
-        "events": links.events(state="failed", handler=of.handler, q=f"error:{_part(of.fingerprint)}"),
+        "events": links.events(state="failed", **of._asdict()),
         **{name: links.of_kind(name, of) for name in allowed if found["failed"] or found["is_bounded"]},
     }
-
-
-def _part(fingerprint: str) -> str:
-    """Return the longest part that all errors of this kind have as it is."""
-    return max(re.split(r"[*#]+", fingerprint), key=len).strip()
 
 
 def preview(action: str, of: Kind, *, using: str) -> dict[str, Any]:

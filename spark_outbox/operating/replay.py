@@ -98,6 +98,11 @@ def replay_ids(handler: Handler, ids: list[int], *, using: str) -> list[int]:
     return locked
 
 
+def can_rehearse(*, using: str) -> bool:
+    """Return whether this session may read what handlers are called with."""
+    return replaying.can_read_documents(using=using)
+
+
 @dataclass(slots=True)
 class Rehearsal:
     """The result of a rehearsal."""
@@ -162,7 +167,9 @@ def _rehearse(handler: Handler, ids: list[int], done: Rehearsal, using: str) -> 
                 event.check()
                 copy_context().run(handler.call, event if handler.batch is None else [event])
                 isolation.end()
-            except Exception:  # noqa: BLE001, a rehearsal reports it
+            except KeyboardInterrupt:  # somebody ends the command
+                raise
+            except BaseException:  # noqa: BLE001, whatever the handler raises is reported
                 done.failures.append((event.key, traceback.format_exc()))
                 isolation.undo()
 

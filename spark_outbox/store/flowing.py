@@ -1,7 +1,8 @@
 """How many events come and go, by minute and by hour: counted up to a bound, and estimated above it.
 
 Events come in the order of their ids, nearly: so a search by halves through the primary key finds where
-each minute began. When events were done is read off the index of those. No row is written for any of it.
+each minute began. When events were done is read off the index of those, through the view, which a role
+that only looks may read. No row is written for any of it.
 """
 
 from spark_outbox.store.viewing import Row, rows
@@ -64,13 +65,13 @@ where seen > 0
 _DONE_GROUPS = f"""
 done_group (event_group) as (
     (
-        select event_group from spark_outbox_event where status = 'done' and digest is null
+        select event_group from spark_outbox_events where status = 'done' and not is_pruned
         order by event_group limit 1
     )
     union all
     select following.event_group from done_group cross join lateral (
-        select event.event_group from spark_outbox_event as event
-        where event.status = 'done' and event.digest is null
+        select event.event_group from spark_outbox_events as event
+        where event.status = 'done' and not event.is_pruned
             and event.event_group > done_group.event_group
         order by event.event_group limit 1
     ) as following
@@ -78,8 +79,8 @@ done_group (event_group) as (
 latest as materialized (
     select event_group, finished_at
     from (select * from done_group limit 1000) as named cross join lateral (
-        select event.finished_at from spark_outbox_event as event
-        where event.status = 'done' and event.digest is null and event.event_group = named.event_group
+        select event.finished_at from spark_outbox_events as event
+        where event.status = 'done' and not event.is_pruned and event.event_group = named.event_group
             and event.finished_at < 'infinity'
         order by event.finished_at desc limit 1
     ) as of_it
@@ -106,8 +107,8 @@ cross join latest cross join sample cross join lateral (
     select count(*) as seen, count(*) filter (where finished_at < last_at) as whole, max(last_at) as last
     from (
         select finished_at, max(finished_at) over () as last_at from (
-            select event.finished_at from spark_outbox_event as event
-            where event.status = 'done' and event.digest is null
+            select event.finished_at from spark_outbox_events as event
+            where event.status = 'done' and not event.is_pruned
                 and event.event_group = latest.event_group
                 and event.finished_at > bucket.start and event.finished_at <= bucket.at
             order by event.finished_at limit (select size from sample)
@@ -127,8 +128,8 @@ select
 from latest cross join sample cross join lateral (
     select extract(epoch from event.finished_at - greatest(event.created_at, event.available_at))::float
         as seconds
-    from spark_outbox_event as event
-    where event.status = 'done' and event.digest is null and event.event_group = latest.event_group
+    from spark_outbox_events as event
+    where event.status = 'done' and not event.is_pruned and event.event_group = latest.event_group
         and event.finished_at > statement_timestamp() - interval '1 hour'
         and event.finished_at < 'infinity'
         and isfinite(event.created_at) and (event.available_at is null or isfinite(event.available_at))

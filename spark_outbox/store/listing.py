@@ -38,6 +38,8 @@ class Wanted:
     """All of its name. Of the events it finds those that this handler fails on or runs on."""
     error: str = ""
     """A part of its text, in any case."""
+    fingerprint: str | None = None
+    """All of it, and the empty one counts. It finds what fails so, or has failed for good."""
 
 
 class Range(NamedTuple):
@@ -74,7 +76,10 @@ class Query(NamedTuple):
 # `limit 1`, or else it might read all events to join them.
 _ITS_EVENT = f"({sampling.EVENTS} where id = {{id}} limit 1)"
 
-_HAS_ERROR = "(%(error)s = '' or position(lower(%(error)s) in lower(error)) > 0)"
+_HAS_ERROR = f"""
+    (%(error)s = '' or position(lower(%(error)s) in lower(delivery.error)) > 0)
+    and (%(fingerprint)s::text is null or {sampling.OF_KIND})
+"""
 
 _EVENT_FITS = """
     (%(group)s = '' or event_group = %(group)s)
@@ -84,8 +89,8 @@ _EVENT_FITS = """
 # No `exists`: PostgreSQL might read all deliveries to hash them.
 _EVENT_MATCHES = f"""
     {_EVENT_FITS} and (%(state)s = '' or status = %(state)s and not is_pruned)
-    and (%(handler)s = '' and %(error)s = ''
-        or %(handler)s = '' and position(lower(%(error)s) in lower(last_error)) > 0
+    and (%(handler)s = '' and %(fingerprint)s::text is null
+            and (%(error)s = '' or position(lower(%(error)s) in lower(last_error)) > 0)
         or (
             select true from spark_outbox_delivery as delivery
             where delivery.event_id = event.id and {_HAS_ERROR}
@@ -96,7 +101,8 @@ _EVENT_MATCHES = f"""
 """
 
 _EVENTS_OF_DELIVERIES = f"""
-    select event.* from (select distinct event_id from looked where {_HAS_ERROR}) as failing
+    select event.*
+    from (select distinct event_id from looked as delivery where {_HAS_ERROR}) as failing
     cross join lateral {_ITS_EVENT.format(id="failing.event_id")} as event
 """
 
@@ -111,7 +117,7 @@ _MATCHING_DELIVERIES = f"""
         delivery.id, delivery.event_id, handler, delivery.status, delivery.attempts,
         delivery.available_at, attempted_at, duration, worker, error, event.key, event.event_group
     from (
-        select * from looked where {_HAS_ERROR}
+        select * from looked as delivery where {_HAS_ERROR}
             and (%(state)s = '' or status = %(state)s) and (%(handler)s = '' or handler = %(handler)s)
     ) as delivery
     cross join lateral {_ITS_EVENT.format(id="delivery.event_id")} as event
@@ -154,6 +160,8 @@ def events_sql(wanted: Wanted, where: Range) -> Query:
         source = sampling.piece(f"{sampling.EVENTS} where key = %(key)s", 2)
     elif wanted.prefix:
         source = sampling.with_prefix(LOOKED_AT)
+    elif wanted.fingerprint is not None:
+        source, candidates = sampling.of_kind(wanted.handler, LOOKED_AT // 2), _EVENTS_OF_DELIVERIES
     elif wanted.handler or wanted.error:
         sources = [sampling.failing(wanted.handler, LOOKED_AT // 2), sampling.running(LOOKED_AT // 10)]
         source, candidates = " union all ".join(sources), _EVENTS_OF_DELIVERIES
@@ -187,19 +195,17 @@ def deliveries_sql(wanted: Wanted, where: Range) -> Query:
         events = sampling.with_prefix(LOOKED_AT // 2)
         source = f"""
             select {", ".join(f"its.{name}" for name in sampling.DELIVERY.split(", "))}, event.is_cut
-            from ({events}) as event cross join lateral (
+            from ({events}) as event left join lateral (
                 {sampling.DELIVERIES} where event_id = event.id limit 20
-            ) as its where starts_with(event.key, %(prefix)s)
+            ) as its on starts_with(event.key, %(prefix)s)
         """
+    elif wanted.fingerprint is not None:
+        source = sampling.of_kind(wanted.handler, LOOKED_AT // 2)
     else:
-        sources = [
-            sampling.failing(wanted.handler, LOOKED_AT // 2),
-            sampling.running(LOOKED_AT // 10),
-            sampling.piece(f"{sampling.DELIVERIES} order by id desc", LOOKED_AT // 5),
-        ]
-        source = " union all ".join(sources)
-    sql = _list(source, _MATCHING_DELIVERIES, _DELIVERY_SHOWN, where)
-    return Query(sql, wanted != Wanted())
+        sources = [sampling.failing(wanted.handler, LOOKED_AT // 2), sampling.running(LOOKED_AT // 10)]
+        latest = sampling.piece(f"{sampling.DELIVERIES} order by id desc", LOOKED_AT // 5)
+        source = " union all ".join([*sources, latest])
+    return Query(_list(source, _MATCHING_DELIVERIES, _DELIVERY_SHOWN, where), wanted != Wanted())
 
 
 def _list(source: str, matching: str, shown: str, where: Range) -> str:
@@ -215,16 +221,15 @@ def _in_range(source: str, where: Range) -> str:
     return sampling.piece(ids, "%(limit)s")
 
 
-def params(wanted: Wanted, where: Range, size: int) -> dict[str, str | int]:
+def params(wanted: Wanted, where: Range, size: int) -> dict[str, str | int | None]:
     return {**asdict(wanted), **where.params, "limit": size + 1}
 
 
 def _found(query: Query, wanted: Wanted, where: Range, *, size: int, using: str) -> Found:
-    sql, is_sample = query
     execute(IN_ORDER, using=using)
-    (found,) = rows(sql, params(wanted, where, size), using=using)
-    looked_at = found["looked_at"] if is_sample and found["is_cut"] else 0
-    return Found(found["found"], found["number"], looked_at, is_sample)
+    (found,) = rows(query.sql, params(wanted, where, size), using=using)
+    looked_at = found["looked_at"] if query.is_sample and found["is_cut"] else 0
+    return Found(found["found"], found["number"], looked_at, query.is_sample)
 
 
 # By id, and what else the pages need
@@ -259,8 +264,7 @@ def has_key(key: str, *, using: str) -> bool:
 
 
 def delivery_by_id(delivery_id: int, *, using: str) -> Row | None:
-    found = rows(DELIVERY_BY_ID, {"id": delivery_id}, using=using)
-    return found[0] if found else None
+    return next(iter(rows(DELIVERY_BY_ID, {"id": delivery_id}, using=using)), None)
 
 
 # Those of events that have ended, and of the latest: of what is pending there is no index by group.

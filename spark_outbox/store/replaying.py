@@ -12,15 +12,16 @@ where status = 'done' and digest is null and id > %(last)s
 order by id limit %(limit)s
 """
 
-LOCK_DONE = """
-select id from spark_outbox_event
-where id = any(%s) and status = 'done' and digest is null
-for no key update skip locked
-"""
+LOCK_DONE = "select unnest(spark_outbox_lock(%s::bigint[], '{done}'))"
 
 STATES_OF_KEYS = """
 select key, event_group, case when digest is null then status else 'pruned' end, created_at
 from spark_outbox_event where key = any(%s)
+"""
+
+MAY_READ = """
+select has_column_privilege('spark_outbox_event', 'payload', 'select')
+    and has_column_privilege('spark_outbox_event', 'headers', 'select')
 """
 
 # What spark_replay() does as well.
@@ -53,6 +54,11 @@ def lock_done(ids: list[int], *, using: str) -> list[int]:
 def owe_again(ids: list[int], handler: str, *, using: str) -> int:
     """Reopen done events for one handler, and no other; return how many."""
     return int(fetch_value(OWE_AGAIN, [ids, handler], using=using))
+
+
+def can_read_documents(*, using: str) -> bool:
+    """Return whether this role may read payloads and headers."""
+    return bool(fetch_value(MAY_READ, using=using))
 
 
 def rows_written(*, using: str) -> dict[str, int]:

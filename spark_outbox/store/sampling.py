@@ -66,12 +66,17 @@ def of_state(state: str, group: str, most: int) -> str:
     )"""
 
 
+# In the order of a language, other keys stand among those of a prefix. The key gives its collation.
+_IN_ORDER_OF_LANGUAGE = "left(key, 0) || 'B' > 'a'"
+
+
 def with_prefix(most: int) -> str:
     """Return a source of the events whose keys come first from the prefix on, and of the latest: there
     may be more of them than are read."""
     by_key = f"{EVENTS} where key >= %(prefix)s order by key"
     latest = piece(f"{EVENTS} order by id desc", most // 2, more="false")
-    return f"{piece(by_key, most // 2, more='starts_with(key, %(prefix)s)')} union all {latest}"
+    more = f"(starts_with(key, %(prefix)s) or {_IN_ORDER_OF_LANGUAGE})"
+    return f"{piece(by_key, most // 2, more=more)} union all {latest}"
 
 
 DELIVERY = "id, event_id, handler, status, attempts, available_at, attempted_at, duration, worker, error"
@@ -79,13 +84,44 @@ DELIVERY = "id, event_id, handler, status, attempts, available_at, attempted_at,
 DELIVERIES = f"select {DELIVERY} from spark_outbox_delivery as delivery"
 
 
+_FAILS = "delivery.status in ('pending', 'failed') and delivery.error <> ''"
+
+OF_KIND = f"{_FAILS} and spark_outbox_fingerprint(delivery.error) = %(fingerprint)s::text"
+
+
+def of_kind(handler: str, most: int) -> str:
+    """Return a source of deliveries that failed last with this fingerprint: the same share of each
+    handler."""
+    if handler:
+        of_it = f"{DELIVERIES} where {OF_KIND} and delivery.handler = %(handler)s"
+        return piece(f"{of_it} order by attempted_at desc", most)
+    of_each = piece(
+        f"{DELIVERIES} where {OF_KIND} and delivery.handler = named.handler order by attempted_at desc",
+        _SIZE,
+    )
+    return f"""(
+        with recursive failing (handler) as (
+            (
+                select handler from spark_outbox_delivery as delivery
+                where {_FAILS} order by handler limit 1
+            )
+            union all
+            select following.handler from failing cross join lateral (
+                select delivery.handler from spark_outbox_delivery as delivery
+                where {_FAILS} and delivery.handler > failing.handler
+                order by delivery.handler limit 1
+            ) as following
+        ), {_SHARE.format(kinds="failing", most=most)}
+        select latest.* from named cross join lateral {of_each} as latest
+    )"""
+
+
 def failing(handler: str, most: int) -> str:
     """Return a source of deliveries that failed last: the same share of each kind of failure."""
-    fails = "delivery.status in ('pending', 'failed') and delivery.error <> ''"
-    of_handler = f"{fails} and delivery.handler = %(handler)s" if handler else fails
+    of_handler = f"{_FAILS} and delivery.handler = %(handler)s" if handler else _FAILS
     of_each = piece(
         f"""{DELIVERIES}
-        where {fails} and delivery.handler = named.handler
+        where {_FAILS} and delivery.handler = named.handler
             and spark_outbox_fingerprint(delivery.error) = named.fingerprint
         order by attempted_at desc""",
         _SIZE,

@@ -1,5 +1,7 @@
 """Retry, discard, replay and rehearse: who may, what is asked, and what is done."""
 
+from asyncio import CancelledError
+
 import pytest
 from django.contrib.admin import site
 from django.contrib.admin.models import LogEntry
@@ -22,7 +24,7 @@ NAMES = ("retry", "discard", "replay", "rehearse")
 
 def ids(*keys):
     found = OutboxEvent.objects.filter(key__in=keys) if keys else OutboxEvent.objects.all()
-    return ",".join(str(event.id) for event in found.order_by("id"))
+    return ",".join(map(str, found.order_by("id").values_list("id", flat=True)))
 
 
 def post(client, name, *keys, **fields):
@@ -302,6 +304,33 @@ def test_a_rehearsal_shows_tracebacks(admin, past):
     assert not Handled.objects.exists()
 
 
+@pytest.mark.parametrize("error", [SystemExit, CancelledError, GeneratorExit])
+def test_whatever_a_handler_raises_is_reported(admin, past, own_registry, error):
+    def leave(event):
+        Handled.objects.create(key=event.key, handler="leave")
+        raise error("enough")
+
+    own_registry.add_handler(leave, group="^order$", name="shop.leave")
+    text = post(admin, "rehearse", handler="shop.leave")
+    assert "It failed on 2." in text
+    assert "enough" in text
+    assert not Handled.objects.exists()
+    assert [entry[:2] for entry in log()] == [
+        ("order_1", "Rehearsed with shop.leave."),
+        ("order_2", "Rehearsed with shop.leave."),
+    ]
+
+
+def test_a_rehearsal_is_logged_even_if_it_ends_the_request(admin, past, own_registry):
+    def interrupt(event):
+        raise KeyboardInterrupt
+
+    own_registry.add_handler(interrupt, group="^order$", name="shop.interrupt")
+    with pytest.raises(KeyboardInterrupt):
+        post(admin, "rehearse", "order_1", handler="shop.interrupt")
+    assert log() == [("order_1", "Rehearsed with shop.interrupt.", "boss")]
+
+
 def test_a_rehearsal_takes_a_few_events(admin, past, monkeypatch):
     monkeypatch.setattr("spark_outbox.admin.acting.REHEARSED", 1)
     assert "with the first 1 events" in words(get(admin, "rehearse/", ids=ids()))
@@ -325,6 +354,32 @@ def test_a_role_that_only_looks_sees_no_payload_and_is_offered_nothing(logins, f
     assert "ValueError: no" in shown
     assert not any(f"{name.capitalize()}…" in shown for name in NAMES)
     assert refused.status_code == 403
+
+
+@pytest.mark.django_db(transaction=True)
+def test_an_operator_s_role_can_do_all_but_rehearse(logins, admin, past, fail):
+    fail(number=2)
+    OutboxEvent.objects.filter(key="key 1").update(status="unhandled")
+    with logins.django("operator"):
+        shown = get(admin)
+        event = get(admin, f"{ids('order_1')}/change/")
+        assert "1 event is retried." in post(admin, "retry", "key 1")
+        assert "1 event is discarded." in post(admin, "discard", "key 2", why="so")
+        assert "2 events are replayed." in post(admin, "replay", handler="shop.note")
+        refused = admin.post(f"{EVENTS}rehearse/", {"ids": ids("order_1"), "handler": "shop.note"})
+    assert [name for name in NAMES if f'value="{name}"' in shown] == ["retry", "discard", "replay"]
+    assert "replay/" in event
+    assert "rehearse/" not in event
+    assert refused.status_code == 403
+    assert "may not read payloads" in refused.text
+    assert statuses() == {
+        "order_1": "pending",
+        "order_2": "pending",
+        "other_1": "done",
+        "key 1": "pending",
+        "key 2": "discarded",
+    }
+    assert len(log()) == 4
 
 
 def test_a_slow_query_of_a_rehearsal_is_its_failure(admin, own_registry, monkeypatch):

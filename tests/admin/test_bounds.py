@@ -48,6 +48,9 @@ WANTED = {
     "handler": (Wanted(handler="handler 1"), 70_000),
     "error": (Wanted(error="Error: y"), 70_000),
     "no error": (Wanted(error="nowhere"), 70_000),
+    "kind": (Wanted(handler="handler 1", fingerprint="Error: y", state="failed"), 70_000),
+    "kind of any handler": (Wanted(fingerprint="Error: y"), 70_000),
+    "no kind": (Wanted(fingerprint=""), 200),
 }
 
 

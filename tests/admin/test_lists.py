@@ -167,6 +167,29 @@ def test_what_fails_without_a_delivery_is_found_by_its_error(admin, own_registry
     assert (listed(html), listed(html, "error")) == (["bad"], ["NotSettled: a trigger"])
 
 
+@pytest.mark.parametrize("root", [EVENTS, DELIVERIES])
+@pytest.mark.parametrize(
+    ("query", "keys"),
+    [
+        ({}, ["b 1", "a 2", "a 1"]),
+        ({"handler": "h"}, ["a 2", "a 1"]),
+        ({"q": "a 1"}, ["a 1"]),
+        ({"q": "a"}, ["a 2", "a 1"]),
+        ({"q": "c 1"}, []),
+        ({"q": "error:no 2"}, ["b 1"]),
+        ({"state": "failed", "group": "order"}, ["b 1", "a 2", "a 1"]),
+        ({"state": "pending"}, []),
+    ],
+)
+def test_events_and_deliveries_are_found_by_the_kind_of_error(admin, fail, root, query, keys):
+    fail("a", handler="h", error="Error: no 1", number=2)
+    fail("b", handler="i", error="Error: no 2")
+    fail("c", handler="h", error="Error: no")
+    fail("d", handler="h", error="Error: no 1")
+    Delivery.objects.filter(event__key="d 1").update(status="done")  # its error is a former one
+    assert found(admin, root=root, fingerprint="Error: no #", **query) == keys
+
+
 def test_a_sample_that_is_not_all_says_so(admin, own_registry, monkeypatch, fail):
     monkeypatch.setattr("spark_outbox.store.listing.LOOKED_AT", 100)
     fail(number=120)
@@ -176,6 +199,30 @@ def test_a_sample_that_is_not_all_says_so(admin, own_registry, monkeypatch, fail
     assert found(admin, "key 7") == ["key 7"]
     assert "Only 100 were looked at" in words(get(admin, q="key*"))
     assert "Only" not in words(get(admin, q="key 12*"))
+
+
+@pytest.mark.parametrize(("collation", "says_more"), [("C", False), ("en-x-icu", True)])
+def test_in_the_order_of_a_language_a_full_piece_is_not_all(
+    admin, monkeypatch, fail, collation, says_more
+):
+    """There `aa` comes after `A`, and before `Ab`."""
+    with connection.cursor() as cursor:
+        cursor.execute("select from pg_collation where collname = %s", [collation])
+        if cursor.fetchone() is None:
+            pytest.skip("the server has no collations of languages")
+        cursor.execute(
+            f'create temp view spark_outbox_events as select id, key collate "{collation}" as key, '
+            "event_group, status, attempts, available_at, ordering_key, created_at, finished_at, "
+            "last_error, digest is not null as is_pruned from spark_outbox_event"
+        )
+    monkeypatch.setattr("spark_outbox.store.listing.LOOKED_AT", 20)
+    fail("Ab")
+    fail("aa", number=12)
+    fail("b", number=15)
+    for root in (EVENTS, DELIVERIES):
+        text = words(get(admin, root=root, q="A"))
+        assert ("0 found. Only" in text) == says_more
+        assert ("1 found." in text) != says_more
 
 
 def test_pruned_events_are_found_by_their_keys(admin, own_registry):

@@ -8,6 +8,10 @@ from django.contrib.auth.models import Permission, User
 from django.db import connection
 from django.test import Client
 
+from tests.store.conftest import logins
+
+__all__ = ["admin", "fail", "logins", "many_events", "member"]
+
 FAILED = """
 with event as (
     insert into spark_outbox_event (key, event_group, status, attempts, created_at, finished_at)

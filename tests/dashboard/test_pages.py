@@ -12,6 +12,7 @@ from django.utils import timezone
 
 from spark_outbox import emit, handler
 from spark_outbox.models import Delivery, OutboxEvent, Pause
+from spark_outbox.operating.glance import glance
 from spark_outbox.store import triaging
 from spark_outbox.worker.loop import Worker
 from tests.tools import HOUR, connect, statuses, wait_until_asleep, worker_thread
@@ -200,6 +201,18 @@ def test_a_database_that_is_too_slow_is_no_error(admin, monkeypatch):
     monkeypatch.setattr("spark_outbox.store.viewing.STATUS", "select pg_sleep(600)")
     for page in ("", "fragment/"):
         assert "did not answer in time" in get(admin, page)
+
+
+@pytest.mark.django_db(transaction=True)
+@pytest.mark.parametrize("role", ["viewer", "operator"])
+def test_each_role_that_sees_events_has_a_dashboard(logins, admin, some_events, fail, role):
+    fail()
+    OutboxEvent.objects.filter(key="fine").update(finished_at=timezone.now())
+    with logins.django(role):
+        shown = [get(admin, page, **kind(), key="fine") for page in PAGES]
+        done = glance(using="default").flows
+    assert tiles(shown[0])["failed"] == "2"
+    assert sum(flow.done for flow in done.minutes) == 1
 
 
 # Triage
@@ -434,3 +447,35 @@ def test_a_kind_leads_to_its_events_in_the_admin(admin, fail):
     assert "key 1" in event.text
     for link in re.findall(r'href="([^"]*outboxevent[^"]*)"', get(admin)):
         assert admin.get(unescape(link)).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("error", "fingerprint"),
+    [
+        ("RuntimeError: tool said error: 17", "RuntimeError: tool said error: #"),
+        ("17", "#"),
+        ("'17'", "*"),
+        ("key:a handler:b state:c", "key:a handler:b state:c"),
+        (" ошибка", " "),
+        ("нет", ""),
+    ],
+)
+def test_to_select_all_events_of_a_kind_takes_exactly_these(admin, fail, error, fingerprint):
+    fail("of kind", error=error, number=2)
+    others = ("ValueError: no", "error: 17", "RuntimeError: tool said error: 17 not", "17 '17'", "-")
+    for number, other in enumerate(others):
+        fail(f"other {number}", error=other)
+    fail("handler", error=error, handler="shop.other")
+    html = get(admin, "triage/kind/", **kind(fingerprint=fingerprint))
+    url = unescape(re.search(r'href="([^"]*)">All of them in the list of events</a>', html)[1])
+    listed = admin.get(url)
+    assert "2 found." in listed.text
+    chosen = listed.text.rpartition("kind of error")[2]
+    without = re.search(r'href="([^"]*)"[^>]*>All</a>\s*</li>\s*<li class="selected', chosen)[1]
+    assert "handler=shop.mail" in without
+    assert "fingerprint" not in without
+    asked = admin.post(url, {"action": "discard", "index": "0", "select_across": "1"}).text
+    ids = re.search(r'name="ids" value="([^"]*)"', asked)[1]
+    admin.post("/admin/spark_outbox/outboxevent/discard/", {"ids": ids, "why": "so"})
+    discarded = {key for key, state in statuses().items() if state == "discarded"}
+    assert discarded == {"of kind 1", "of kind 2"}

@@ -136,6 +136,17 @@ def test_a_rehearsal_stops_at_its_limit(past):
     assert past == ["order_1", "order_2"]
 
 
+def test_a_rehearsal_goes_on_after_an_exit_and_ends_with_an_interrupt(past, own_registry):
+    def leave(event):
+        past.append(event.key)
+        raise SystemExit(3) if event.key == "order_1" else KeyboardInterrupt
+
+    own_registry.add_handler(leave, group="", name="leave")
+    with pytest.raises(KeyboardInterrupt):
+        run("--handler", "leave", "--rehearse")
+    assert past == ["order_1", "order_2"]
+
+
 @pytest.mark.parametrize(("atomic", "failures"), [(False, 0), (True, 2)])
 def test_a_rehearsal_lets_a_handler_be_durable_if_it_may(past, own_registry, atomic, failures):
     """A detached one may, though the rehearsal itself is one transaction that is rolled back."""

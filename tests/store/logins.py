@@ -19,7 +19,10 @@ ROLES_SQL = (ROOT / "deploy" / "roles.sql").read_text()
 # What a project grants besides: its own tables.
 PROJECT = """
 grant select, insert, update, delete
-    on challenges_challenge, challenges_donation, challenges_handled, auth_group to {}
+    on challenges_challenge, challenges_donation, challenges_handled, auth_group to {0};
+grant select
+    on auth_permission, auth_user_groups, auth_user_user_permissions, django_content_type to {0};
+grant select, insert, update on auth_user, django_session, django_admin_log to {0};
 """
 
 
