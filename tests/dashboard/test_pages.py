@@ -11,6 +11,7 @@ from django.test import Client
 from django.utils import timezone
 
 from spark_outbox import emit, handler
+from spark_outbox.dashboard.admin import _alias
 from spark_outbox.models import Delivery, OutboxEvent, Pause
 from spark_outbox.operating.glance import glance
 from spark_outbox.store import triaging
@@ -479,3 +480,15 @@ def test_to_select_all_events_of_a_kind_takes_exactly_these(admin, fail, error, 
     admin.post("/admin/spark_outbox/outboxevent/discard/", {"ids": ids, "why": "so"})
     discarded = {key for key, state in statuses().items() if state == "discarded"}
     assert discarded == {"of kind 1", "of kind 2"}
+
+
+class EventsElsewhere:
+    """A router that knows the outbox's tables by their names."""
+
+    def db_for_write(self, model, **_):
+        return "elsewhere" if model is OutboxEvent else None
+
+
+def test_the_outbox_is_where_its_events_are(settings):
+    settings.DATABASE_ROUTERS = [EventsElsewhere()]
+    assert _alias() == "elsewhere"

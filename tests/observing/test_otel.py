@@ -9,7 +9,7 @@ from importlib.metadata import EntryPoint
 
 import pytest
 from asgiref.sync import sync_to_async
-from django.db import connection, connections
+from django.db import OperationalError, connection, connections
 from opentelemetry import baggage, context, trace
 from opentelemetry.metrics import NoOpMeterProvider
 from opentelemetry.sdk.metrics import MeterProvider
@@ -404,6 +404,18 @@ def test_a_payload_that_cannot_be_read_is_an_error_of_the_handler(own_registry, 
     work()
     attributes = telemetry.span("process g").attributes
     assert attributes["error.type"] == "spark_outbox.errors.UnreadablePayload"
+
+
+def test_no_span_quotes_an_error_of_the_database(own_registry, telemetry):
+    def fail(event):
+        raise OperationalError("no stock for anna@example.com")
+
+    handler("", name="fails", max_attempts=1)(fail)
+    emit("g", "key")
+    work()
+    span = telemetry.span("process g")
+    assert span.attributes["error.type"] == "django.db.utils.OperationalError"
+    assert (span.status.status_code, span.status.description) == (StatusCode.ERROR, None)
 
 
 def test_calls_that_are_rolled_back_with_their_batch_say_so(

@@ -5,6 +5,7 @@ import json
 
 import pytest
 
+from spark_outbox.models import OutboxEvent
 from tests.observing.telemetry.running import MANY, SECRET, emit_elsewhere, handle_elsewhere
 from tests.tools import statuses
 
@@ -167,6 +168,21 @@ def test_what_a_handler_logs_has_no_variables(tmp_path):
     (thread,) = event["threads"]["values"]
     assert "report" in [frame["function"] for frame in thread["stacktrace"]["frames"]]
     assert SECRET not in json.dumps(exports)
+
+
+def test_an_event_that_has_a_trace_gets_nothing_of_another(tmp_path):
+    given = {"sentry-trace": f"{'a' * 32}-{'b' * 16}-1"}
+    script = f"""
+import sentry_sdk
+
+with sentry_sdk.start_transaction(name="request"):
+    emit("g", "given", headers={given!r})
+    emit("g", "without")
+"""
+    emit_elsewhere(tmp_path / "one", script, settings="sentry")
+    headers = dict(OutboxEvent.objects.values_list("key", "headers"))
+    assert headers["given"] == given
+    assert headers["without"].keys() == {"sentry-trace", "baggage"}
 
 
 def test_it_works_where_spans_are_streamed_and_where_there_is_no_tracing(tmp_path):
