@@ -10,19 +10,18 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from django.contrib import messages
-from django.contrib.admin.models import CHANGE, LogEntry
-from django.contrib.contenttypes.models import ContentType
+from django.contrib.admin.models import LogEntry
 from django.core.exceptions import PermissionDenied
 from django.http import HttpRequest, HttpResponse, HttpResponseRedirect
 from django.urls import reverse
 from django.utils.translation import gettext as _
 from django.utils.translation import ngettext
 
-from spark_outbox.admin.asking import ACTIONS, Action, Asked, may
-from spark_outbox.admin.base import alias
+from spark_outbox.admin.asking import ACTIONS, Action, Asked
 from spark_outbox.admin.searching import number
 from spark_outbox.dashboard import wording
-from spark_outbox.models import EventStatus, OutboxEvent
+from spark_outbox.dashboard.access import alias, entry, may
+from spark_outbox.models import EventStatus
 from spark_outbox.operating import lists, patience, repair, replay
 from spark_outbox.operating.patience import TooSlow, in_time
 from spark_outbox.operating.replay import MOST_STATEMENTS, Rehearsal
@@ -211,17 +210,8 @@ def _entry(asked: Asked) -> str:
 
 
 def _log(request: HttpRequest, events: list[Row], message: str) -> None:
-    content_type = ContentType.objects.get_for_model(OutboxEvent)
     LogEntry.objects.bulk_create(
-        LogEntry(
-            user_id=request.user.pk or 0,  # nobody comes here without a login
-            content_type=content_type,
-            object_id=str(event["id"]),
-            object_repr=event["key"][:200],
-            action_flag=CHANGE,
-            change_message=message,
-        )
-        for event in events
+        entry(request, event["key"], message, event_id=event["id"]) for event in events
     )
 
 

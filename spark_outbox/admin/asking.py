@@ -4,7 +4,6 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from django.http import HttpRequest
 from django.utils.translation import gettext as _
 from django.utils.translation import gettext_lazy
 
@@ -36,10 +35,6 @@ ACTIONS = {
         Action("rehearse", gettext_lazy("Rehearse…"), EventStatus.values, has_handler=True),
     )
 }
-
-
-def may(request: HttpRequest, name: str) -> bool:
-    return request.user.has_perm(f"spark_outbox.{name}_outboxevent")
 
 
 class Asked(NamedTuple):

@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Any
 
 from django.contrib import admin
 from django.contrib.admin import ShowFacets
-from django.db import router
 from django.db.models import Model, QuerySet
 from django.http import HttpRequest, HttpResponse
 from django.template.response import TemplateResponse
@@ -14,7 +13,7 @@ from django.utils.text import capfirst
 from django.utils.translation import gettext as _
 
 from spark_outbox.admin.searching import HELP, number
-from spark_outbox.models import OutboxEvent
+from spark_outbox.dashboard.access import alias
 from spark_outbox.operating.lists import Page
 from spark_outbox.operating.patience import TooSlow, in_time
 from spark_outbox.store.viewing import Row
@@ -23,11 +22,6 @@ if TYPE_CHECKING:
     Base = admin.ModelAdmin[Any]
 else:
     Base = admin.ModelAdmin
-
-
-def alias() -> str:
-    """Return the database of the outbox: the one that is written."""
-    return router.db_for_write(OutboxEvent)
 
 
 class LookingAdmin(Base):

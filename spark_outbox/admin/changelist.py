@@ -14,8 +14,8 @@ from django.utils.translation import gettext as _
 from django.utils.translation import gettext_lazy, ngettext
 
 from spark_outbox.admin import searching
-from spark_outbox.admin.base import alias
 from spark_outbox.dashboard import wording
+from spark_outbox.dashboard.access import alias
 from spark_outbox.models import DeliveryStatus, EventStatus
 from spark_outbox.operating import lists
 from spark_outbox.operating.lists import Page

@@ -9,7 +9,7 @@ from django.utils.translation import gettext as _
 from django.utils.translation import gettext_lazy
 
 from spark_outbox.admin import searching
-from spark_outbox.admin.base import LookingAdmin, alias
+from spark_outbox.admin.base import LookingAdmin
 from spark_outbox.admin.changelist import (
     DeliveryStateFilter,
     FingerprintFilter,
@@ -17,6 +17,7 @@ from spark_outbox.admin.changelist import (
     HandlerFilter,
 )
 from spark_outbox.admin.events import delivery_shown
+from spark_outbox.dashboard.access import alias
 from spark_outbox.dashboard.links import Links
 from spark_outbox.models import Delivery, DeliveryStatus
 from spark_outbox.operating import lists

@@ -14,8 +14,8 @@ from django.utils.translation import gettext as _
 from django.utils.translation import gettext_lazy
 
 from spark_outbox.admin import acting, documents, searching
-from spark_outbox.admin.asking import ACTIONS, may
-from spark_outbox.admin.base import LookingAdmin, alias
+from spark_outbox.admin.asking import ACTIONS
+from spark_outbox.admin.base import LookingAdmin
 from spark_outbox.admin.changelist import (
     EventStateFilter,
     FingerprintFilter,
@@ -23,6 +23,7 @@ from spark_outbox.admin.changelist import (
     HandlerFilter,
 )
 from spark_outbox.dashboard import wording
+from spark_outbox.dashboard.access import alias, may
 from spark_outbox.models import DeliveryStatus, EventStatus, OutboxEvent
 from spark_outbox.operating import lists, look, repair, replay
 from spark_outbox.operating.lists import Page

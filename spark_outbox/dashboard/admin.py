@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from django.contrib import admin
 from django.core.exceptions import PermissionDenied
-from django.db import DataError, router
+from django.db import DataError
 from django.http import HttpRequest, HttpResponse, HttpResponseBadRequest, HttpResponseNotAllowed
 from django.template.response import TemplateResponse
 from django.urls import URLPattern, path
@@ -18,8 +18,9 @@ from django.utils.translation import gettext as _
 
 from spark_outbox import conf
 from spark_outbox.dashboard import figures, triage
+from spark_outbox.dashboard.access import alias, may
 from spark_outbox.dashboard.links import Links
-from spark_outbox.models import Dashboard, OutboxEvent
+from spark_outbox.models import Dashboard
 from spark_outbox.operating import glance, repair
 from spark_outbox.operating.patience import TooSlow
 from spark_outbox.operating.triage import explain
@@ -75,9 +76,7 @@ class DashboardAdmin(Base):
         return self._answer(request, "glance_fragment", self._glance(request))
 
     def _glance(self, request: HttpRequest) -> dict[str, Any]:
-        return self._in_time(
-            lambda: figures.context(glance.glance(using=_alias()), self._links(request))
-        )
+        return self._in_time(lambda: figures.context(glance.glance(using=alias()), self._links(request)))
 
     # Triage
 
@@ -90,31 +89,31 @@ class DashboardAdmin(Base):
 
     def _failures(self, request: HttpRequest) -> dict[str, Any]:
         links = self._links(request)
-        return self._in_time(lambda: triage.failures(self._actions(request), links, using=_alias()))
+        return self._in_time(lambda: triage.failures(self._actions(request), links, using=alias()))
 
     def kind_view(self, request: HttpRequest) -> TemplateResponse:
         kind, links = triage.asked_kind(request), self._links(request)
-        found = self._in_time(lambda: triage.kind(kind, self._actions(request), links, using=_alias()))
+        found = self._in_time(lambda: triage.kind(kind, self._actions(request), links, using=alias()))
         return self._answer(request, "kind", {"title": _("Failure"), "kind": kind, **found})
 
     def repair_view(self, request: HttpRequest, action: str) -> HttpResponse:
         """Say what a repair would do; or do its next step, if asked by POST."""
-        if not request.user.has_perm(triage.PERMISSIONS[action]):
+        if not may(request, action):
             raise PermissionDenied
         if request.method not in ("GET", "HEAD", "POST"):
             return HttpResponseNotAllowed(["GET", "POST"])
-        kind, alias = triage.asked_kind(request), _alias()
+        kind = triage.asked_kind(request)
         given = {"title": _("Retry") if action == "retry" else _("Discard"), "kind": kind}
-        if not repair.is_possible(using=alias):
+        if not repair.is_possible(using=alias()):
             problem = _("This database can only be read here.")
             return self._answer(request, "repair", {**given, "problem": problem}, status=403)
         if request.method == "POST":
             try:
-                found = self._in_time(lambda: triage.step(request, action, kind, using=alias))
+                found = self._in_time(lambda: triage.step(request, action, kind, using=alias()))
             except DataError as error:
                 return HttpResponseBadRequest(str(error), content_type="text/plain")
         else:
-            found = self._in_time(lambda: triage.preview(action, kind, using=alias))
+            found = self._in_time(lambda: triage.preview(action, kind, using=alias()))
         return self._answer(request, "repair", {**given, **found})
 
     # Explain
@@ -127,7 +126,7 @@ class DashboardAdmin(Base):
         return self._answer(request, "explain", context)
 
     def _explained(self, request: HttpRequest, key: str) -> dict[str, Any]:
-        event, sentences = explain(key, using=_alias())
+        event, sentences = explain(key, using=alias())
         url = self._links(request).event(event["id"]) if event else ""
         return {"event": event, "sentences": sentences, "url": url}
 
@@ -137,7 +136,7 @@ class DashboardAdmin(Base):
         return Links(request, self.admin_site)
 
     def _actions(self, request: HttpRequest) -> list[str]:
-        return triage.actions(request, is_possible=repair.is_possible(using=_alias()))
+        return triage.actions(request, is_possible=repair.is_possible(using=alias()))
 
     def _in_time(self, look: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         try:
@@ -173,8 +172,3 @@ class DashboardAdmin(Base):
         return TemplateResponse(
             request, f"spark_outbox/dashboard/{template}.html", {**common, **context}, status=status
         )
-
-
-def _alias() -> str:
-    """Return the database of the outbox: the one that is written, as others know no workers."""
-    return router.db_for_write(OutboxEvent)

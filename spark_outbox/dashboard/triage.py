@@ -7,8 +7,6 @@ browser asks for it.
 import re
 from typing import Any
 
-from django.contrib.admin.models import CHANGE, LogEntry
-from django.contrib.contenttypes.models import ContentType
 from django.core.exceptions import BadRequest
 from django.db import transaction
 from django.http import HttpRequest
@@ -16,8 +14,8 @@ from django.utils.translation import gettext as _
 from django.utils.translation import gettext_lazy, ngettext
 
 from spark_outbox.dashboard import wording
+from spark_outbox.dashboard.access import entry, may
 from spark_outbox.dashboard.links import Links
-from spark_outbox.models import OutboxEvent
 from spark_outbox.operating import triage
 from spark_outbox.store.triaging import COUNTED, KINDS, Kind, Place
 from spark_outbox.store.viewing import Row
@@ -30,10 +28,7 @@ WINDOWS = {
     "week": gettext_lazy("7 d"),
 }
 
-PERMISSIONS = {
-    "retry": "spark_outbox.retry_outboxevent",
-    "discard": "spark_outbox.discard_outboxevent",
-}
+ACTIONS = ("retry", "discard")
 
 _TIME = re.compile(r"(now|-infinity|[-\d]+ [\d:.]+[-+:\d]+( BC)?)", re.ASCII)
 
@@ -46,8 +41,7 @@ def asked_kind(request: HttpRequest) -> Kind:
 
 def actions(request: HttpRequest, *, is_possible: bool) -> list[str]:
     """Return what this user may do to events."""
-    user = request.user
-    return [name for name, needed in PERMISSIONS.items() if is_possible and user.has_perm(needed)]
+    return [name for name in ACTIONS if is_possible and may(request, name)]
 
 
 def failures(allowed: list[str], links: Links, *, using: str) -> dict[str, Any]:
@@ -173,13 +167,8 @@ def _log(request: HttpRequest, action: str, of: Kind, number: int, why: str) -> 
         message = ngettext(
             "Discarded %(number)d event: %(why)s", "Discarded %(number)d events: %(why)s", number
         )
-    LogEntry.objects.create(
-        user_id=request.user.pk or 0,  # nobody comes here without a login
-        content_type=ContentType.objects.get_for_model(OutboxEvent),
-        object_repr=f"{of.handler}: {of.fingerprint}"[:200],
-        action_flag=CHANGE,
-        change_message=message % {"number": number, "why": why},
-    )
+    what = f"{of.handler}: {of.fingerprint}"
+    entry(request, what, message % {"number": number, "why": why}).save()
 
 
 def _asked_time(text: str) -> str:

@@ -17,6 +17,7 @@
     pausing      what is paused, and putting back what has waited for it
     listing      lists of events and deliveries, a page at a time
     sampling     the ends of indexes, for such lists
+    stepping     from one name of an index to the next
     repairing    make stray and unhandled events pending again
     flowing      how many events come and go
     triaging     what fails, and since when

@@ -5,6 +5,7 @@ each minute began. When events were done is read off the index of those, through
 that only looks may read. No row is written for any of it.
 """
 
+from spark_outbox.store.stepping import DONE_GROUPS
 from spark_outbox.store.viewing import Row, rows
 
 SAMPLE = 1000
@@ -61,21 +62,9 @@ from bucket cross join lateral (
 where seen > 0
 """
 
-# From one group to the next, so not through all of their events; and how many of each may be read.
+# How many of each group may be read.
 _DONE_GROUPS = f"""
-done_group (event_group) as (
-    (
-        select event_group from spark_outbox_events where status = 'done' and not is_pruned
-        order by event_group limit 1
-    )
-    union all
-    select following.event_group from done_group cross join lateral (
-        select event.event_group from spark_outbox_events as event
-        where event.status = 'done' and not event.is_pruned
-            and event.event_group > done_group.event_group
-        order by event.event_group limit 1
-    ) as following
-),
+{DONE_GROUPS},
 latest as materialized (
     select event_group, finished_at
     from (select * from done_group limit 1000) as named cross join lateral (

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import NamedTuple
 
-from spark_outbox.store import sampling
+from spark_outbox.store import sampling, stepping
 from spark_outbox.store.connection import execute, fetch_value
 from spark_outbox.store.reading import HIGHEST_ID, LOWEST_ID
 from spark_outbox.store.viewing import LOOKED_AT, Row, rows
@@ -274,7 +274,7 @@ _STORED_GROUPS = " union ".join(
     [
         f"(select event_group from ({_LATEST}) as latest)",
         *(
-            f"(with {sampling.GROUPS.format(state=condition)} "
+            f"(with recursive {stepping.groups('stored', condition)} "
             f"select event_group from stored limit {MOST_GROUPS})"
             for state, condition in sampling.IN_STATE.items()
             if state != "pending"

@@ -5,6 +5,8 @@ after what was read of it (`is_cut`). A row may be in it twice.
 """
 
 from spark_outbox.models import EventStatus
+from spark_outbox.store import stepping
+from spark_outbox.store.stepping import FAILS
 
 
 def piece(source: str, most: int | str, *, more: str = "true") -> str:
@@ -22,19 +24,6 @@ EVENT = """
 EVENTS = f"select {EVENT} from spark_outbox_events"
 
 IN_STATE = {state: f"status = '{state}' and not is_pruned" for state in EventStatus.values}
-
-# From one group to the next, so not through all of their events.
-GROUPS = """
-recursive stored (event_group) as (
-    (select event_group from spark_outbox_events where {state} order by event_group limit 1)
-    union all
-    select following.event_group from stored cross join lateral (
-        select event.event_group from spark_outbox_events as event
-        where {state} and event.event_group > stored.event_group
-        order by event.event_group limit 1
-    ) as following
-)
-"""
 
 _SHARE = """
 named as materialized (select * from {kinds} limit 1000),
@@ -60,8 +49,9 @@ def of_state(state: str, group: str, most: int) -> str:
     if group:
         return piece(f"{in_state} = %(group)s order by finished_at desc", most)
     of_each = piece(f"{in_state} = named.event_group order by finished_at desc", _SIZE)
+    stored = stepping.groups("stored", IN_STATE[state])
     return f"""(
-        with {GROUPS.format(state=IN_STATE[state])}, {_SHARE.format(kinds="stored", most=most)}
+        with recursive {stored}, {_SHARE.format(kinds="stored", most=most)}
         select latest.* from named cross join lateral {of_each} as latest
     )"""
 
@@ -84,9 +74,7 @@ DELIVERY = "id, event_id, handler, status, attempts, available_at, attempted_at,
 DELIVERIES = f"select {DELIVERY} from spark_outbox_delivery as delivery"
 
 
-_FAILS = "delivery.status in ('pending', 'failed') and delivery.error <> ''"
-
-OF_KIND = f"{_FAILS} and spark_outbox_fingerprint(delivery.error) = %(fingerprint)s::text"
+OF_KIND = f"{FAILS} and spark_outbox_fingerprint(delivery.error) = %(fingerprint)s::text"
 
 
 def of_kind(handler: str, most: int) -> str:
@@ -100,47 +88,23 @@ def of_kind(handler: str, most: int) -> str:
         _SIZE,
     )
     return f"""(
-        with recursive failing (handler) as (
-            (
-                select handler from spark_outbox_delivery as delivery
-                where {_FAILS} order by handler limit 1
-            )
-            union all
-            select following.handler from failing cross join lateral (
-                select delivery.handler from spark_outbox_delivery as delivery
-                where {_FAILS} and delivery.handler > failing.handler
-                order by delivery.handler limit 1
-            ) as following
-        ), {_SHARE.format(kinds="failing", most=most)}
+        with recursive {stepping.FAILING_HANDLERS}, {_SHARE.format(kinds="failing", most=most)}
         select latest.* from named cross join lateral {of_each} as latest
     )"""
 
 
 def failing(handler: str, most: int) -> str:
     """Return a source of deliveries that failed last: the same share of each kind of failure."""
-    of_handler = f"{_FAILS} and delivery.handler = %(handler)s" if handler else _FAILS
+    of_handler = f"{FAILS} and delivery.handler = %(handler)s" if handler else FAILS
     of_each = piece(
         f"""{DELIVERIES}
-        where {_FAILS} and delivery.handler = named.handler
+        where {FAILS} and delivery.handler = named.handler
             and spark_outbox_fingerprint(delivery.error) = named.fingerprint
         order by attempted_at desc""",
         _SIZE,
     )
     return f"""(
-        with recursive kind (handler, fingerprint) as (
-            (
-                select handler, spark_outbox_fingerprint(error) from spark_outbox_delivery as delivery
-                where {of_handler} order by handler, spark_outbox_fingerprint(error) limit 1
-            )
-            union all
-            select following.* from kind cross join lateral (
-                select delivery.handler, spark_outbox_fingerprint(delivery.error)
-                from spark_outbox_delivery as delivery
-                where {of_handler} and (delivery.handler, spark_outbox_fingerprint(delivery.error))
-                    > (kind.handler, kind.fingerprint)
-                order by delivery.handler, spark_outbox_fingerprint(delivery.error) limit 1
-            ) as following
-        ), {_SHARE.format(kinds="kind", most=most)}
+        with recursive {stepping.kinds(of_handler)}, {_SHARE.format(kinds="kind", most=most)}
         select latest.* from named cross join lateral {of_each} as latest
     )"""
 

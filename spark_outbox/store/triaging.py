@@ -4,6 +4,7 @@ failures, which is read from its latest end. Call all of it in a transaction, wh
 from typing import NamedTuple
 
 from spark_outbox.store.connection import execute, fetch, fetch_noticed
+from spark_outbox.store.stepping import FAILS, kinds
 from spark_outbox.store.viewing import Row, rows
 
 COUNTED = 5000
@@ -15,42 +16,26 @@ KINDS = 100
 PIECE = 1000
 """How many deliveries a step of a repair looks at."""
 
-_FAILING = "delivery.status in ('pending', 'failed') and delivery.error <> ''"
-
 _OF_KIND = f"""
-    {_FAILING} and delivery.handler = %(handler)s
+    {FAILS} and delivery.handler = %(handler)s
         and spark_outbox_fingerprint(delivery.error) = %(fingerprint)s
 """
 
 _NAMED = f"""
-    {_FAILING} and delivery.handler = named.handler
+    {FAILS} and delivery.handler = named.handler
         and spark_outbox_fingerprint(delivery.error) = named.fingerprint
 """
 
 # Not new is what failed before the release; nor what is tried again, if an event of it is older.
 FAILURES = f"""
-with recursive kind (handler, fingerprint) as (
-    (
-        select handler, spark_outbox_fingerprint(error) from spark_outbox_delivery as delivery
-        where {_FAILING}
-        order by handler, spark_outbox_fingerprint(error) limit 1
-    )
-    union all
-    select following.* from kind cross join lateral (
-        select delivery.handler, spark_outbox_fingerprint(delivery.error)
-        from spark_outbox_delivery as delivery
-        where {_FAILING} and (delivery.handler, spark_outbox_fingerprint(delivery.error))
-            > (kind.handler, kind.fingerprint)
-        order by delivery.handler, spark_outbox_fingerprint(delivery.error) limit 1
-    ) as following
-),
+with recursive {kinds(FAILS)},
 release as materialized (
     select min(started_at) as since from spark_outbox_workers where state <> 'gone'
 ),
 named as materialized (
     select handler, fingerprint, (
         select max(delivery.attempted_at) from spark_outbox_delivery as delivery
-        where {_FAILING} and delivery.handler = kind.handler
+        where {FAILS} and delivery.handler = kind.handler
             and spark_outbox_fingerprint(delivery.error) = kind.fingerprint
     ) as last_at
     from (

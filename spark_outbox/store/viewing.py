@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from decimal import Decimal
 from typing import Any
 
+from spark_outbox.store import stepping
 from spark_outbox.store.connection import fetch
 
 Row = dict[str, Any]
@@ -44,26 +45,12 @@ from spark_outbox_snapshots order by held_for desc nulls last, xids desc limit 5
 
 LAG = "select extract(epoch from max(late))::float as lag from spark_outbox_status"
 
-# From one handler that fails to the next, so not through all of its deliveries.
-OPEN_CIRCUITS = """
-with recursive failing (handler) as (
-    (
-        select handler from spark_outbox_delivery
-        where status in ('pending', 'failed') and error <> '' order by handler limit 1
-    )
-    union all
-    select following.handler from failing cross join lateral (
-        select delivery.handler from spark_outbox_delivery as delivery
-        where delivery.status in ('pending', 'failed') and delivery.error <> ''
-            and delivery.handler > failing.handler
-        order by delivery.handler limit 1
-    ) as following
-)
+OPEN_CIRCUITS = f"""
+with recursive {stepping.FAILING_HANDLERS}
 select handler from (select * from failing limit 1000) as named
 where exists (
     select from spark_outbox_delivery as delivery
-    where delivery.status in ('pending', 'failed') and delivery.error <> ''
-        and delivery.handler = named.handler
+    where {stepping.FAILS} and delivery.handler = named.handler
         and spark_outbox_fingerprint(delivery.error) = 'spark_outbox: not called, its circuit is open'
 )
 """
@@ -99,19 +86,7 @@ def _pending(most: int) -> str:
 
 # The latest of each group, from one group to the next.
 _DONE = f"""
-with recursive done_group (event_group) as (
-    (
-        select event_group from spark_outbox_events where status = 'done' and not is_pruned
-        order by event_group limit 1
-    )
-    union all
-    select following.event_group from done_group cross join lateral (
-        select event.event_group from spark_outbox_events as event
-        where event.status = 'done' and not event.is_pruned
-            and event.event_group > done_group.event_group
-        order by event.event_group limit 1
-    ) as following
-)
+with recursive {stepping.DONE_GROUPS}
 select latest.* from (select * from done_group limit 1000) as named cross join lateral (
     select event.* from spark_outbox_events as event
     where event.status = 'done' and not event.is_pruned and event.event_group = named.event_group

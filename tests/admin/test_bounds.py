@@ -1,36 +1,17 @@
 """Promise 18 on two million events: what the admin reads, in rows and pages, is bounded."""
 
-import json
-
 import pytest
-from django.db import connection, transaction
+from django.db import connection
 
 from spark_outbox.models import Delivery, OutboxEvent
 from spark_outbox.store import listing
 from spark_outbox.store.listing import Range, Wanted
 from tests.admin.pages import DELIVERIES, EVENTS
+from tests.dashboard import plans
 
 pytestmark = [pytest.mark.django_db, pytest.mark.usefixtures("many_events")]
 
 SIZE = 50
-
-
-def explained(sql, params):
-    """Return how many pages a query touches, and the kinds of its nodes on our tables."""
-    with transaction.atomic(), connection.cursor() as cursor:
-        cursor.execute(listing.IN_ORDER)
-        cursor.execute(f"explain (analyze, buffers, format json) {sql}", params)
-        ((plan,),) = cursor.fetchall()
-        transaction.set_rollback(True)
-    plan = (plan if isinstance(plan, list) else json.loads(plan))[0]["Plan"]
-
-    def nodes(node):
-        yield node
-        for inner in node.get("Plans", []):
-            yield from nodes(inner)
-
-    ours = [node for node in nodes(plan) if node.get("Relation Name", "").startswith("spark_outbox_")]
-    return plan["Shared Hit Blocks"] + plan["Shared Read Blocks"], {node["Node Type"] for node in ours}
 
 
 WANTED = {
@@ -59,7 +40,7 @@ WANTED = {
 def test_lists_are_read_off_indexes_up_to_a_bound(kind, name):
     wanted, most = WANTED[name]
     sql = getattr(listing, f"{kind}_sql")(wanted, Range()).sql
-    pages, scans = explained(sql, listing.params(wanted, Range(), SIZE))
+    pages, scans = plans.explained(listing.IN_ORDER, sql, listing.params(wanted, Range(), SIZE))
     assert pages < most
     assert "Seq Scan" not in scans
     assert "Bitmap Heap Scan" not in scans
@@ -68,13 +49,13 @@ def test_lists_are_read_off_indexes_up_to_a_bound(kind, name):
 @pytest.mark.parametrize("where", [Range(before=1_000_000), Range(after=1_000_000), Range(before=60)])
 def test_a_page_in_the_middle_costs_as_much_as_the_first(where):
     sql = listing.events_sql(Wanted(), where).sql
-    pages, scans = explained(sql, listing.params(Wanted(), where, SIZE))
+    pages, scans = plans.explained(listing.IN_ORDER, sql, listing.params(Wanted(), where, SIZE))
     assert pages < 200
     assert scans == {"Index Scan"}
 
 
 def test_groups_are_read_from_one_to_the_next():
-    pages, scans = explained(listing.GROUPS, {})
+    pages, scans = plans.explained(listing.IN_ORDER, listing.GROUPS, {})
     assert pages < 2000
     assert "Seq Scan" not in scans
 

@@ -1,36 +1,16 @@
 """Promise 18 on two million events: what the dashboard reads, in rows and pages, is bounded."""
 
-import json
-
 import pytest
 from django.db import connection, transaction
 
 from spark_outbox.operating.glance import glance
 from spark_outbox.store import flowing, triaging
 from spark_outbox.store.triaging import Kind, Place
+from tests.dashboard import plans
 
 pytestmark = [pytest.mark.django_db, pytest.mark.usefixtures("many_events")]
 
 KIND = Kind("handler 1", "Error: y")
-
-
-def explained(sql, params):
-    """Return how many pages a query touches, and the kinds of its nodes on our tables."""
-    with transaction.atomic(), connection.cursor() as cursor:
-        cursor.execute(triaging.IN_ORDER)
-        cursor.execute(f"explain (analyze, buffers, format json) {sql}", params)
-        ((plan,),) = cursor.fetchall()
-        transaction.set_rollback(True)
-    plan = (plan if isinstance(plan, list) else json.loads(plan))[0]["Plan"]
-
-    def nodes(node):
-        yield node
-        for inner in node.get("Plans", []):
-            yield from nodes(inner)
-
-    ours = [node for node in nodes(plan) if node.get("Relation Name", "").startswith("spark_outbox_")]
-    scans = {node["Node Type"] for node in ours if "_session" not in node["Relation Name"]}
-    return plan["Shared Hit Blocks"] + plan["Shared Read Blocks"], scans
 
 
 @pytest.mark.parametrize(
@@ -45,7 +25,7 @@ def explained(sql, params):
     ids=["arrived", "done", "waits", "durations", "failures"],
 )
 def test_what_pages_show_is_read_off_indexes_up_to_a_bound(sql, most):
-    pages, scans = explained(sql, {})
+    pages, scans = plans.explained(triaging.IN_ORDER, sql, {}, but="_session")
     assert pages < most
     assert "Seq Scan" not in scans
     assert "Bitmap Heap Scan" not in scans
@@ -62,7 +42,9 @@ def test_what_pages_show_is_read_off_indexes_up_to_a_bound(sql, most):
     ids=["examples", "traceback", "count", "next"],
 )
 def test_a_kind_of_failure_is_read_off_its_place_in_the_index(sql, most):
-    pages, scans = explained(sql, {**KIND._asdict(), **Place()._asdict()})
+    pages, scans = plans.explained(
+        triaging.IN_ORDER, sql, {**KIND._asdict(), **Place()._asdict()}, but="_session"
+    )
     assert pages < most
     assert "Seq Scan" not in scans
 
@@ -71,7 +53,9 @@ def test_a_later_step_of_a_repair_reads_no_more_than_the_first():
     place, seen = Place(), []
     with transaction.atomic():
         for _ in range(3):
-            pages, _scans = explained(triaging.NEXT, {**KIND._asdict(), **place._asdict()})
+            pages, _scans = plans.explained(
+                triaging.IN_ORDER, triaging.NEXT, {**KIND._asdict(), **place._asdict()}, but="_session"
+            )
             seen.append(pages)
             place = triaging.step(KIND, place, None, using="default").place
         transaction.set_rollback(True)

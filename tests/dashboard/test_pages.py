@@ -11,7 +11,7 @@ from django.test import Client
 from django.utils import timezone
 
 from spark_outbox import emit, handler
-from spark_outbox.dashboard.admin import _alias
+from spark_outbox.dashboard.access import alias
 from spark_outbox.models import Delivery, OutboxEvent, Pause
 from spark_outbox.operating.glance import glance
 from spark_outbox.store import triaging
@@ -491,4 +491,4 @@ class EventsElsewhere:
 
 def test_the_outbox_is_where_its_events_are(settings):
     settings.DATABASE_ROUTERS = [EventsElsewhere()]
-    assert _alias() == "elsewhere"
+    assert alias() == "elsewhere"
