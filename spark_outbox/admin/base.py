@@ -1,13 +1,14 @@
 """What the pages of events and those of deliveries have: they show, and change nothing."""
 
 from abc import abstractmethod
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping
+from functools import wraps
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from django.contrib import admin
 from django.contrib.admin import ShowFacets
 from django.db.models import Model, QuerySet
-from django.http import HttpRequest, HttpResponse
+from django.http import HttpRequest, HttpResponse, HttpResponseBase
 from django.template.response import TemplateResponse
 from django.utils.text import capfirst
 from django.utils.translation import gettext as _
@@ -22,6 +23,22 @@ if TYPE_CHECKING:
     Base = admin.ModelAdmin[Any]
 else:
     Base = admin.ModelAdmin
+
+
+View = TypeVar("View", bound=Callable[..., HttpResponseBase])
+
+
+def unless_too_slow(view: View) -> View:
+    """Have a view of LookingAdmin answer with a sentence if the database does not, in time."""
+
+    @wraps(view)
+    def answer(admin: "LookingAdmin", *arguments: Any, **options: Any) -> HttpResponseBase:
+        try:
+            return view(admin, *arguments, **options)
+        except TooSlow:
+            return admin.too_slow(arguments[0])
+
+    return cast("View", answer)
 
 
 class LookingAdmin(Base):
@@ -71,15 +88,13 @@ class LookingAdmin(Base):
 
         return PagedList
 
+    @unless_too_slow
     def changelist_view(
         self, request: HttpRequest, extra_context: dict[str, Any] | None = None
     ) -> HttpResponse:
         title = {"title": capfirst(self.opts.verbose_name_plural)}
-        try:
-            with in_time(using=alias()):
-                return super().changelist_view(request, {**title, **(extra_context or {})})
-        except TooSlow:
-            return self.too_slow(request)
+        with in_time(using=alias()):
+            return super().changelist_view(request, {**title, **(extra_context or {})})
 
     def too_slow(self, request: HttpRequest) -> HttpResponse:
         problem = _("The database did not answer in time. Narrow the filter, or try again later.")

@@ -9,7 +9,7 @@ from django.utils.translation import gettext as _
 from django.utils.translation import gettext_lazy
 
 from spark_outbox.admin import searching
-from spark_outbox.admin.base import LookingAdmin
+from spark_outbox.admin.base import LookingAdmin, unless_too_slow
 from spark_outbox.admin.changelist import (
     DeliveryStateFilter,
     FingerprintFilter,
@@ -22,7 +22,7 @@ from spark_outbox.dashboard.links import Links
 from spark_outbox.models import Delivery, DeliveryStatus
 from spark_outbox.operating import lists
 from spark_outbox.operating.lists import Page
-from spark_outbox.operating.patience import TooSlow, in_time
+from spark_outbox.operating.patience import in_time
 from spark_outbox.store.viewing import Row
 
 
@@ -65,6 +65,7 @@ class DeliveryAdmin(LookingAdmin):
     def row(self, row_id: int) -> Row | None:
         return lists.delivery_by_id(row_id, using=alias())
 
+    @unless_too_slow
     def change_view(
         self,
         request: HttpRequest,
@@ -75,11 +76,8 @@ class DeliveryAdmin(LookingAdmin):
         if not self.has_view_permission(request):
             raise PermissionDenied
         delivery_id = searching.number(object_id)
-        try:
-            with in_time(using=alias()):
-                row = None if delivery_id is None else self.row(delivery_id)
-        except TooSlow:
-            return self.too_slow(request)
+        with in_time(using=alias()):
+            row = None if delivery_id is None else self.row(delivery_id)
         if row is None:
             raise Http404(_("There is no such delivery."))
         url = Links(request, self.admin_site).event(row["event_id"])

@@ -15,7 +15,7 @@ from django.utils.translation import gettext_lazy
 
 from spark_outbox.admin import acting, documents, searching
 from spark_outbox.admin.asking import ACTIONS
-from spark_outbox.admin.base import LookingAdmin
+from spark_outbox.admin.base import LookingAdmin, unless_too_slow
 from spark_outbox.admin.changelist import (
     EventStateFilter,
     FingerprintFilter,
@@ -27,7 +27,7 @@ from spark_outbox.dashboard.access import alias, may
 from spark_outbox.models import DeliveryStatus, EventStatus, OutboxEvent
 from spark_outbox.operating import lists, look, repair, replay
 from spark_outbox.operating.lists import Page
-from spark_outbox.operating.patience import TooSlow, in_time
+from spark_outbox.operating.patience import in_time
 from spark_outbox.store.listing import Wanted
 from spark_outbox.store.reading import EVERY_OTHER
 from spark_outbox.store.viewing import Row
@@ -86,6 +86,7 @@ class EventAdmin(LookingAdmin):
     def row(self, row_id: int) -> Row | None:
         return next(iter(lists.events_by_id([row_id], using=alias())), None)
 
+    @unless_too_slow
     def changelist_view(
         self, request: HttpRequest, extra_context: dict[str, Any] | None = None
     ) -> HttpResponse:
@@ -96,10 +97,7 @@ class EventAdmin(LookingAdmin):
             raise PermissionDenied
         if action not in ACTIONS:
             return acting.back(self, request.GET.urlencode())
-        try:
-            return acting.choose(self, request, ACTIONS[action], lambda: self._chosen(request))
-        except TooSlow:
-            return self.too_slow(request)
+        return acting.choose(self, request, ACTIONS[action], lambda: self._chosen(request))
 
     def _chosen(self, request: HttpRequest) -> list[int]:
         """Return the ids of the events that somebody has selected in the list."""
@@ -139,16 +137,15 @@ class EventAdmin(LookingAdmin):
             *super().get_urls(),
         ]
 
+    @unless_too_slow
     def act_view(self, request: HttpRequest, name: str) -> HttpResponseBase:
         if not self.has_view_permission(request):
             raise PermissionDenied
-        try:
-            return acting.act(self, request, ACTIONS[name])
-        except TooSlow:
-            return self.too_slow(request)
+        return acting.act(self, request, ACTIONS[name])
 
     # The page of one event
 
+    @unless_too_slow
     def change_view(
         self,
         request: HttpRequest,
@@ -156,12 +153,9 @@ class EventAdmin(LookingAdmin):
         form_url: str = "",
         extra_context: dict[str, Any] | None = None,
     ) -> HttpResponse:
-        try:
-            with in_time(using=alias()):
-                event = self._event(request, object_id)
-                possible = acting.possible(using=alias())
-        except TooSlow:
-            return self.too_slow(request)
+        with in_time(using=alias()):
+            event = self._event(request, object_id)
+            possible = acting.possible(using=alias())
         actions = [
             {"label": action.label, "url": acting.address(self, action, event["id"])}
             for action in ACTIONS.values()
@@ -189,13 +183,11 @@ class EventAdmin(LookingAdmin):
         }
         return self.answer(request, "event", context)
 
+    @unless_too_slow
     def document_view(self, request: HttpRequest, object_id: str, name: str) -> HttpResponse:
         """Answer with a whole document, as text."""
-        try:
-            with in_time(using=alias()):
-                event = self._event(request, object_id)
-        except TooSlow:
-            return self.too_slow(request)
+        with in_time(using=alias()):
+            event = self._event(request, object_id)
         if name not in ("payload", "headers") or event[name] is None:
             raise Http404
         headers = {
