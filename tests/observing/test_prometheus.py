@@ -101,7 +101,7 @@ def name_of(pid):
     """Return the name of a process; None if it is gone."""
     try:
         return Path(f"/proc/{pid}/comm").read_text().strip()
-    except FileNotFoundError:
+    except (FileNotFoundError, ProcessLookupError):  # the latter if it goes between open and read
         return None
 
 
