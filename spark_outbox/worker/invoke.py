@@ -52,6 +52,10 @@ class Invoker:
 
     def call(self, handler: Handler, event: Event) -> BaseException | None:
         """Call a handler with one event; return what it raised. Raises BatchLost."""
+        if handler.is_async:  # while queries are possible
+            error = self.read(Event.load, handler, event)
+            if error is not None:
+                return error
         self._announce((event.id, handler.number))
         argument = event if handler.batch is None else [event]
         if self._observed.is_off:  # the shortest way, as this runs for each event

@@ -144,6 +144,8 @@ class Running:
         call.started = started = clock()
         guard.take_in_hand((call.event.id, handler.number))
         try:
+            if handler.is_async:
+                call.event.load()  # while queries are possible
             with apart(self._context.using, limit):
                 call_in_time(surround(call.observed, handler.call), call.event, limit, guard)
         except BaseException as raised:

@@ -383,3 +383,15 @@ def test_in_peoples_tests_async_handlers_see_the_test_s_own_data(own_registry):
     emit("g", "key")
     assert drain() == 1
     assert handled() == ["Mine"]
+
+
+@pytest.mark.django_db(transaction=False)
+@pytest.mark.parametrize("atomic", [True, False])
+def test_in_peoples_tests_they_get_model_instances_too(own_registry, atomic):
+    @handler("", name="h", atomic=atomic)
+    async def write(event):
+        await Handled.objects.acreate(key=event["challenge"].title, handler="h")
+
+    emit("g", "key", challenge=make_challenge("Mine"))
+    assert drain() == 1
+    assert handled() == ["Mine"]
