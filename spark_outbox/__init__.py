@@ -1,12 +1,12 @@
 """A transactional outbox for Django on PostgreSQL.
 
-Nothing here needs the app registry: import these names at any time.
+Nothing here needs the app registry: import these names at any time. Django is imported with the first of
+them, so pytest can load our plugin before coverage begins to measure. (PYTEST_DONT_REWRITE: there is no
+assertion here to rewrite, and a program that calls pytest may have imported this before.)
 """
 
-from spark_outbox.emitting.emit import aemit, aemit_many, emit, emit_many
-from spark_outbox.errors import BatchFailed, Discard, Retry
-from spark_outbox.events.event import Event
-from spark_outbox.registry.handlers import handler, source
+from importlib import import_module
+from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
 
@@ -22,3 +22,20 @@ __all__ = [
     "handler",
     "source",
 ]
+
+if TYPE_CHECKING:
+    from spark_outbox.emitting.emit import aemit, aemit_many, emit, emit_many
+    from spark_outbox.errors import BatchFailed, Discard, Retry
+    from spark_outbox.events.event import Event
+    from spark_outbox.registry.handlers import handler, source
+else:
+
+    def __getattr__(name):
+        if name not in __all__:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        for home in ("errors", "events.event", "registry.handlers", "emitting.emit"):
+            module = import_module(f"{__name__}.{home}")
+            if hasattr(module, name):
+                break
+        globals()[name] = found = getattr(module, name)
+        return found

@@ -12,6 +12,8 @@ from spark_outbox.store import waking
 from tests import postgres
 from tests.tools import Flags
 
+pytest_plugins = ["spark_outbox.pytest_plugin"]  # as in a project, where pytest finds it by itself
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("chaos")

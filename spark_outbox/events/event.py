@@ -6,7 +6,7 @@ import os
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 from django.utils.timezone import make_naive
 
@@ -104,7 +104,7 @@ class Event(Mapping[str, Any]):
         """Whether payload and headers need no `check` before a handler is called."""
 
     @classmethod
-    def from_row(cls, row: StoredRow, references: References) -> "Event":
+    def from_row(cls, row: StoredRow, references: References) -> Self:
         """Return a stored event, whose payload is parsed at first access."""
         event = cls.__new__(cls)
         (
@@ -128,7 +128,7 @@ class Event(Mapping[str, Any]):
         return event
 
     @classmethod
-    def from_rows(cls, rows: Iterable[StoredRow], references: References) -> "list[Event]":
+    def from_rows(cls, rows: Iterable[StoredRow], references: References) -> list[Self]:
         """Return stored events whose model instances are fetched together."""
         events = [cls.from_row(row, references) for row in rows]
         references.add(events)

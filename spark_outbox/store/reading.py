@@ -7,7 +7,7 @@ from typing import Any
 from spark_outbox.errors import UnreadablePayload
 from spark_outbox.events.decoding import MAX_STORED
 from spark_outbox.events.event import StoredRow
-from spark_outbox.store.connection import fetch, fetch_value
+from spark_outbox.store.connection import fetch
 
 # Whatever SQL has put into a row, it can be claimed. Times are within the years that Python knows;
 # created_at in microseconds, since a datetime costs more to load than all the other columns, and few
@@ -80,21 +80,3 @@ select {EVENT_COLUMNS} from spark_outbox_event where id = any(%s) order by id
 
 def events_by_id(ids: list[int], *, using: str) -> list[StoredRow]:
     return select_events(EVENTS_BY_ID, ids, using)
-
-
-# For people's tests
-
-LAST_ID = "select coalesce(max(id), 0) from spark_outbox_event"
-
-EVENTS_AFTER = f"""
-select {EVENT_COLUMNS} from spark_outbox_event where id > %s order by id
-"""
-
-
-def last_id(*, using: str) -> int:
-    return int(fetch_value(LAST_ID, using=using))
-
-
-def events_after(last: int, *, using: str) -> list[StoredRow]:
-    """Return the events of any status with a higher id than `last`, in order."""
-    return select_events(EVENTS_AFTER, last, using)

@@ -1,14 +1,8 @@
-"""For the tests of projects that use spark_outbox. Everything works inside TestCase's transaction."""
-
-import re
-from collections.abc import Iterator
-from contextlib import contextmanager
+"""Be the worker, on the connection of the test."""
 
 from spark_outbox.errors import Discard, Retry
 from spark_outbox.events.event import Event
-from spark_outbox.events.references import References
 from spark_outbox.registry.handlers import Handler
-from spark_outbox.store import reading
 from spark_outbox.worker.loop import Worker
 
 
@@ -31,22 +25,3 @@ def drain(*, using: str = "default", raise_exceptions: bool = True) -> int:
     if errors and raise_exceptions:
         raise errors[0]
     return handled
-
-
-def emitted(group: str = "", *, using: str = "default") -> list[Event]:
-    """Return the stored events of any status whose group matches the regex `group`, in order."""
-    return _events_after(0, group, using)
-
-
-@contextmanager
-def capture_events(group: str = "", *, using: str = "default") -> Iterator[list[Event]]:
-    """Collect the events that are emitted inside the `with` block; the list is filled at its end."""
-    before = reading.last_id(using=using)
-    captured: list[Event] = []
-    yield captured
-    captured += _events_after(before, group, using)
-
-
-def _events_after(last: int, group: str, using: str) -> list[Event]:
-    events = Event.from_rows(reading.events_after(last, using=using), References())
-    return [event for event in events if re.search(group, event.group)]

@@ -1,0 +1,51 @@
+"""For people's tests: read all events, and move them in time."""
+
+import datetime as dt
+from typing import Any
+
+from spark_outbox.events.event import StoredRow
+from spark_outbox.store.connection import execute, fetch, fetch_value
+from spark_outbox.store.reading import EVENT_COLUMNS, with_documents
+
+Found = tuple[StoredRow, str, str]
+"""An event, its status and its last error."""
+
+LAST_ID = "select coalesce(max(id), 0) from spark_outbox_event"
+
+EVENTS_AFTER = f"""
+select {EVENT_COLUMNS}, status, last_error from spark_outbox_event where id > %s order by id
+"""
+
+EVENTS_BY_KEY = f"""
+select {EVENT_COLUMNS}, status, last_error from spark_outbox_event where key = %s
+"""
+
+# But for what waits for the end of a pause, which is no time.
+ADVANCE = """
+update {table} set available_at = available_at - %s
+where status = 'pending' and available_at < '9999-01-01'
+"""
+
+
+def last_id(*, using: str) -> int:
+    return int(fetch_value(LAST_ID, using=using))
+
+
+def events_after(last: int, *, using: str) -> list[Found]:
+    """Return the events with a higher id than `last`, in order."""
+    return _found(EVENTS_AFTER, last, using)
+
+
+def events_by_key(key: str, *, using: str) -> list[Found]:
+    return _found(EVENTS_BY_KEY, key, using)
+
+
+def _found(sql: str, param: Any, using: str) -> list[Found]:
+    rows = with_documents(fetch(sql, [param], using=using), using)
+    return [(StoredRow._make(columns), status, error) for *columns, status, error in rows]
+
+
+def advance(by: dt.timedelta, *, using: str) -> None:
+    """Bring the times nearer that pending events and deliveries wait for."""
+    for table in ("spark_outbox_delivery", "spark_outbox_event"):
+        execute(ADVANCE.format(table=table), [by], using=using)

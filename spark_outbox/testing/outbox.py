@@ -1,0 +1,127 @@
+"""Outbox: what a test does with the outbox, in one object."""
+
+import time
+from collections.abc import Mapping
+from datetime import timedelta
+from types import TracebackType
+from typing import Any, Self
+
+from asgiref.sync import sync_to_async
+from django.db import connections
+
+from spark_outbox.events.event import Event
+from spark_outbox.operating import look
+from spark_outbox.store import testing
+from spark_outbox.testing import calling, draining, events
+from spark_outbox.testing.calling import AnyHandler
+from spark_outbox.testing.events import EmittedEvent
+
+PAUSE = 0.02
+"""Seconds between two looks at an event that a test waits for."""
+
+FOR_GOOD = ("done", "failed", "discarded")
+"""States in which an event stays until a person does something about it."""
+
+
+class Outbox:
+    """The outbox of one database, for one test.
+
+    Without pytest, in a TestCase's setUp: `self.outbox = self.enterContext(Outbox())`.
+    """
+
+    def __init__(self, *, using: str = "default") -> None:
+        self.using = using
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """End what was begun for this test."""
+
+    # Events
+
+    def emitted(self, group: str = "") -> list[EmittedEvent]:
+        """Return the stored events whose group matches the regex `group`, in order. Each has its
+        `status` and its `last_error`."""
+        return events.emitted(group, using=self.using)
+
+    def assert_emitted(self, group: str, key: str | None = None, **payload: Any) -> EmittedEvent:
+        """Return the first event whose group matches the regex `group`, with this key, and with these
+        values in its payload, which may have others, too. Raises AssertionError, which lists all."""
+        return events.assert_emitted(group, key, payload, using=self.using)
+
+    def assert_not_emitted(self, group: str, key: str | None = None, **payload: Any) -> None:
+        """Raise AssertionError, which lists them, if there are such events."""
+        events.assert_not_emitted(group, key, payload, using=self.using)
+
+    # Handling
+
+    def drain(self, *, raise_exceptions: bool = True) -> int:
+        """Handle the ready events, as a worker would: see `spark_outbox.testing.drain`."""
+        return draining.drain(using=self.using, raise_exceptions=raise_exceptions)
+
+    async def adrain(self, *, raise_exceptions: bool = True) -> int:
+        """Do so from async code, on the connection that `aemit` and the async ORM use."""
+        return await sync_to_async(self.drain)(raise_exceptions=raise_exceptions)
+
+    def handle(
+        self,
+        handler: AnyHandler,
+        group: str | None = None,
+        key: str | None = None,
+        *,
+        attempt: int = 1,
+        headers: Mapping[str, Any] | None = None,
+        **payload: Any,
+    ) -> None:
+        """Call one handler by itself, with an event that is not in the outbox. Raises what it raises.
+
+        Give its function, which need not be registered, or its name. What it writes is rolled back if
+        it raises, unless it is async or has atomic=False. `group` is needed if its pattern matches no
+        group that can be guessed.
+        """
+        found = calling.find(handler, group)
+        event = Event(group or calling.group_of(found), key, headers=headers, **payload)
+        calling.call(found, event, attempt=attempt, using=self.using)
+
+    # Time
+
+    def advance(self, by: timedelta) -> None:
+        """Let this time pass for events that are delayed or wait for another attempt. Their own times
+        are moved; no clock is, so what `drain` does after that is due by the clock of the database."""
+        testing.advance(by, using=self.using)
+
+    def wait_for(self, key: str, state: str = "done", *, timeout: float = 10.0) -> EmittedEvent:
+        """Wait until a worker has brought an event into this state, and return it.
+
+        For tests in which a real worker runs, on committed events: those with `transaction=True`, or of
+        a TransactionTestCase. Raises AssertionError, which explains where the event is, after `timeout`
+        seconds; or at once if it has ended in another state.
+        """
+        connection = connections[self.using]
+        deadline = time.monotonic() + timeout
+        while True:
+            event = events.find(key, using=self.using)
+            if event is not None and event.status == state:
+                return event
+            if connection.in_atomic_block:
+                raise AssertionError(
+                    "No worker sees the events of a transaction that is not committed. Call drain(); or "
+                    "mark the test with django_db(transaction=True), or use a TransactionTestCase."
+                )
+            has_ended = event is not None and event.status in FOR_GOOD
+            if has_ended or time.monotonic() >= deadline:
+                raise AssertionError(self._where(key, state, event))
+            time.sleep(PAUSE)
+
+    def _where(self, key: str, state: str, event: EmittedEvent | None) -> str:
+        if event is None:
+            return f"There is no event with the key {key!r}."
+        lines = [f"The event {key!r} is {event.status}, not {state}."]
+        lines += look.explanation(key, using=self.using)
+        return "\n".join([*lines, event.last_error]).rstrip()
