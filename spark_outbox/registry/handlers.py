@@ -153,6 +153,12 @@ class Registry:
         self._matches.clear()
         return handler
 
+    def replace(self, handler: Handler) -> None:
+        """Put `handler` in the place of the one that is registered under its name."""
+        names = [each.name for each in self.handlers]
+        self.handlers[names.index(handler.name)] = handler
+        self._matches.clear()
+
     def add_source(self, function: SourceFunction, *, model: type[Model]) -> None:
         """Register `function` for saved instances of `model`, and for the sweep over all of them."""
         if not _is_model(model):

@@ -26,6 +26,17 @@ update {table} set available_at = available_at - %s
 where status = 'pending' and available_at < '9999-01-01'
 """
 
+# As due events, of which the earliest comes first.
+REVERSE = """
+update spark_outbox_event as event
+set available_at = statement_timestamp() - numbered.number * interval '1 millisecond'
+from (
+    select id, row_number() over (order by id) as number from spark_outbox_event
+    where status = 'pending' and available_at is null and ordering_key is null
+) as numbered
+where event.id = numbered.id
+"""
+
 
 def last_id(*, using: str) -> int:
     return int(fetch_value(LAST_ID, using=using))
@@ -49,3 +60,8 @@ def advance(by: dt.timedelta, *, using: str) -> None:
     """Bring the times nearer that pending events and deliveries wait for."""
     for table in ("spark_outbox_delivery", "spark_outbox_event"):
         execute(ADVANCE.format(table=table), [by], using=using)
+
+
+def reverse(*, using: str) -> None:
+    """Let ready events without an ordering key be handled in the reverse order of their ids."""
+    execute(REVERSE, using=using)

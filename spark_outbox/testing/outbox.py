@@ -1,7 +1,7 @@
 """Outbox: what a test does with the outbox, in one object."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from datetime import timedelta
 from types import TracebackType
 from typing import Any, Self
@@ -11,10 +11,12 @@ from django.db import connections
 
 from spark_outbox.events.event import Event
 from spark_outbox.operating import look
+from spark_outbox.registry.handlers import Handler, registry
 from spark_outbox.store import testing
-from spark_outbox.testing import calling, draining, events
+from spark_outbox.testing import calling, draining, events, faults
 from spark_outbox.testing.calling import AnyHandler
 from spark_outbox.testing.events import EmittedEvent
+from spark_outbox.testing.faults import Fault, Faults
 
 PAUSE = 0.02
 """Seconds between two looks at an event that a test waits for."""
@@ -31,6 +33,8 @@ class Outbox:
 
     def __init__(self, *, using: str = "default") -> None:
         self.using = using
+        self._faults = Faults(using)
+        self._reverses = False
 
     def __enter__(self) -> Self:
         return self
@@ -41,7 +45,8 @@ class Outbox:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        """End what was begun for this test."""
+        """End the faults."""
+        self._faults.mend()
 
     # Events
 
@@ -63,6 +68,8 @@ class Outbox:
 
     def drain(self, *, raise_exceptions: bool = True) -> int:
         """Handle the ready events, as a worker would: see `spark_outbox.testing.drain`."""
+        if self._reverses:
+            testing.reverse(using=self.using)
         return draining.drain(using=self.using, raise_exceptions=raise_exceptions)
 
     async def adrain(self, *, raise_exceptions: bool = True) -> int:
@@ -125,3 +132,43 @@ class Outbox:
         lines = [f"The event {key!r} is {event.status}, not {state}."]
         lines += look.explanation(key, using=self.using)
         return "\n".join([*lines, event.last_error]).rstrip()
+
+    # Faults, until the end of the test
+
+    def fail(
+        self,
+        handler: AnyHandler,
+        *,
+        on_attempt: int | Collection[int] | None = 1,
+        with_: BaseException | type[BaseException] = RuntimeError,
+        after: bool = False,
+    ) -> None:
+        """Let a handler raise on these attempts, None for all, rather than do its work; or `after` it:
+        then its writes are rolled back, and calls to others were made. `drain` does not raise it."""
+        attempts = [on_attempt] if isinstance(on_attempt, int) else on_attempt
+        fault = Fault(attempts=attempts, error=with_, after=after)
+        self._faults.inject(fault, self._registered(handler))
+
+    def duplicate(self, handler: AnyHandler | None = None) -> None:
+        """Call a handler, or all, twice with each event, as when the worker dies at the end of the first
+        call. Its writes are rolled back after the first, if it is of a kind that shares the worker's
+        transaction."""
+        found = list(registry.handlers) if handler is None else self._registered(handler)
+        self._faults.inject(Fault(twice=True), found)
+
+    def reorder(self) -> None:
+        """Let `drain` handle the latest event first, as when the others have to be tried again. Events
+        with an ordering key keep their order."""
+        self._reverses = True
+
+    def slow(self, handler: AnyHandler, seconds: float) -> None:
+        """Let a handler take so long. If that is longer than its timeout, nobody waits: HandlerTimeout
+        is raised after its work."""
+        for each in self._registered(handler):
+            self._faults.inject(faults.took_too_long(each, seconds), [each])
+
+    def _registered(self, handler: AnyHandler) -> list[Handler]:
+        found = calling.registered(handler)
+        if not found:
+            raise ValueError(f"{handler!r} is no registered handler.")
+        return found
