@@ -130,9 +130,9 @@ def is_watched(using: str) -> bool:
     return bool(connection.execute_wrappers or connection.queries_logged)
 
 
-def past_wrappers(sql: str, using: str) -> PGresult:
+def past_wrappers(sql: str, using: Using) -> PGresult:
     """Run statements; return the result of the last."""
-    connection = connections[using]
+    connection = _connection(using)
     with connection.wrap_database_errors:
         return send(sql, connection.connection)
 

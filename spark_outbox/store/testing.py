@@ -4,7 +4,14 @@ import datetime as dt
 from typing import Any
 
 from spark_outbox.events.event import StoredRow
-from spark_outbox.store.connection import execute, fetch, fetch_value
+from spark_outbox.store.connection import (
+    Using,
+    as_columns,
+    execute,
+    fetch,
+    fetch_value,
+    past_wrappers,
+)
 from spark_outbox.store.reading import EVENT_COLUMNS, with_documents
 
 Found = tuple[StoredRow, str, str]
@@ -37,6 +44,22 @@ from (
 where event.id = numbered.id
 """
 
+SEQUENCES = """
+select
+    format('%I.%I', schemaname, sequencename), coalesce(last_value, start_value), last_value is not null
+from pg_sequences where schemaname = any(current_schemas(false))
+"""
+
+RESTART = """
+select count(setval(name::regclass, value, is_called))
+from unnest(%s::text[], %s::bigint[], %s::boolean[]) as sequence (name, value, is_called)
+"""
+
+# A transaction inside of a test's.
+BEGIN = "savepoint spark_outbox_begin"
+COMMIT = "release savepoint spark_outbox_begin"
+ROLL_BACK = f"rollback to savepoint spark_outbox_begin; {COMMIT}"
+
 
 def last_id(*, using: str) -> int:
     return int(fetch_value(LAST_ID, using=using))
@@ -65,3 +88,29 @@ def advance(by: dt.timedelta, *, using: str) -> None:
 def reverse(*, using: str) -> None:
     """Let ready events without an ordering key be handled in the reverse order of their ids."""
     execute(REVERSE, using=using)
+
+
+Sequences = list[tuple[str, int, bool]]
+"""Names, last values, and whether these were given to anybody."""
+
+
+def sequences(*, using: str) -> Sequences:
+    return fetch(SEQUENCES, using=using)
+
+
+def restart(sequences: Sequences, *, using: str) -> None:
+    """Let sequences go on as they were, which no rollback does."""
+    if sequences:
+        fetch(RESTART, as_columns(sequences), using=using)
+
+
+def begin(*, using: Using) -> None:
+    past_wrappers(BEGIN, using)
+
+
+def commit(*, using: Using) -> None:
+    past_wrappers(COMMIT, using)
+
+
+def roll_back(*, using: Using) -> None:
+    past_wrappers(ROLL_BACK, using)

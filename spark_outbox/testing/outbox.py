@@ -1,7 +1,7 @@
 """Outbox: what a test does with the outbox, in one object."""
 
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from datetime import timedelta
 from types import TracebackType
 from typing import Any, Self
@@ -15,6 +15,7 @@ from spark_outbox.registry.handlers import Handler, registry
 from spark_outbox.store import testing
 from spark_outbox.testing import calling, draining, events, faults
 from spark_outbox.testing.calling import AnyHandler
+from spark_outbox.testing.crashes import Calls, Proof, prove
 from spark_outbox.testing.events import EmittedEvent
 from spark_outbox.testing.faults import Fault, Faults
 
@@ -166,6 +167,29 @@ class Outbox:
         is raised after its work."""
         for each in self._registered(handler):
             self._faults.inject(faults.took_too_long(each, seconds), [each])
+
+    def crash_everywhere(
+        self,
+        handler: AnyHandler,
+        event: Event | Mapping[str, Any],
+        *,
+        calls: Sequence[Calls] = (),
+        repeats: bool = False,
+        ignore: Collection[str] = (),
+        most: int = 1000,
+    ) -> list[str]:
+        """Prove that a handler comes to the same end wherever its process dies: cut it off before and
+        after each statement and each commit, and call it again. Return these boundaries.
+
+        Raises AssertionError, which lists where the database, or calls to others, end differently from a
+        call that nothing has disturbed. Mails are such calls, and so is what the test's fakes record in
+        the lists `calls`. With `repeats` equal calls may be made again. Times, UUIDs and fields to
+        `ignore`, such as "orders.Order.token", are not compared. Everything is taken back.
+        """
+        event = Event.of(event)
+        found = calling.find(handler, event.group)
+        proof = Proof(found, event, calls=calls, repeats=repeats, ignored=ignore, using=self.using)
+        return prove(proof, found.name, most=most)
 
     def _registered(self, handler: AnyHandler) -> list[Handler]:
         found = calling.registered(handler)

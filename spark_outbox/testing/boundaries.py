@@ -1,0 +1,93 @@
+"""Cut a handler off at one of the points at which its process could die.
+
+Such a boundary is before and after each statement, also before and after those that begin, release and
+commit. Between two of them nothing changes but by calls to others.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from django.db.backends.base.base import BaseDatabaseWrapper
+
+from spark_outbox.worker import wire
+
+SHOWN = 100
+"""How many characters of a statement name it in a report."""
+
+
+class Cut(BaseException):
+    """The process dies here. No handler catches it, but with a bare `except`."""
+
+
+class Boundaries:
+    """The boundaries of one run, from 1. The run is cut off at number `cut`, if that is not None.
+
+    Nothing is sent after that but what rolls back.
+    """
+
+    def __init__(self, cut: int | None, on_cut: Callable[[], None]) -> None:
+        self._cut = cut
+        self._on_cut = on_cut
+        self._count = 0
+        self._statement = ""  # that is under way
+        self._rolls_back = False
+        self._is_off = False
+        self.where = ""
+        """The boundary at which it was cut off."""
+
+    def reach(self, where: str) -> None:
+        """Raise Cut if this is the boundary, or a later one."""
+        if self.where:
+            raise Cut(self.where)
+        self._count += 1
+        if self._count == self._cut:
+            self.where = where
+            self._on_cut()
+            raise Cut(where)
+
+    @contextmanager
+    def around(self, what: str) -> Iterator[None]:
+        """Have one boundary before the block, and one after it, but none in it."""
+        self.reach(f"before {what}")
+        self._is_off = True
+        try:
+            yield
+        finally:
+            self._is_off = False
+        self.reach(f"after {what}")
+
+    @contextmanager
+    def watched(self, connection: BaseDatabaseWrapper) -> Iterator[None]:
+        """Have boundaries around everything that is sent on this connection."""
+        connection.ensure_connection()
+        raw = connection.connection
+
+        def before(generator: Any) -> None:
+            self._before(short(wire.sent(generator, raw)[1]))
+
+        with wire.watched(raw, before, self._after):
+            yield
+
+    def _before(self, statement: str) -> None:
+        if not statement or self._is_off or (self.where and self._undoes(statement)):
+            return
+        self.reach(f"before {statement}")
+        self._statement = statement
+
+    def _after(self) -> None:
+        statement, self._statement = self._statement, ""
+        if statement:
+            self.reach(f"after {statement}")
+
+    def _undoes(self, statement: str) -> bool:
+        """Return whether this only takes back what was cut off, as atomic() does it."""
+        is_rollback = statement.startswith("ROLLBACK")
+        may_pass = is_rollback or (self._rolls_back and statement.startswith("RELEASE"))
+        self._rolls_back = is_rollback
+        return may_pass
+
+
+def short(statement: str) -> str:
+    text = " ".join(statement.split())
+    return text if len(text) <= SHOWN else f"{text[: SHOWN - 1]}…"

@@ -1,0 +1,198 @@
+"""The crash prover: a handler comes to the same end wherever its process dies.
+
+Each run calls the handler, cuts it off at one boundary, and calls it again, as the next worker does. It
+is compared with a run that nothing has disturbed, and taken back.
+"""
+
+from collections import Counter
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from django.core import mail
+from django.core.mail import EmailMessage
+from django.db import connections, transaction
+
+from spark_outbox.events.event import Event
+from spark_outbox.registry.handlers import Handler
+from spark_outbox.store import testing
+from spark_outbox.testing.autocommit import autocommitting
+from spark_outbox.testing.boundaries import Boundaries, Cut
+from spark_outbox.testing.calling import argument
+from spark_outbox.testing.states import Rows, States
+
+MOST_SHOWN = 10
+"""How many boundaries the report of a failed proof lists."""
+
+END = "at its end, before its event is marked as done"
+
+Calls = list[Any]
+"""Calls to others, as a test records them: mails, requests, the `mock_calls` of a mock."""
+
+
+@dataclass(slots=True)
+class End:
+    """The end of one run."""
+
+    where: str = ""
+    """The boundary at which it was cut off."""
+    error: str = ""
+    """What the second call raised."""
+    after: dict[str, Rows] = field(default_factory=dict)
+    rows: "Counter[str]" = field(default_factory=Counter)
+    calls: "Counter[str]" = field(default_factory=Counter)
+
+    def differences(self, other: "End") -> list[str]:
+        lines = [f"the second call raised {self.error}"] if self.error else []
+        for what, here, there in (
+            ("row", self.rows, other.rows),
+            ("call", self.calls, other.calls),
+        ):
+            lines += [f"one {what} more: {each}" for each in (here - there).elements()]
+            lines += [f"one {what} less: {each}" for each in (there - here).elements()]
+        return lines
+
+
+class Proof:
+    """Runs of one handler with one event."""
+
+    def __init__(
+        self,
+        handler: Handler,
+        event: Event,
+        *,
+        calls: Sequence[Calls],
+        repeats: bool,
+        ignored: Collection[str],
+        using: str,
+    ) -> None:
+        self._handler = handler
+        self._event = event
+        mails: Sequence[Calls] = [mail.outbox] if hasattr(mail, "outbox") else []
+        self._recorded = [*mails, *calls]
+        self._repeats = repeats
+        self._using = using
+        self._states = States(ignored, using=using)
+        self._lengths: list[int] = []  # of what is recorded, at the cut
+
+    def run(self, cut: int | None) -> End:
+        """Run to the end; with `cut`, in two calls, unless that boundary comes after the commit."""
+        end = End()
+        lengths = [len(each) for each in self._recorded]
+        with undone(self._using):
+            sequences = testing.sequences(using=self._using)  # which also begins the transaction
+            boundaries = Boundaries(cut, self._note_calls)
+            is_done = self._call(boundaries, attempt=1)
+            end.where = boundaries.where
+            if not is_done:
+                self._truncate(self._lengths)  # what was called after the death was not
+                if not self._handler.kind.outlives:
+                    testing.restart(sequences, using=self._using)  # all is rolled back, but these
+                end.error = self._call_again()
+            end.after = self._states.read()
+        testing.restart(sequences, using=self._using)
+        end.rows = self._states.changes(end.after)
+        new = [
+            as_text(call)
+            for each, length in zip(self._recorded, lengths, strict=True)
+            for call in each[length:]
+        ]
+        end.calls = Counter(set(new) if self._repeats else new)
+        self._truncate(lengths)
+        return end
+
+    def _note_calls(self) -> None:
+        self._lengths = [len(each) for each in self._recorded]
+
+    def _truncate(self, lengths: Sequence[int]) -> None:
+        for each, length in zip(self._recorded, lengths, strict=True):
+            del each[length:]
+
+    def _call(self, boundaries: Boundaries, *, attempt: int) -> bool:
+        """Call the handler; return whether its event was marked as done."""
+        handler, connection = self._handler, connections[self._using]
+        given = argument(handler, self._event, attempt=attempt)
+        is_done = False
+        try:
+            if handler.kind.outlives:
+                with boundaries.watched(connection), autocommitting(connection, boundaries):
+                    handler.call(given)
+                boundaries.reach(END)
+                return True
+            first = len(connection.run_on_commit)
+            with transaction.atomic(using=self._using):
+                with boundaries.watched(connection):
+                    handler.call(given)
+                boundaries.reach(END)
+            is_done = True
+            boundaries.reach("after the commit")
+            waiting: list[Any] = connection.run_on_commit
+            callbacks = [callback for _, callback, _ in waiting[first:]]
+            del waiting[first:]
+            with boundaries.watched(connection), autocommitting(connection, boundaries):
+                for callback in callbacks:
+                    callback()
+        except Cut:
+            pass
+        except Exception:
+            if not boundaries.where:
+                raise
+        return is_done
+
+    def _call_again(self) -> str:
+        """Call the handler once more; return what it raised."""
+        try:
+            self._call(Boundaries(None, self._note_calls), attempt=2)
+        except Exception as error:  # noqa: BLE001, it is what the proof reports
+            return repr(error)
+        return ""
+
+
+def prove(proof: Proof, name: str, *, most: int) -> list[str]:
+    """Cut the handler off everywhere; return the boundaries. Raises AssertionError if the end differs
+    anywhere, or if there are more than `most` boundaries."""
+    expected = proof.run(None)
+    boundaries: list[str] = []
+    failures: list[str] = []
+    while len(boundaries) < most:
+        end = proof.run(len(boundaries) + 1)
+        if not end.where:
+            break
+        boundaries.append(end.where)
+        if lines := end.differences(expected):
+            failures.append("\n    ".join([f"  {len(boundaries)}. {end.where}:", *lines]))
+    else:
+        raise AssertionError(f"{name} has more than {most} boundaries. Give most=…, or a smaller event.")
+    if failures:
+        left = len(failures) - MOST_SHOWN
+        first = (
+            f"{name} comes to another end if it is cut off at {len(failures)} of {len(boundaries)} "
+            "boundaries, and called again:"
+        )
+        more = [f"  … and {left} others"] if left > 0 else []
+        raise AssertionError("\n".join([first, *failures[:MOST_SHOWN], *more]))
+    return boundaries
+
+
+@contextmanager
+def undone(using: str) -> Iterator[None]:
+    """Take back everything that the block writes, also in durable transactions."""
+    with transaction.atomic(using=using):
+        outermost: Any = connections[using].atomic_blocks[-1]
+        outermost._from_testcase = True
+        try:
+            yield
+        finally:
+            transaction.set_rollback(True, using=using)
+
+
+def as_text(call: Any) -> str:
+    """Return a recorded call in a form in which two can be compared."""
+    if isinstance(call, EmailMessage):
+        parts = (call.subject, call.body, call.from_email, call.recipients(), call.extra_headers)
+        return f"mail {parts!r}, {len(call.attachments)} attachments"
+    way_to_show: object = type(call).__repr__
+    if way_to_show is object.__repr__:  # it would show an address
+        return f"{type(call).__qualname__} {vars(call)!r}"
+    return repr(call)
