@@ -3,10 +3,11 @@
 import datetime as dt
 from typing import Any
 
+from psycopg.sql import quote
+
 from spark_outbox.events.event import StoredRow
 from spark_outbox.store.connection import (
     Using,
-    as_columns,
     execute,
     fetch,
     fetch_value,
@@ -45,14 +46,17 @@ where event.id = numbered.id
 """
 
 SEQUENCES = """
-select
-    format('%I.%I', schemaname, sequencename), coalesce(last_value, start_value), last_value is not null
+select coalesce(json_agg(json_build_object(
+    'name', format('%I.%I', schemaname, sequencename),
+    'value', coalesce(last_value, start_value),
+    'is_called', last_value is not null
+)), '[]')
 from pg_sequences where schemaname = any(current_schemas(false))
 """
 
 RESTART = """
 select count(setval(name::regclass, value, is_called))
-from unnest(%s::text[], %s::bigint[], %s::boolean[]) as sequence (name, value, is_called)
+from json_to_recordset({sequences}) as sequence (name text, value bigint, is_called boolean)
 """
 
 # A transaction inside of a test's.
@@ -90,18 +94,19 @@ def reverse(*, using: str) -> None:
     execute(REVERSE, using=using)
 
 
-Sequences = list[tuple[str, int, bool]]
-"""Names, last values, and whether these were given to anybody."""
+def sequences(*, using: Using) -> str:
+    """Return where sequences are. Like those below, it runs past all wrappers."""
+    return str((past_wrappers(SEQUENCES, using).get_value(0, 0) or b"").decode())
 
 
-def sequences(*, using: str) -> Sequences:
-    return fetch(SEQUENCES, using=using)
+def restart(sequences: str, *, using: Using) -> None:
+    """Let sequences go on from where they were, which no rollback does."""
+    past_wrappers(RESTART.format(sequences=quote(sequences)), using)
 
 
-def restart(sequences: Sequences, *, using: str) -> None:
-    """Let sequences go on as they were, which no rollback does."""
-    if sequences:
-        fetch(RESTART, as_columns(sequences), using=using)
+def touch(*, using: Using) -> None:
+    """Have psycopg begin the transaction that Django has begun."""
+    execute("select", using=using)
 
 
 def begin(*, using: Using) -> None:

@@ -54,6 +54,7 @@ class _Pretence:
         self._connection = connection
         self._boundaries = boundaries
         self.is_open = False
+        self._sequences = ""
 
     def set_autocommit(self, autocommit: bool) -> None:
         if not autocommit:
@@ -62,6 +63,7 @@ class _Pretence:
             self.rollback()
 
     def _begin(self) -> None:
+        self._sequences = testing.sequences(using=self._connection)
         testing.begin(using=self._connection)
         self.is_open = True
 
@@ -73,6 +75,8 @@ class _Pretence:
     def rollback(self) -> None:
         testing.roll_back(using=self._connection)
         self.is_open = False
+        if self._boundaries.where:  # the next call shall give new rows the keys that these have had
+            testing.restart(self._sequences, using=self._connection)
 
     def execute(
         self, execute: Callable[..., Any], sql: Any, params: Any, many: bool, context: Any

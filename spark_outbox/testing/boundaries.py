@@ -70,7 +70,9 @@ class Boundaries:
             yield
 
     def _before(self, statement: str) -> None:
-        if not statement or self._is_off or (self.where and self._undoes(statement)):
+        if not statement or self._is_off or statement.startswith("CLOSE"):
+            return
+        if self.where and self._undoes(statement):
             return
         self.reach(f"before {statement}")
         self._statement = statement

@@ -4,6 +4,7 @@ Each run calls the handler, cuts it off at one boundary, and calls it again, as 
 is compared with a run that nothing has disturbed, and taken back.
 """
 
+import warnings
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
@@ -81,7 +82,7 @@ class Proof:
         end = End()
         lengths = [len(each) for each in self._recorded]
         with undone(self._using):
-            sequences = testing.sequences(using=self._using)  # which also begins the transaction
+            sequences = testing.sequences(using=self._using)
             boundaries = Boundaries(cut, self._note_calls)
             is_done = self._call(boundaries, attempt=1)
             end.where = boundaries.where
@@ -152,11 +153,12 @@ class Proof:
 def prove(proof: Proof, name: str, *, most: int) -> list[str]:
     """Cut the handler off everywhere; return the boundaries. Raises AssertionError if the end differs
     anywhere, or if there are more than `most` boundaries."""
-    expected = proof.run(None)
     boundaries: list[str] = []
     failures: list[str] = []
+    expected = proof.run(None)
     while len(boundaries) < most:
-        end = proof.run(len(boundaries) + 1)
+        with warnings.catch_warnings(action="ignore", category=ResourceWarning):
+            end = proof.run(len(boundaries) + 1)  # whoever dies closes nothing
         if not end.where:
             break
         boundaries.append(end.where)
@@ -181,6 +183,7 @@ def undone(using: str) -> Iterator[None]:
     with transaction.atomic(using=using):
         outermost: Any = connections[using].atomic_blocks[-1]
         outermost._from_testcase = True
+        testing.touch(using=using)
         try:
             yield
         finally:

@@ -109,6 +109,33 @@ def test_a_handler_that_commits_by_itself_has_to_look_what_it_has_done(outbox, o
     assert handled() == []
 
 
+def test_rows_have_the_same_keys_in_each_run(outbox, own_registry):
+    @handler("^g$", atomic=False)
+    def write(event):
+        challenge, _ = Challenge.objects.get_or_create(
+            title="new", defaults={"start_date": "2026-01-01", "end_date": "2026-01-01"}
+        )
+        Donation.objects.update_or_create(challenge=challenge, defaults={"amount": 2})
+        emit("next", f"next_{challenge.pk}", challenge=challenge)
+
+    boundaries = outbox.crash_everywhere(write, Event("g", "key"))
+    assert boundaries.count("before COMMIT") > 1
+
+
+def test_cursors_that_are_open_at_the_cut_are_in_nobodys_way(outbox, own_registry):
+    make_challenge("one")
+
+    @handler("^g$", atomic=False)
+    def read(event):
+        for _ in Challenge.objects.iterator(chunk_size=1):
+            pass
+        with transaction.atomic():
+            for _ in Challenge.objects.select_for_update().iterator(chunk_size=1):
+                pass
+
+    assert outbox.crash_everywhere(read, Event("g", "key"))
+
+
 def test_an_async_handler_commits_each_statement(outbox, own_registry):
     @handler("^g$")
     async def write(event):

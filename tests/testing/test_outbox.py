@@ -1,12 +1,14 @@
 """The fixture `outbox`, and the class behind it."""
 
+import asyncio
 from datetime import timedelta
 
 import pytest
-from asgiref.sync import async_to_sync
+from asgiref.sync import async_to_sync, sync_to_async
+from django.db import connections
 from django.test import TestCase
 
-from spark_outbox import Event, Retry, emit, handler
+from spark_outbox import Event, Retry, aemit, emit, handler
 from spark_outbox.errors import UnstorableValue
 from spark_outbox.models import OutboxEvent
 from spark_outbox.store import pausing
@@ -196,6 +198,19 @@ def test_async_tests_drain_too(outbox, own_registry):
 
     emit("g", "key")
     assert async_to_sync(outbox.adrain)() == 1
+    assert handled() == ["key"]
+
+
+@pytest.mark.django_db(transaction=True)
+def test_they_do_so_in_a_running_loop(outbox, own_registry):
+    own_registry.add_handler(note, group="")
+
+    async def run():
+        await aemit("g", "key")
+        assert await outbox.adrain() == 1
+        await sync_to_async(connections.close_all)()
+
+    asyncio.run(run())
     assert handled() == ["key"]
 
 
