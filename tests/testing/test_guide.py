@@ -19,6 +19,7 @@ SETTINGS = """
 SECRET_KEY = "test"
 INSTALLED_APPS = ["spark_outbox", "orders"]
 USE_TZ = True
+MAILERS = {{"default": {{"BACKEND": "django.core.mail.backends.locmem.EmailBackend"}}}}  # Django 6.1
 DEFAULT_AUTO_FIELD = "django.db.models.BigAutoField"
 DATABASES = {{"default": {database!r}}}
 """
