@@ -76,7 +76,7 @@ class States:
         for field in model._meta.local_concrete_fields:
             name, value = field.attname, row[field.attname]
             is_ignored = f"{model._meta.label}.{field.name}" in self._ignored
-            if is_ignored or isinstance(field, models.AutoField) or (name in old and old[name] == value):
+            if is_ignored or isinstance(field, models.AutoField) or old.get(name) == value:
                 continue
             if model is OutboxEvent and name == "key" and row["key_is_generated"]:
                 value = uuid.UUID(int=0)

@@ -169,6 +169,20 @@ def test_errors_that_a_handler_catches_are_no_crash(outbox, own_registry):
     assert outbox.crash_everywhere(write, Event("g", "key"))
 
 
+@pytest.mark.parametrize("atomic", [True, False])
+def test_events_that_the_handler_emits_are_left_to_a_worker(outbox, own_registry, settings, atomic):
+    settings.SPARK_OUTBOX = {"DISPATCH": "on_commit"}
+
+    @handler("^g$", atomic=atomic)
+    def pass_on(event):
+        with transaction.atomic():
+            emit("next", "next")
+
+    own_registry.add_handler(note, group="^next$")
+    boundaries = outbox.crash_everywhere(pass_on, Event("g", "key"))
+    assert len(boundaries) < 10
+
+
 def test_a_list_handler_gets_a_list(outbox, own_registry):
     @handler("^g$", batch=10)
     def take(events):
