@@ -8,13 +8,13 @@ from django.core import checks
 from django.core.checks import CheckMessage, Error, Info, Tags, register
 from django.db import connections, router
 
-from spark_outbox import conf
+from spark_outbox import conf, operations
 from spark_outbox.errors import SettingsError
 from spark_outbox.operating import fitting
 from spark_outbox.registry.handlers import registry
 from spark_outbox.store import checking, definitions, waking
 from spark_outbox.store.checking import Counted
-from spark_outbox.worker import bounds
+from spark_outbox.worker import bounds, ported
 
 PSYCOPG = (3, 2, 10)
 """The oldest version that will do, as in pyproject.toml."""
@@ -128,7 +128,7 @@ def check_databases(databases: Sequence[str] | None = None, **_: Any) -> list[Ch
         misdefined = list(_definitions(alias))
         found += misdefined
         if not misdefined and checking.has_outbox(using=alias):
-            found += [*_state(alias, settings), *_contents(alias)]
+            found += [*_state(alias, settings), *_contents(alias), *_ported(alias)]
     return found
 
 
@@ -247,6 +247,16 @@ def _contents(alias: str) -> Iterator[CheckMessage]:
             "code fits them is not known.",
             hint="Run the checks with the worker's role.",
             id="spark_outbox.I003",
+        )
+
+
+def _ported(alias: str) -> Iterator[CheckMessage]:
+    """Look for keys that django-spark has handled, unless the next `migrate` takes them over."""
+    if (problem := ported.problem(using=alias)) and not operations.is_planned(using=alias):
+        yield Error(
+            problem,
+            hint=f"{ported.remedy(alias)} (before migrate), or silence this check to do without.",
+            id="spark_outbox.E009",
         )
 
 

@@ -195,6 +195,11 @@ def debug() -> bool:
     return bool(django_settings.DEBUG)
 
 
+def is_silenced(check: str) -> bool:
+    """Return whether the project has silenced a system check."""
+    return check in django_settings.SILENCED_SYSTEM_CHECKS
+
+
 def use_tz() -> bool:
     return bool(django_settings.USE_TZ)
 

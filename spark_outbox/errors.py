@@ -2,7 +2,7 @@
 
 SparkOutboxError
 ├── SettingsError         SPARK_OUTBOX has an invalid setting
-├── NotMigrated           the database has no outbox
+├── NotMigrated           the database has no outbox, or lacks the keys that django-spark has handled
 ├── RegistrationError     a handler or source can't be registered
 ├── EmitError             nothing was written
 │   ├── InvalidEvent      the group, the key or an option is not acceptable

@@ -29,7 +29,7 @@ from spark_outbox.processes.slot import Slot
 from spark_outbox.processes.supervisor import Supervisor
 from spark_outbox.processes.watch import Watch
 from spark_outbox.registry.handlers import registry
-from spark_outbox.worker import booking, bounds, forks
+from spark_outbox.worker import booking, bounds, forks, ported
 from spark_outbox.worker.context import make_context
 from spark_outbox.worker.loop import Worker
 from spark_outbox.worker.session import check_handlers, check_outbox
@@ -58,6 +58,8 @@ class Service:
         check_handlers(make_context(using=using))
         try:
             check_outbox(groups, using=using)
+            if not self._options["ignore_django_spark"]:
+                ported.check_keys(using=using)
         except OperationalError as error:
             self._complain(f"Database {using!r} is not looked at: {describe(error)}")
         self._stdout.write(f"spark_outbox {spark_outbox.__version__}. {self._handlers()}")
@@ -181,6 +183,7 @@ class Service:
             async_concurrency=self._options["async_concurrency"],
             max_events=self._options["max_events"],
             max_rss=self._options["max_rss"],
+            needs_keys=not self._options["ignore_django_spark"],
             **more,
         )
 

@@ -21,6 +21,7 @@
     repairing    make stray and unhandled events pending again
     flowing      how many events come and go
     triaging     what fails, and since when
+    porting      the keys that django-spark has handled
     replaying    make done events pending again, for one handler
     checking     what checks and workers ask before they begin
     definitions  what the migrations define, compared with what the database has

@@ -65,6 +65,8 @@ class Context:
     watch: Watch
     """Says whether it is this worker that looks out for events when it has none."""
     experience: Experience
+    needs_keys: bool
+    """It must not start before the outbox knows the keys that django-spark has handled."""
     on_ready: Callable[[str], None] | None
     """Called with the server's version whenever a new session is prepared and LISTENs."""
     on_error: OnError | None
@@ -92,6 +94,7 @@ class Options(TypedDict, total=False):
     on_ready: Callable[[str], None] | None
     on_error: OnError | None
     experience: Experience | None
+    needs_keys: bool
 
 
 _SETTINGS = ("batch_size", "commit_interval", "poll_interval", "async_concurrency")
@@ -114,6 +117,7 @@ def make_context(**options: Unpack[Options]) -> Context:
         guard=options.get("guard") or Unguarded(),
         watch=options.get("watch") or OwnWatch(),
         experience=options.get("experience") or Experience(clock),
+        needs_keys=options.get("needs_keys", False),
         on_ready=options.get("on_ready"),
         on_error=options.get("on_error"),
         stop=Stop(),

@@ -7,6 +7,7 @@ from django.db import connections
 
 from spark_outbox import conf
 from spark_outbox.errors import describe
+from spark_outbox.worker import ported
 from spark_outbox.worker.context import Experience
 from spark_outbox.worker.loop import Worker
 
@@ -14,6 +15,8 @@ logger = logging.getLogger(__name__)
 
 _draining = threading.local()
 _experience: dict[str, Experience] = {}
+_with_keys: set[str] = set()
+"""The databases that lack no key of django-spark."""
 
 
 def drain_after_commit(using: str, **_: object) -> None:
@@ -27,6 +30,7 @@ def drain_after_commit(using: str, **_: object) -> None:
         return
     aliases.add(using)
     try:
+        _check_keys(using)
         Worker(using=using, experience=_experience_of(using)).drain()
     except Exception as error:  # noqa: BLE001, logged
         context = {"database": using, "error": describe(error)}
@@ -37,6 +41,13 @@ def drain_after_commit(using: str, **_: object) -> None:
         )
     finally:
         aliases.discard(using)
+
+
+def _check_keys(using: str) -> None:
+    """Do once in this process what a worker does when it starts."""
+    if using not in _with_keys and not connections[using].in_atomic_block:
+        ported.check_keys(using=using)
+        _with_keys.add(using)
 
 
 def _experience_of(using: str) -> Experience | None:

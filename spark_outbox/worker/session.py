@@ -11,7 +11,7 @@ from spark_outbox.observing import hooks
 from spark_outbox.registry.handlers import Kind
 from spark_outbox.store import checking, claiming, filtering, limiting
 from spark_outbox.store.connection import fix_schema
-from spark_outbox.worker import bounds
+from spark_outbox.worker import bounds, ported
 from spark_outbox.worker.context import Context
 from spark_outbox.worker.event_loop import PATIENCE
 from spark_outbox.worker.refusals import is_final
@@ -63,8 +63,8 @@ class Session:
         """Connect and prepare the session; return False if this has been done on this
         connection.
 
-        Raises NotMigrated if the database has no outbox, SettingsError if PostgreSQL can't read
-        `groups`, or what LISTENs is another database.
+        Raises NotMigrated if the database has no outbox, or lacks keys of django-spark; SettingsError if
+        PostgreSQL can't read `groups`, or what LISTENs is another database.
         """
         context, using = self._context, self._context.using
         connections[using].ensure_connection()
@@ -81,6 +81,8 @@ class Session:
                     "The outbox is gone. It may be coming back from a backup."
                 ) from error
             raise
+        if context.needs_keys and not self._was_ready:
+            ported.check_keys(using=using)
         fix_schema(using=using)
         self._check_direct()
         if context.is_direct:

@@ -119,6 +119,9 @@ class Command(OutboxCommand):
             help="restart a process that has used more memory than this",
         )
         parser.add_argument(
+            "--ignore-django-spark", action="store_true", help="start though its keys are not imported"
+        )
+        parser.add_argument(
             "--database",
             default=DEFAULT_DB_ALIAS,
             metavar="ALIAS",
