@@ -1,19 +1,24 @@
 """The names of django-spark, for code that was written for it.
 
-    from spark import api   becomes   from spark_outbox import api
+    from spark import api               becomes   from spark_outbox import api
+    from spark.models import Event      becomes   from spark_outbox.models import Event
 
-One thing differs: an event is written in the caller's transaction, and handled after its commit by a
-worker (or, with DISPATCH = "on_commit", in the same process).
+An event is written in the caller's transaction, and handled after its commit by a worker (or, with
+DISPATCH = "on_commit", in the same process). Handlers that are registered here get a dict.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, MutableSequence
+from functools import partial
 from typing import Any, overload
 
+from django.apps import apps
 from django.db.models import Model
+from django.db.models.utils import make_model_tuple
 
-from spark_outbox.emitting.emit import AnyEvent, emit, emit_many
+from spark_outbox.emitting.emit import AnyEvent, emit_many
+from spark_outbox.emitting.remembering import hand_over, remember
 from spark_outbox.errors import RegistrationError
-from spark_outbox.events.event import Event
+from spark_outbox.events import event as events
 from spark_outbox.registry.callables import has_name_of_its_own, path_of
 from spark_outbox.registry.handlers import HandlerFunction, SourceFunction, registry
 
@@ -29,18 +34,87 @@ __all__ = [
 ]
 
 
-class _Handlers(Sequence[tuple[str, HandlerFunction]]):
-    """A live view of the registered handlers, as django-spark's pairs of pattern and function."""
+class Event(dict[str, Any]):
+    """A dict with a group, a key and any other values, which are its attributes as well.
+
+    In a handler it also has the attributes of spark_outbox.Event: `id`, `attempt`, `created_at`. Each
+    handler gets a dict of its own, and may change it.
+    """
+
+    _stored: events.Event | None = None
+    _is_new = False
+    """`only_new_events` has let it pass, and nobody has processed it yet."""
+
+    @classmethod
+    def of(cls, stored: events.Event) -> "Event":
+        """Return what a handler gets. Fetches the instances; raises InstanceGone."""
+        made = cls(stored)
+        made.__dict__["_stored"] = stored
+        return made
+
+    @classmethod
+    def new(cls, values: AnyEvent) -> "Event":
+        """Return an event that `only_new_events` lets pass."""
+        made = cls(values)
+        made.__dict__["_is_new"] = True
+        return made
+
+    def process(self) -> bool:
+        """Have it handled, if `only_new_events` has let it pass; return whether it has."""
+        is_new = self.__dict__.pop("_is_new", False)
+        if is_new:
+            hand_over(str(self["key"]))
+        return bool(is_new)
+
+    def __getattr__(self, name: str) -> Any:
+        if name in self:
+            return self[name]
+        if self._stored is None or name.startswith("_"):
+            raise AttributeError(f"This event has no {name!r}.")
+        return getattr(self._stored, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        self[name] = value
+
+
+Pair = tuple[str, HandlerFunction]
+
+
+class _Handlers(MutableSequence[Pair]):
+    """The registered handlers, as django-spark's list of patterns and functions."""
 
     @overload
-    def __getitem__(self, index: int) -> tuple[str, HandlerFunction]: ...
+    def __getitem__(self, index: int) -> Pair: ...
     @overload
-    def __getitem__(self, index: slice) -> Sequence[tuple[str, HandlerFunction]]: ...
+    def __getitem__(self, index: slice) -> list[Pair]: ...
     def __getitem__(self, index: int | slice) -> Any:
         return [(handler.pattern.pattern, handler.function) for handler in registry.handlers][index]
 
     def __len__(self) -> int:
         return len(registry.handlers)
+
+    def __eq__(self, other: object) -> bool:
+        return list(self) == other
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __setitem__(self, index: int | slice, value: Any) -> None:
+        place = index.indices(len(self))[0] if isinstance(index, slice) else range(len(self))[index]
+        del self[index]
+        for number, pair in enumerate(value if isinstance(index, slice) else [value]):
+            self.insert(place + number, pair)
+
+    def __delitem__(self, index: int | slice) -> None:
+        kept = list(registry.handlers)
+        del kept[index]
+        registry.arrange(kept)
+
+    def insert(self, index: int, value: Pair) -> None:
+        group, handler = value
+        register_group_handler(group=group, handler=handler)
+        arranged = list(registry.handlers)
+        arranged.insert(index, arranged.pop())
+        registry.arrange(arranged)
 
 
 HANDLERS = _Handlers()
@@ -52,17 +126,31 @@ def event(group: str, instance_id: object, context: Mapping[str, Any] | None = N
     return {"group": group, "key": f"{group}_{instance_id}", "context": dict(context or {})}
 
 
-def process_events(iterable: Iterable[AnyEvent]) -> None:
-    """Emit events; skip each whose key exists already."""
-    emit_many(iterable)
+class _NewEvents(Iterator[Event]):
+    def __init__(self, items: Iterable[AnyEvent]) -> None:
+        self.items = iter(items)
+
+    def __next__(self) -> Event:
+        return next(Event.new(item) for item in self.items if remember(item) is not None)
 
 
 def only_new_events(iterable: Iterable[AnyEvent]) -> Iterator[Event]:
-    """Emit events one by one, and yield those whose key was new."""
-    for item in iterable:
-        stored = emit(item)
-        if stored is not None:
-            yield stored
+    """Yield the events whose key is new, and keep their keys. Whoever takes them handles them.
+
+    No worker does, unless they are given to `process_events`.
+    """
+    return _NewEvents(iterable)
+
+
+def process_events(iterable: Iterable[AnyEvent]) -> None:
+    """Emit events; skip each whose key exists already, unless `only_new_events` has let it pass.
+
+    All values but group and key are payload, also those that have the name of an option of `emit`.
+    """
+    items = iterable.items if isinstance(iterable, _NewEvents) else iterable  # one INSERT, not two steps
+    emit_many(
+        events.Event.plain(item) for item in items if not (isinstance(item, Event) and item.process())
+    )
 
 
 def register_group_handler(*, group: str, handler: HandlerFunction, name: str | None = None) -> None:
@@ -73,7 +161,8 @@ def register_group_handler(*, group: str, handler: HandlerFunction, name: str | 
     and a number if another handler has both. Register such handlers in the same order in every process.
     Raises RegistrationError.
     """
-    registry.add_handler(handler, group=group, name=_name(group, handler) if name is None else name)
+    name = _name(group, handler) if name is None else name
+    registry.add_handler(handler, group=group, name=name, adapt=Event.of)
 
 
 def _name(group: str, handler: HandlerFunction) -> str:
@@ -88,6 +177,18 @@ def _name(group: str, handler: HandlerFunction) -> str:
     return f"{path}:{group}" + (f"#{len(of_group) + 1}" if of_group else "")
 
 
-def register_model_event_source(*, sender: type[Model], source: SourceFunction) -> None:
-    """Emit the events that `source` yields, each time an instance of `sender` is saved."""
-    registry.add_source(source, model=sender)
+def register_model_event_source(*, sender: type[Model] | str, source: SourceFunction) -> None:
+    """Emit the events that `source` yields, each time an instance of `sender` is saved.
+
+    All values but group and key are payload. `sender` may be the name of a model, `"app.Model"`, also
+    before that is loaded. To register the same source again does nothing. Raises RegistrationError.
+    """
+    if isinstance(sender, str):
+        apps.lazy_model_operation(partial(_add_source, source=source), make_model_tuple(sender))
+    else:
+        _add_source(sender, source=source)
+
+
+def _add_source(model: type[Model], *, source: SourceFunction) -> None:
+    if source not in registry.sources.get(model, ()):
+        registry.add_source(source, model=model, adapt=events.Event.plain)

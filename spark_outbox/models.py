@@ -12,6 +12,9 @@ An event's status:
 `available_at` NULL means ready now; a time means delayed, or a retry at that time.
 """
 
+from collections.abc import Mapping
+from typing import Any
+
 from django.db import models
 from django.db.models import Q
 from django.db.models.expressions import RawSQL
@@ -60,6 +63,20 @@ def _bounded(name: str, *, table: str) -> models.CheckConstraint:
     )
 
 
+class OutboxEvents(models.QuerySet["OutboxEvent"]):
+    def create_if_new(self, event: Mapping[str, Any]) -> "OutboxEvent | None":
+        """Remember the key of an event of django-spark's shape; return the row, or None if it was known.
+
+        The caller handles the event: no worker does. It is for code that was written for django-spark;
+        other code emits.
+        """
+        from spark_outbox.emitting.remembering import remember
+
+        self._for_write = True
+        new = remember(event, using=self._db)
+        return None if new is None else self.get(key=new.key)
+
+
 class OutboxEvent(models.Model):
     """An event as it is stored; handlers see it as spark_outbox.Event."""
 
@@ -79,6 +96,8 @@ class OutboxEvent(models.Model):
     """Nobody can emit the key again: it need not be kept when the event is pruned."""
     digest = models.BigIntegerField(null=True, blank=True)
     """A hash of group and payload, in a pruned event: of that, the rest is empty."""
+
+    objects = OutboxEvents.as_manager()
 
     class Meta:
         db_table = "spark_outbox_event"
@@ -147,6 +166,9 @@ class OutboxEvent(models.Model):
 
     def __str__(self) -> str:
         return self.key
+
+
+Event = OutboxEvent  # its name in django-spark
 
 
 class Dashboard(OutboxEvent):

@@ -1,4 +1,5 @@
-"""Porting from django-spark: its README's example, with nothing changed but the import."""
+"""Code that was written for django-spark, with nothing changed but the import: its README's example, and
+what projects do with it. The keys that it has handled: operating/test_porting.py."""
 
 import functools
 import io
@@ -11,14 +12,20 @@ from django.contrib.auth.models import User
 from django.core import mail
 from django.core.mail import EmailMessage
 from django.core.management import CommandError, call_command
-from django.db import transaction
+from django.db import connection, transaction
+from django.template import Engine
+from django.template.context import make_context
+from django.test.utils import CaptureQueriesContext
+from django.utils.translation import gettext_lazy
 
+import spark_outbox
 from spark_outbox import api
-from spark_outbox.errors import RegistrationError
-from spark_outbox.models import OutboxEvent
+from spark_outbox.errors import RegistrationError, UnstorableValue
+from spark_outbox.models import Event, OutboxEvent
 from spark_outbox.registry.handlers import registry
 from spark_outbox.testing import drain
 from tests.challenges.models import Challenge
+from tests.tools import deliveries, statuses
 
 pytestmark = [
     pytest.mark.django_db,
@@ -300,6 +307,242 @@ def test_an_event_with_a_context_has_the_shape_of_django_spark_0_3(own_registry)
     api.process_events([event])
     drain()
     assert seen == [challenge]
+
+
+# Its versions: events were namespaces (0.1), then dicts (0.2), then dicts with a context (0.3)
+
+SHAPES = {
+    "0.1": (
+        lambda challenge: api.Event(group="created", key=f"created_{challenge.pk}", challenge=challenge),
+        lambda event: event.challenge,
+    ),
+    "0.2": (
+        lambda challenge: {
+            "group": "created",
+            "key": f"created_{challenge.pk}",
+            "challenge": challenge,
+        },
+        lambda event: event["challenge"],
+    ),
+    "0.3": (
+        lambda challenge: {
+            "group": "created",
+            "key": f"created_{challenge.pk}",
+            "context": {"challenge": challenge},
+        },
+        lambda event: event["context"]["challenge"],
+    ),
+}
+
+
+@pytest.fixture(params=SHAPES)
+def shape(request, own_registry):
+    """A source that yields events of one shape, and what a handler has read of them."""
+    make, read = SHAPES[request.param]
+    seen = []
+
+    def handle(event):
+        seen.append((event["key"], read(event)))
+
+    api.register_model_event_source(sender=Challenge, source=lambda challenge: [make(challenge)])
+    for group in ("^created", "^something_else"):
+        api.register_group_handler(handler=handle, group=group)
+    return seen
+
+
+def test_a_saved_instance_is_handled_once_in_every_shape(shape):
+    challenge = make_challenge()
+    event = Event.objects.get()
+    assert (event.key, event.group, str(event)) == (f"created_{challenge.pk}", "created", event.key)
+    challenge.save()
+    (source,) = api.MODEL_SOURCES[Challenge]
+    api.process_events(source(challenge))
+    api.process_events(api.only_new_events(source(challenge)))
+    drain()
+    assert shape == [(event.key, challenge)]
+    assert Event.objects.count() == 1
+
+
+def test_a_handler_that_fails_costs_a_delivery_and_not_the_save(shape):
+    def crash(event):
+        raise NotImplementedError
+
+    api.register_group_handler(handler=crash, group="")
+    challenge = make_challenge()
+    drain(raise_exceptions=False)
+    assert shape == [(f"created_{challenge.pk}", challenge)]
+    assert deliveries()[f"{HERE}.{crash.__qualname__}:"] == ("pending", 1)
+
+
+def test_a_handler_of_two_matching_patterns_runs_twice(own_registry):
+    seen = []
+
+    def handle(event):
+        seen.append(event["key"])
+
+    for group in ("^created", "ted"):
+        api.register_group_handler(handler=handle, group=group)
+    api.process_events([{"group": "created", "key": "k"}])
+    drain()
+    assert seen == ["k", "k"]
+
+
+# Ordinary code
+
+
+def handled(own_registry, *items, handler=None):
+    """Return what a handler gets of these events."""
+    seen = []
+    api.register_group_handler(handler=handler or seen.append, group="", name="it")
+    api.process_events(items)
+    drain()
+    return seen
+
+
+def test_a_handlers_event_is_a_dict_that_may_be_rendered_and_changed(own_registry):
+    def handle(event):
+        assert isinstance(event, dict)
+        context = Engine().from_string("{{ challenge.title }} of {{ group }}")
+        texts.append(context.render(make_context(event)))
+        event["extra"] = 1
+        event.extra += 1
+        assert event.pop("extra") == 2
+        event.update(more=event.pop("challenge").title)
+        texts.append({**event})
+
+    texts = []
+    handled(own_registry, {"group": "g", "key": "k", "challenge": make_challenge()}, handler=handle)
+    assert texts == ["Run of g", {"group": "g", "key": "k", "more": "Run"}]
+
+
+def test_each_handler_gets_a_dict_of_its_own(own_registry):
+    api.register_group_handler(handler=lambda event: event.clear(), group="")
+    (event,) = handled(own_registry, {"group": "g", "key": "k", "n": [1]})
+    assert event == {"group": "g", "key": "k", "n": [1]}
+    assert (event.attempt, event.n, event.id) == (1, [1], Event.objects.get().pk)
+
+
+def test_an_async_handler_gets_a_dict_too(own_registry):
+    seen = []
+
+    async def handle(event):
+        seen.append((isinstance(event, dict), event["n"]))
+
+    handled(own_registry, {"group": "g", "key": "k", "n": 1}, handler=handle)
+    assert seen == [(True, 1)]
+
+
+def test_options_of_emit_are_ordinary_names(own_registry):
+    payload = {"delay": 3, "headers": ["a"], "ordering_key": 5, "available_at": None}
+    api.register_model_event_source(
+        sender=Challenge, source=lambda challenge: [{"group": "g", "key": "saved", **payload}]
+    )
+    make_challenge()
+    found = handled(
+        own_registry,
+        {"group": "g", "key": "k", **payload},
+        {"group": "g", "key": "in", "context": {"key": 1, "group": 2}},
+        api.Event(group="g", key="a", delay=1),
+    )
+    assert [dict(event) for event in found] == [
+        {"group": "g", "key": "saved", **payload},
+        {"group": "g", "key": "k", **payload},
+        {"group": "g", "key": "in", "context": {"key": 1, "group": 2}},
+        {"group": "g", "key": "a", "delay": 1},
+    ]
+    assert found[-1].delay == 1
+
+
+def test_options_of_an_event_of_our_own_are_kept(own_registry):
+    api.process_events([spark_outbox.Event("g", "k", delay=60, n=1)])
+    assert Event.objects.get().available_at is not None
+
+
+def test_keys_and_groups_become_text(own_registry):
+    found = handled(own_registry, {"group": gettext_lazy("Order"), "key": 5}, {"group": "g", "key": 5})
+    assert [(event.group, event.key) for event in found] == [("Order", "5")]
+
+
+def test_the_same_source_may_be_registered_twice(registered):
+    api.register_model_event_source(sender=Challenge, source=events_from_challenge)
+    assert {Challenge: [events_from_challenge]} == api.MODEL_SOURCES
+    make_challenge()
+    drain()
+    assert len(mails()) == 1
+
+
+def test_a_sender_may_be_named(own_registry):
+    api.register_model_event_source(sender="challenges.Challenge", source=events_from_challenge)
+    assert list(api.MODEL_SOURCES) == [Challenge]
+    with pytest.raises(ValueError, match="app_label"):
+        api.register_model_event_source(sender="Challenge", source=events_from_challenge)
+
+
+def test_handlers_may_be_changed_as_a_list(own_registry):
+    first, second = Mailer("first").send, Mailer("second").send
+    api.HANDLERS.append(("^a", first))
+    api.HANDLERS.insert(0, ("^b", second))
+    api.HANDLERS += [("^c", send_challenge_mails)]
+    assert [("^b", second), ("^a", first), ("^c", send_challenge_mails)] == api.HANDLERS
+    assert [handler.number for handler in own_registry.handlers] == [0, 1, 2]
+    api.HANDLERS[-1] = ("^d", second)
+    api.HANDLERS.remove(("^a", first))
+    assert api.HANDLERS[:] == [("^b", second), ("^d", second)]
+    api.HANDLERS[:1] = [("^e", first), ("^f", first)]
+    assert [group for group, _ in api.HANDLERS] == ["^e", "^f", "^d"]
+    assert [len(own_registry.handlers_for(group)) for group in "abcdef"] == [0, 0, 0, 1, 1, 1]
+    api.HANDLERS.clear()
+    assert api.HANDLERS == []
+    assert own_registry.handlers_for("d") == ()
+
+
+def test_what_cannot_be_stored_is_refused_with_the_cure():
+    for value, cure in (
+        (Challenge.objects.all(), "Store a list of instances"),
+        (len, "Call it and store what it returns"),
+        (Challenge(title="new"), r"Call its save\(\) before"),
+        (EmailMessage("subject"), "Store plain values"),
+    ):
+        with pytest.raises(UnstorableValue, match=cure):
+            api.process_events([{"group": "g", "key": "k", "context": {"it": value}}])
+
+
+# Only new events
+
+
+def test_create_if_new_keeps_a_key_and_leaves_the_event_to_its_caller(own_registry):
+    api.register_group_handler(handler=lambda event: pytest.fail("twice"), group="")
+    event = {"group": "g", "key": 5, "context": {"challenge": make_challenge(), "delay": 3}}
+    created = Event.objects.create_if_new(event)
+    assert (created.key, created.group, created.status) == ("5", "g", "done")
+    assert Event.objects.create_if_new(event) is None
+    drain()
+
+
+def test_whoever_takes_new_events_handles_them_and_no_worker_does(own_registry):
+    api.register_group_handler(handler=lambda event: pytest.fail("twice"), group="")
+    items = [{"group": "g", "key": str(n), "context": {"n": n}} for n in range(5)]
+    with CaptureQueriesContext(connection) as queries:
+        sent = [event["context"]["n"] for event in api.only_new_events(items)]
+    assert sent == [0, 1, 2, 3, 4]
+    assert len(queries) == 5
+    assert list(api.only_new_events(items)) == []
+    drain()
+    assert set(statuses().values()) == {"done"}
+
+
+def test_new_events_that_were_looked_at_may_be_processed(own_registry):
+    seen = []
+    api.register_group_handler(handler=lambda event: seen.append(event["n"]), group="")
+    new = list(api.only_new_events({"group": "g", "key": str(n), "n": n} for n in range(4)))
+    assert new[0] == {"group": "g", "key": "0", "n": 0}
+    for _ in range(2):
+        api.process_events(event for event in new if event["n"] % 2)
+        drain()
+    assert seen == [1, 3]
+    api.process_events([{"group": "g", "key": "0"}])
+    drain()
+    assert seen == [1, 3]
 
 
 def test_only_new_events_lets_each_key_pass_once():

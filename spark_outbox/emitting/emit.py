@@ -71,7 +71,7 @@ def emit(
         if payload or any(option is not None for option in options):
             raise InvalidEvent("Give an event, or a group and options, not both.")
         event = Event.of(group)
-    alias = _writable(using)
+    alias = writable(using)
     if on_duplicate not in ON_DUPLICATE:
         raise InvalidEvent(f"on_duplicate is one of {', '.join(ON_DUPLICATE)}, not {on_duplicate!r}.")
     row = prepare(event)
@@ -80,7 +80,7 @@ def emit(
         _meet_duplicate(row, on_duplicate, alias)
         return None
     event.is_stored_as(*stored)
-    _announce(alias)
+    announce(alias)
     return event
 
 
@@ -94,7 +94,7 @@ def emit_many(events: Iterable[AnyEvent], using: str | None = None, chunk_size: 
     """
     if chunk_size < 1:
         raise ValueError(f"chunk_size must be 1 or more, not {chunk_size}.")
-    alias = _writable(using)
+    alias = writable(using)
     rows = (prepare(Event.of(event)) for event in events)
     return sum(write(chunk, using=alias) for chunk in _chunks(rows, chunk_size))
 
@@ -162,7 +162,7 @@ def write(rows: Sequence[NewRow], *, as_done: bool = False, using: str) -> int:
             return len(emitting.insert_many(rows, as_done=True, using=using))
         new = _insert_many(rows, using)
     if new:
-        _announce(using)
+        announce(using)
     return len(new)
 
 
@@ -227,7 +227,7 @@ events_committed = Signal()
 """Sent, with `using`, after a transaction that emitted has committed, if DISPATCH is "on_commit"."""
 
 
-def _announce(using: str) -> None:
+def announce(using: str) -> None:
     """With DISPATCH = "on_commit", send `events_committed` once, after the commit."""
     if conf.current().DISPATCH != "on_commit":
         return
@@ -237,7 +237,7 @@ def _announce(using: str) -> None:
         transaction.on_commit(send, using=using, robust=True)
 
 
-def _writable(using: str | None) -> str:
+def writable(using: str | None) -> str:
     from spark_outbox.models import OutboxEvent
 
     alias = using or router.db_for_write(OutboxEvent)

@@ -174,6 +174,18 @@ class Event(Mapping[str, Any]):
                 raise InvalidEvent(f"This event has no group; it has {list(value)}.") from None
             raise InvalidEvent(f"This is no event: {error}") from error
 
+    @classmethod
+    def plain(cls, value: "Event | Mapping[str, Any]") -> "Event":
+        """Return a dict of django-spark's shape as an Event: all but its group and key is payload, also
+        what has the name of an option. The two become text, as in a CharField."""
+        if isinstance(value, Event) or not isinstance(value, Mapping) or "group" not in value:
+            return cls.of(value)
+        payload = dict(value)
+        group, key = payload.pop("group"), payload.pop("key", None)
+        event = cls(str(group), None if key is None else str(key))
+        event._payload = payload
+        return event
+
     def copy(self) -> "Event":
         """Return a copy of the stored event, for another handler. It shares no decoded values."""
         event = copy.copy(self)

@@ -7,12 +7,30 @@ import functools
 import inspect
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
+from spark_outbox.errors import RegistrationError
 from spark_outbox.events.event import Event
 
 Function = Callable[..., object]
+
+
+class Adapted:
+    """A source, and what is made of each of its events. It is equal to the source itself."""
+
+    def __init__(self, source: Callable[..., Any], adapt: Callable[[Any], Any]) -> None:
+        self.func = source
+        self._adapt = adapt
+
+    def __call__(self, instance: Any) -> Iterator[Any]:
+        return map(self._adapt, self.func(instance) or ())
+
+    def __eq__(self, other: object) -> bool:
+        return bool(self.func == (other.func if isinstance(other, Adapted) else other))
+
+    def __hash__(self) -> int:
+        return hash(self.func)
 
 
 def path_of(function: Function) -> str:
@@ -34,7 +52,7 @@ def has_name_of_its_own(function: Function) -> bool:
 
 
 def unwrap_partial(function: Function) -> Function:
-    while isinstance(function, functools.partial):
+    while isinstance(function, functools.partial | Adapted):
         function = function.func
     return function
 
@@ -75,6 +93,28 @@ def is_for_lists(function: Function) -> bool | None:
     hint = _first_hint(function)
     kinds = {_is_list(each) for each in _alternatives(hint)}
     return kinds.pop() if len(kinds) == 1 else None
+
+
+def check_annotation(function: Function, batch: int | None) -> None:
+    """Raise RegistrationError if the first argument is annotated for something else than it gets."""
+    for_lists = is_for_lists(function)
+    path = path_of(function)
+    if batch is None and for_lists:
+        raise RegistrationError(
+            f"{path} is annotated for a list of events, but is called with one at a time. Give batch=…, "
+            "the most events of a list; or annotate it for an Event."
+        )
+    if batch is not None and for_lists is False:
+        raise RegistrationError(
+            f"{path} is annotated for one event, but with batch=… it takes a list. Annotate it for a "
+            "list[Event], or drop batch=…"
+        )
+
+
+def check_argument(function: Function, what: str) -> None:
+    """Raise RegistrationError if it can't be called with one argument."""
+    if why := misfit(function):
+        raise RegistrationError(f"{function!r} is called with one argument, {what}: {why}.")
 
 
 def _first_hint(function: Function) -> Any:

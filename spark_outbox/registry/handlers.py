@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Any, TypeVar
 
@@ -55,12 +55,25 @@ class Handler:
     kind: Kind = Kind.PLAIN
     is_async: bool = False
     """Its function is a coroutine function. A detached handler's may be one, too."""
+    adapt: Callable[[Event], Any] | None = None
+    """What is made of an event for the function; None if it takes the event itself."""
+    start: HandlerFunction = field(init=False)
+    """Calls the function, adapted; if that is async, it returns the coroutine."""
     call: HandlerFunction = field(init=False)
     """Runs the function in this thread to its end, also if it is async."""
 
     def __post_init__(self) -> None:
-        call: Any = self.function
-        object.__setattr__(self, "call", async_to_sync(call) if self.is_async else call)
+        start: Any = self.function if self.adapt is None else self._adapted(self.adapt)
+        object.__setattr__(self, "start", start)
+        object.__setattr__(self, "call", async_to_sync(start) if self.is_async else start)
+
+    def _adapted(self, adapt: Callable[[Event], Any]) -> HandlerFunction:
+        function: Any = self.function
+
+        async def start(event: Event) -> None:
+            await function(adapt(event))
+
+        return start if self.is_async else lambda event: function(adapt(event))
 
 
 class Matching(tuple[Handler, ...]):
@@ -88,6 +101,11 @@ class Registry:
         self.sources.clear()
         self._matches.clear()
 
+    def arrange(self, handlers: Iterable[Handler]) -> None:
+        """Have these handlers alone, in this order."""
+        self.handlers[:] = [replace(each, number=number) for number, each in enumerate(handlers)]
+        self._matches.clear()
+
     def add_handler(
         self,
         function: HandlerFunction,
@@ -97,6 +115,7 @@ class Registry:
         policy: Policy | None = None,
         batch: int | None = None,
         atomic: bool = True,
+        adapt: Callable[[Event], Any] | None = None,
     ) -> Handler:
         """Register `function` for the groups in which `re.search` finds `group`.
 
@@ -119,8 +138,8 @@ class Registry:
                 "A handler with batch=… shares the worker's transaction: it can be neither async nor "
                 "have atomic=False."
             )
-        _check_argument(function, "the event" if batch is None else "the list of events")
-        _check_annotation(function, batch)
+        callables.check_argument(function, "the event" if batch is None else "the list of events")
+        callables.check_annotation(function, batch)
         try:
             pattern = re.compile(group)
         except (re.error, TypeError) as error:
@@ -148,7 +167,7 @@ class Registry:
             kind = Kind.ASYNC
         if not atomic:
             kind = Kind.DETACHED
-        handler = Handler(name, pattern, function, policy, number, batch, kind, is_async)
+        handler = Handler(name, pattern, function, policy, number, batch, kind, is_async, adapt)
         self.handlers.append(handler)
         self._matches.clear()
         return handler
@@ -159,8 +178,17 @@ class Registry:
         self.handlers[names.index(handler.name)] = handler
         self._matches.clear()
 
-    def add_source(self, function: SourceFunction, *, model: type[Model]) -> None:
-        """Register `function` for saved instances of `model`, and for the sweep over all of them."""
+    def add_source(
+        self,
+        function: SourceFunction,
+        *,
+        model: type[Model],
+        adapt: Callable[[Any], Event] | None = None,
+    ) -> None:
+        """Register `function` for saved instances of `model`, and for the sweep over all of them.
+
+        `adapt` makes an event of what it yields.
+        """
         if not _is_model(model):
             raise RegistrationError(f"A source needs a model class, not {model!r}.")
         if not callable(function):
@@ -169,13 +197,13 @@ class Registry:
             raise RegistrationError(
                 f"{function!r} is async, but a source is called by save(). Write a plain function."
             )
-        _check_argument(function, "the instance")
+        callables.check_argument(function, "the instance")
         sources = self.sources.setdefault(model, [])
         if function in sources:
             raise RegistrationError(
                 f"{callables.path_of(function)} is a source of {model._meta.label} already."
             )
-        sources.append(function)
+        sources.append(function if adapt is None else callables.Adapted(function, adapt))
 
     def handlers_for(self, group: str) -> Matching:
         """Return the handlers that match `group`, in registration order."""
@@ -259,26 +287,6 @@ def source(model: type[M]) -> Callable[[Callable[[M], R]], Callable[[M], R]]:
 def _is_model(model: object) -> bool:
     """Return whether `model` is a model class, abstract or not, but not Model itself."""
     return isinstance(model, type) and issubclass(model, Model) and hasattr(model, "_meta")
-
-
-def _check_annotation(function: Callable[..., object], batch: int | None) -> None:
-    is_for_lists = callables.is_for_lists(function)
-    path = callables.path_of(function)
-    if batch is None and is_for_lists:
-        raise RegistrationError(
-            f"{path} is annotated for a list of events, but is called with one at a time. Give batch=…, "
-            "the most events of a list; or annotate it for an Event."
-        )
-    if batch is not None and is_for_lists is False:
-        raise RegistrationError(
-            f"{path} is annotated for one event, but with batch=… it takes a list. Annotate it for a "
-            "list[Event], or drop batch=…"
-        )
-
-
-def _check_argument(function: Callable[..., object], what: str) -> None:
-    if misfit := callables.misfit(function):
-        raise RegistrationError(f"{function!r} is called with one argument, {what}: {misfit}.")
 
 
 def dotted_path(function: Callable[..., object]) -> str:

@@ -52,6 +52,13 @@ select spark_outbox_emit_many(
 )
 """
 
+# What was written as done is to be handled after all.
+REOPEN = """
+update spark_outbox_event set status = 'pending', finished_at = null
+where key = %s and status = 'done' and digest is null
+returning id
+"""
+
 # Of an INSERT that wrote nothing: whether a row of the key is the reason, or one of the same id.
 CHECK_KEY = "select spark_outbox_check_keys('spark_outbox_event'::regclass, array[%s::text])"
 PRIMARY_KEY = "spark_outbox_event_pkey"
@@ -109,6 +116,11 @@ def _text_array(texts: list[str | None]) -> str:
 def _lines(objects: list[str]) -> str:
     """Return JSON objects, one a line: `dump` writes no line breaks."""
     return "\n".join(objects)
+
+
+def reopen(key: str, *, using: str) -> bool:
+    """Make an event pending that was written as done; return whether it was."""
+    return bool(fetch_here(REOPEN, [key], using=using))
 
 
 def check_key(key: str, *, using: str) -> None:

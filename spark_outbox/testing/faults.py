@@ -77,7 +77,7 @@ class Faults:
     def inject(self, fault: Fault, handlers: list[Handler]) -> None:
         for handler in handlers:
             self._sound.setdefault(handler.name, handler)
-            faulty = replace(handler, function=_faulty(fault, handler, self._using))
+            faulty = replace(handler, function=_faulty(fault, handler, self._using), adapt=None)
             self._faulty[handler.name] = faulty
             registry.replace(faulty)
 
@@ -100,9 +100,9 @@ def took_too_long(handler: Handler, seconds: float) -> Fault:
 
 
 def _faulty(fault: Fault, handler: Handler, using: str) -> Callable[[Any], object]:
-    function: Any = handler.function
+    function: Any = handler.start
 
-    @wraps(function)
+    @wraps(handler.function)
     def call(argument: Any) -> None:
         events = _events(argument)
         with fault.around(events):
@@ -112,7 +112,7 @@ def _faulty(fault: Fault, handler: Handler, using: str) -> Callable[[Any], objec
                     function(argument)
                 _start_over(events)
 
-    @wraps(function)
+    @wraps(handler.function)
     async def call_async(argument: Any) -> None:
         events = _events(argument)
         with fault.around(events):

@@ -194,7 +194,7 @@ async def _run(call: Call, timeout: asyncio.Timeout) -> None:
             if limit is not None:
                 timeout.reschedule(asyncio.get_running_loop().time() + limit)
             with call.observed.under_way() if call.observed is not None else contextlib.nullcontext():
-                await call.handler.function(call.event)  # type: ignore[misc]
+                await call.handler.start(call.event)  # type: ignore[misc]
     except BaseException as error:  # noqa: BLE001, whatever a handler raises is its delivery's fate
         call.error = error
         if timeout.expired():
