@@ -48,6 +48,7 @@ class Service:
         self._stderr = stderr
         self._style = style
         self._metrics: Metrics | None = None
+        self._has_started = False
 
     def check(self) -> None:
         """Say what the worker would handle.
@@ -80,7 +81,7 @@ class Service:
             shutdown_timeout=timeout,
             answer_timeout=self._options["answer_timeout"],
             finite=finite,
-            on_ready=lambda: systemd.notify("READY=1"),
+            on_ready=self._announce,
             on_crash=self._book_crash,
             signs=Signs(
                 name_of=lambda number: registry.handlers[number].name,
@@ -125,6 +126,10 @@ class Service:
         if ended_by:
             os.kill(os.getpid(), ended_by[0])
         return code
+
+    def _announce(self) -> None:
+        self._has_started = True
+        systemd.notify("READY=1")
 
     def _serve_metrics(self) -> Server | None:
         if self._options["metrics_port"] is None:
@@ -183,7 +188,8 @@ class Service:
             async_concurrency=self._options["async_concurrency"],
             max_events=self._options["max_events"],
             max_rss=self._options["max_rss"],
-            needs_keys=not self._options["ignore_django_spark"],
+            # A process that is restarted goes on, whatever django-spark has handled meanwhile.
+            needs_keys=not (self._has_started or self._options["ignore_django_spark"]),
             **more,
         )
 
