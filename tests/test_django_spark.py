@@ -20,7 +20,7 @@ from django.utils.translation import gettext_lazy
 
 import spark_outbox
 from spark_outbox import api
-from spark_outbox.errors import RegistrationError, UnstorableValue
+from spark_outbox.errors import InvalidEvent, RegistrationError, UnstorableValue
 from spark_outbox.models import Event, OutboxEvent
 from spark_outbox.registry.handlers import registry
 from spark_outbox.testing import drain
@@ -461,6 +461,12 @@ def test_options_of_an_event_of_our_own_are_kept(own_registry):
 def test_keys_and_groups_become_text(own_registry):
     found = handled(own_registry, {"group": gettext_lazy("Order"), "key": 5}, {"group": "g", "key": 5})
     assert [(event.group, event.key) for event in found] == [("Order", "5")]
+
+
+@pytest.mark.parametrize("item", [{"key": "k"}, {"group": "g"}, {"group": "g", "key": None}, "g"])
+def test_an_event_without_a_group_or_a_key_is_refused(item):
+    with pytest.raises(InvalidEvent):
+        api.process_events([item])
 
 
 def test_the_same_source_may_be_registered_twice(registered):

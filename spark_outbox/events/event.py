@@ -182,7 +182,9 @@ class Event(Mapping[str, Any]):
             return cls.of(value)
         payload = dict(value)
         group, key = payload.pop("group"), payload.pop("key", None)
-        event = cls(str(group), None if key is None else str(key))
+        if key is None:
+            raise InvalidEvent(f"The event of the group {group!s:.100} has no key.")
+        event = cls(str(group), str(key))
         event._payload = payload
         return event
 
