@@ -45,27 +45,6 @@ class Event(dict[str, Any]):
     _is_new = False
     """`only_new_events` has let it pass, and nobody has processed it yet."""
 
-    @classmethod
-    def of(cls, stored: events.Event) -> "Event":
-        """Return what a handler gets. Fetches the instances; raises InstanceGone."""
-        made = cls(stored)
-        made.__dict__["_stored"] = stored
-        return made
-
-    @classmethod
-    def new(cls, values: AnyEvent) -> "Event":
-        """Return an event that `only_new_events` lets pass."""
-        made = cls(values)
-        made.__dict__["_is_new"] = True
-        return made
-
-    def process(self) -> bool:
-        """Have it handled, if `only_new_events` has let it pass; return whether it has."""
-        is_new = self.__dict__.pop("_is_new", False)
-        if is_new:
-            hand_over(str(self["key"]))
-        return bool(is_new)
-
     def __getattr__(self, name: str) -> Any:
         if name in self:
             return self[name]
@@ -75,6 +54,31 @@ class Event(dict[str, Any]):
 
     def __setattr__(self, name: str, value: Any) -> None:
         self[name] = value
+
+
+# Not methods of it: their names may be those of values.
+
+
+def _for_handler(stored: events.Event) -> Event:
+    """Return what a handler gets. Fetches the instances; raises InstanceGone."""
+    made = Event(stored)
+    made.__dict__["_stored"] = stored
+    return made
+
+
+def _let_pass(item: AnyEvent) -> Event:
+    """Return an event that `only_new_events` lets pass."""
+    made = Event(item)
+    made.__dict__["_is_new"] = True
+    return made
+
+
+def _is_handed_over(item: AnyEvent) -> bool:
+    """Have an event handled that `only_new_events` has let pass; return whether it is one."""
+    is_new = isinstance(item, Event) and item.__dict__.pop("_is_new", False)
+    if is_new:
+        hand_over(str(item["key"]))
+    return bool(is_new)
 
 
 Pair = tuple[str, HandlerFunction]
@@ -131,7 +135,7 @@ class _NewEvents(Iterator[Event]):
         self.items = iter(items)
 
     def __next__(self) -> Event:
-        return next(Event.new(item) for item in self.items if remember(item) is not None)
+        return next(_let_pass(item) for item in self.items if remember(item) is not None)
 
 
 def only_new_events(iterable: Iterable[AnyEvent]) -> Iterator[Event]:
@@ -148,9 +152,7 @@ def process_events(iterable: Iterable[AnyEvent]) -> None:
     All values but group and key are payload, also those that have the name of an option of `emit`.
     """
     items = iterable.items if isinstance(iterable, _NewEvents) else iterable  # one INSERT, not two steps
-    emit_many(
-        events.Event.plain(item) for item in items if not (isinstance(item, Event) and item.process())
-    )
+    emit_many(events.Event.plain(item) for item in items if not _is_handed_over(item))
 
 
 def register_group_handler(*, group: str, handler: HandlerFunction, name: str | None = None) -> None:
@@ -162,7 +164,7 @@ def register_group_handler(*, group: str, handler: HandlerFunction, name: str | 
     Raises RegistrationError.
     """
     name = _name(group, handler) if name is None else name
-    registry.add_handler(handler, group=group, name=name, adapt=Event.of)
+    registry.add_handler(handler, group=group, name=name, adapt=_for_handler)
 
 
 def _name(group: str, handler: HandlerFunction) -> str:

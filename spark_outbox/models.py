@@ -73,7 +73,7 @@ class OutboxEvents(models.QuerySet["OutboxEvent"]):
         from spark_outbox.emitting.remembering import remember
 
         self._for_write = True
-        new = remember(event, using=self._db)
+        new = remember(event, using=self.db)
         return None if new is None else self.get(key=new.key)
 
 
