@@ -11,10 +11,7 @@ from spark_outbox.operating import porting
 from spark_outbox.store.porting import NAMELESS, Taken
 from spark_outbox.worker.session import check_outbox
 
-AGAIN = (
-    "Run it again once the last process with django-spark has stopped: it takes over what that has "
-    "handled meanwhile."
-)
+AGAIN = "Run it again once the last process with django-spark has stopped."
 
 FORGOTTEN = (
     "KEYS_RETENTION is set: keys that are older are forgotten some day. Then an event that a source, or "
