@@ -53,7 +53,7 @@ class Invoker:
     def call(self, handler: Handler, event: Event) -> BaseException | None:
         """Call a handler with one event; return what it raised. Raises BatchLost."""
         if handler.is_async:  # while queries are possible
-            error = self.read(Event.load, handler, event)
+            error = self.read(Event.load, [handler], event)
             if error is not None:
                 return error
         self._announce((event.id, handler.number))
