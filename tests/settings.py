@@ -23,8 +23,8 @@ INSTALLED_APPS = [
     "django.contrib.sessions",
     "django.contrib.staticfiles",
     "spark_outbox",
-    "spark_outbox.contrib.generators",
     "tests.challenges",
+    "spark_outbox.contrib.generators",
     *os.environ.get("EXTRA_APPS", "").split(),
 ]
 USE_TZ = True

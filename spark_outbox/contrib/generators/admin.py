@@ -42,7 +42,7 @@ class ConditionInline(Inline):
 
 @admin.register(Generator)
 class GeneratorAdmin(Admin):
-    """A generator is added in two steps: its conditions follow on its page, and only there it is activated."""
+    """A generator is added in two steps: its conditions follow on its page, where it is activated."""
 
     inlines = (ConditionInline,)
     list_display = ("group", "source_name", "conditions_text", "is_active", "problems")

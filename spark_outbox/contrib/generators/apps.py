@@ -8,7 +8,6 @@ class GeneratorsConfig(AppConfig):
     name = "spark_outbox.contrib.generators"
     label = "spark_outbox_generators"
     verbose_name = _("Generators")
-    default_auto_field = "django.db.models.BigAutoField"
 
     def ready(self) -> None:
         from spark_outbox.contrib.generators import checks

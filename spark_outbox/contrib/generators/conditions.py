@@ -80,9 +80,10 @@ def holds(value: Any, compared: str, wanted: Any, *, kind: type) -> bool:
     own = next((each for each in type(value).__mro__ if each in KINDS), object)
     if own is not kind and own not in KINDS[kind].also:
         raise TypeError(f"It is a {type(value).__name__}, not a {kind.__name__}.")
+    if value != value:  # noqa: PLR0124, it is NaN
+        return False
     try:
         wanted < value  # noqa: B015, raises if only one of two times has a zone, which == does not
     except TypeError:
         raise TypeError("It must have a time zone if, and only if, USE_TZ is set.") from None
-    is_number = value == value  # noqa: PLR0124, NaN is not equal to itself
-    return is_number and bool(OPERATORS[compared](value, wanted))
+    return bool(OPERATORS[compared](value, wanted))

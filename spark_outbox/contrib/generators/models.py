@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 class Generator(models.Model):
     """An event of this group for each candidate of a source that meets all conditions."""
 
+    id = models.BigAutoField(primary_key=True)
     group = models.CharField(
         _("group"),
         max_length=200,
@@ -63,6 +64,7 @@ class Generator(models.Model):
 class Condition(models.Model):
     """A comparison of a variable with a value, which is stored as text."""
 
+    id = models.BigAutoField(primary_key=True)
     generator = models.ForeignKey(
         Generator, models.CASCADE, related_name="conditions", verbose_name=_("generator")
     )
