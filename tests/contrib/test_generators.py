@@ -12,10 +12,8 @@ from django.db import IntegrityError, connection, transaction
 from django.utils import timezone, translation
 
 from spark_outbox import handler
-from spark_outbox.contrib.generators import register_source
 from spark_outbox.contrib.generators.checks import check_generators
 from spark_outbox.contrib.generators.conditions import holds, parse, to_text
-from spark_outbox.contrib.generators.definitions import SOURCES
 from spark_outbox.contrib.generators.models import Condition, Generator
 from spark_outbox.contrib.generators.sources import events_of
 from spark_outbox.errors import RegistrationError
@@ -24,38 +22,7 @@ from spark_outbox.testing import drain, emitted
 from tests.challenges.models import Challenge
 from tests.tools import make_challenge
 
-pytestmark = pytest.mark.usefixtures("no_sources")
-
 LABEL = "spark_outbox_generators.Generator"
-
-
-@pytest.fixture
-def no_sources(monkeypatch):
-    """No source of generators but those that a test registers."""
-    for name in list(SOURCES):
-        monkeypatch.delitem(SOURCES, name)
-    yield
-    SOURCES.clear()
-
-
-def of_challenge(challenge):
-    return {"challenge": challenge, "length": len(challenge.title), "title": challenge.title}
-
-
-def register(name="challenges", **options):
-    given = {
-        "candidates": lambda: Challenge.objects.order_by("pk"),
-        "context": of_challenge,
-        "variables": {"length": int, "title": str},
-    }
-    register_source(name, **{**given, **options})
-
-
-def generate(group="long", *conditions, source="challenges", is_active=True):
-    made = Generator.objects.create(group=group, source=source, is_active=is_active)
-    for variable, operator, value in conditions:
-        made.conditions.create(variable=variable, operator=operator, value=value)
-    return made
 
 
 def challenges(*titles):
@@ -82,7 +49,7 @@ def keys():
 
 
 @pytest.mark.django_db
-def test_a_candidate_that_meets_all_conditions_has_one_event_ever():
+def test_a_candidate_that_meets_all_conditions_has_one_event_ever(register, generate):
     register()
     a, bb, ccc = challenges("a", "bb", "ccc")
     generate("long", ("length", ">", "1"), ("title", "!=", "ccc"))
@@ -97,7 +64,7 @@ def test_a_candidate_that_meets_all_conditions_has_one_event_ever():
 
 
 @pytest.mark.django_db
-def test_a_handler_gets_the_context(own_registry):
+def test_a_handler_gets_the_context(own_registry, register, generate):
     register()
     (challenge,) = challenges("a")
     own_registry.add_source(events_of, model=Generator, on_save=False)
@@ -114,7 +81,7 @@ def test_a_handler_gets_the_context(own_registry):
 
 
 @pytest.mark.django_db
-def test_nothing_is_emitted_before_the_sweep_or_of_an_inactive_generator():
+def test_nothing_is_emitted_before_the_sweep_or_of_an_inactive_generator(register, generate):
     register()
     challenges("a")
     generate("on").save()
@@ -125,7 +92,7 @@ def test_nothing_is_emitted_before_the_sweep_or_of_an_inactive_generator():
 
 
 @pytest.mark.django_db
-def test_generators_of_one_group_share_its_keys():
+def test_generators_of_one_group_share_its_keys(register, generate):
     register()
     one, _, three = challenges("a", "bb", "ccc")
     generate("odd", ("length", "=", "1"))
@@ -136,7 +103,7 @@ def test_generators_of_one_group_share_its_keys():
 
 
 @pytest.mark.django_db
-def test_a_first_sweep_as_done_leaves_the_old_ones_unhandled():
+def test_a_first_sweep_as_done_leaves_the_old_ones_unhandled(register, generate):
     register()
     challenges("a", "bb")
     generate()
@@ -145,7 +112,7 @@ def test_a_first_sweep_as_done_leaves_the_old_ones_unhandled():
 
 
 @pytest.mark.django_db(transaction=True)
-def test_candidates_are_streamed_and_written_in_chunks():
+def test_candidates_are_streamed_and_written_in_chunks(register, generate):
     register(candidates=lambda: iter(range(25)), context=note_open, variables={}, key=str)
     generate("numbers")
     assert sweep("--chunk-size", "10")[0] == f"{LABEL}: 1 instances, 25 events, 25 new\n"
@@ -162,7 +129,7 @@ def note_open(number):
 
 
 @pytest.mark.django_db(transaction=True)
-def test_a_queryset_is_streamed_through_a_cursor_of_the_server_that_holds_no_snapshot():
+def test_a_queryset_is_streamed_by_a_cursor_that_holds_no_snapshot(register, generate):
     def context(challenge):
         with connection.cursor() as cursor:
             cursor.execute("select is_holdable from pg_cursors where statement ~ 'challenges_challenge'")
@@ -178,7 +145,7 @@ def test_a_queryset_is_streamed_through_a_cursor_of_the_server_that_holds_no_sna
 
 
 @pytest.mark.django_db
-def test_candidates_can_be_anything_that_has_a_key():
+def test_candidates_can_be_anything_that_has_a_key(register, generate):
     register(
         "numbers",
         candidates=lambda: [1, 2, 3],
@@ -205,9 +172,9 @@ def test_candidates_can_be_anything_that_has_a_key():
         ({"variable": "sum"}, "'sum' can't be compared. It is a float, not a Decimal."),
     ],
 )
-def test_a_condition_that_can_not_be_evaluated_costs_its_generator_alone(change, message):
+def test_a_condition_that_makes_no_sense_costs_its_generator_alone(change, message, register, generate):
     variables = {"length": int, "title": str, "flag": bool, "lost": int, "sum": Decimal}
-    register(variables=variables, context=lambda each: {**of_challenge(each), "sum": 1.5})
+    register(variables=variables, context=lambda each: {"length": len(each.title), "sum": 1.5})
     challenges("a", "bb")
     bad = generate("bad", ("length", ">", "1"))
     Condition.objects.update(**change)
@@ -220,7 +187,7 @@ def test_a_condition_that_can_not_be_evaluated_costs_its_generator_alone(change,
 
 
 @pytest.mark.django_db
-def test_a_source_that_is_gone_costs_its_generators_alone():
+def test_a_source_that_is_gone_costs_its_generators_alone(register, generate):
     register()
     challenges("a")
     generate("bad", source="gone")
@@ -232,7 +199,7 @@ def test_a_source_that_is_gone_costs_its_generators_alone():
 
 
 @pytest.mark.django_db
-def test_a_candidate_that_fails_is_passed_over_and_reported():
+def test_a_candidate_that_fails_is_passed_over_and_reported(register, generate):
     def fragile(challenge):
         return {"length": 10 // len(challenge.title), "title": "secret"}
 
@@ -246,7 +213,7 @@ def test_a_candidate_that_fails_is_passed_over_and_reported():
 
 
 @pytest.mark.django_db
-def test_a_key_that_is_too_long_costs_its_candidate_alone():
+def test_a_key_that_is_too_long_costs_its_candidate_alone(register, generate):
     register(key=lambda challenge: challenge.title * 100)
     challenges("abc", "de")
     generate("g")
@@ -256,7 +223,7 @@ def test_a_key_that_is_too_long_costs_its_candidate_alone():
 
 
 @pytest.mark.django_db
-def test_candidates_that_can_not_be_read_cost_their_generator_alone():
+def test_candidates_that_can_not_be_read_cost_their_generator_alone(register, generate):
     register(candidates=lambda: 1 / 0)
     register("others")
     challenges("a")
@@ -268,7 +235,7 @@ def test_candidates_that_can_not_be_read_cost_their_generator_alone():
 
 
 @pytest.mark.django_db
-def test_a_value_that_can_not_be_stored_is_named_by_its_path():
+def test_a_value_that_can_not_be_stored_is_named_by_its_path(register, generate):
     register(context=lambda challenge: {"all": Challenge.objects.all()}, variables={})
     challenges("a")
     generate()
@@ -281,7 +248,7 @@ def test_a_value_that_can_not_be_stored_is_named_by_its_path():
 
 
 @pytest.mark.django_db(transaction=True)
-def test_an_edit_during_a_sweep_is_seen_by_generators_that_come_later():
+def test_an_edit_during_a_sweep_is_seen_by_generators_that_come_later(register, generate):
     made = challenges("a", "bb")
     later = []
 
@@ -301,7 +268,7 @@ def test_an_edit_during_a_sweep_is_seen_by_generators_that_come_later():
 
 
 @pytest.mark.django_db
-def test_a_generator_and_its_conditions_are_read_by_one_statement(django_assert_num_queries):
+def test_a_generator_and_its_conditions_are_read_at_once(django_assert_num_queries, register, generate):
     register(candidates=list)
     generator = generate("g", ("length", ">", "1"), ("title", "=", "a"))
     with django_assert_num_queries(2):  # the other looks for sources with the same group
@@ -413,7 +380,7 @@ def test_a_value_of_another_type_is_no_match_but_an_error(value, wanted, kind):
 
 
 @pytest.mark.django_db
-def test_the_table_refuses_other_operators():
+def test_the_table_refuses_other_operators(generate):
     with pytest.raises(IntegrityError), transaction.atomic():
         generate("g", ("length", "~", "1"))
 
@@ -436,7 +403,7 @@ def test_the_table_refuses_other_operators():
         ({"name": "challenges"}, "There is a source 'challenges' of generators already"),
     ],
 )
-def test_a_wrong_definition_is_refused(options, message):
+def test_a_wrong_definition_is_refused(options, message, register):
     register()
     with pytest.raises(RegistrationError, match=message):
         register(options.pop("name", "x"), **options)
@@ -446,7 +413,7 @@ def test_a_wrong_definition_is_refused(options, message):
 
 
 @pytest.mark.django_db
-def test_the_system_check_finds_active_generators_that_can_not_be_evaluated():
+def test_the_system_check_finds_active_generators_that_can_not_be_evaluated(register, generate):
     register()
     generate("fine", ("length", ">", "1"))
     generate("off", ("gone", ">", "1"), is_active=False)

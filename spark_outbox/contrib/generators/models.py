@@ -96,6 +96,7 @@ class Condition(models.Model):
 
     def clean(self) -> None:
         """Store the value in one spelling. Raises ValidationError for what could not be evaluated."""
-        definition = Definition.of(self.generator.source)
-        test = Test.of(definition, self.variable, self.operator, self.value)
-        self.value = to_text(test.wanted)
+        if self.variable and self.operator:  # else the fields have said what is wrong
+            definition = Definition.of(self.generator.source)
+            test = Test.of(definition, self.variable, self.operator, self.value)
+            self.value = to_text(test.wanted)
