@@ -8,7 +8,7 @@ from decimal import Decimal
 import pytest
 from django.core.exceptions import ValidationError
 from django.core.management import CommandError, call_command
-from django.db import IntegrityError, connection, transaction
+from django.db import IntegrityError, connection, connections, transaction
 from django.utils import timezone, translation
 
 from spark_outbox import handler
@@ -156,6 +156,26 @@ def test_candidates_can_be_anything_that_has_a_key(register, generate):
     generate("even", ("n", "=", "2"), source="numbers")
     sweep()
     assert keys() == ["even_2"]
+
+
+@pytest.mark.django_db
+def test_candidates_that_come_twice_have_one_event(register, generate):
+    register(candidates=lambda: [*Challenge.objects.all()] * 2)
+    challenges("a", "b")
+    generate()
+    assert sweep() == (f"{LABEL}: 1 instances, 4 events, 2 new\n", "", 0)
+
+
+@pytest.mark.django_db(transaction=True, databases=["default", "other"])
+def test_events_are_emitted_where_the_generators_are(register, generate):
+    using = []
+    register(candidates=lambda: using.append(OutboxEvent.objects.count()) or Challenge.objects.all())
+    challenges("a")
+    generate("g", ("length", "=", "1"))
+    with connections["other"].execute_wrapper(lambda go, sql, *rest: using.append(sql) or go(sql, *rest)):
+        assert sweep("--database", "other")[0] == f"{LABEL}: 1 instances, 1 events, 1 new\n"
+    assert any("spark_outbox_emit_many" in str(sql) for sql in using)
+    assert any("LEFT OUTER JOIN" in str(sql) for sql in using)
 
 
 # What is wrong costs its generator alone
@@ -400,6 +420,7 @@ def test_the_table_refuses_other_operators(generate):
             "these types: int, float, Decimal, bool, str, date, datetime",
         ),
         ({"variables": {"v" * 101: int}}, "1 to 100 characters"),
+        ({"variables": ["length"]}, "a dict of names and types"),
         ({"name": "challenges"}, "There is a source 'challenges' of generators already"),
     ],
 )

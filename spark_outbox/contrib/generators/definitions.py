@@ -73,6 +73,8 @@ def register_source(
             raise RegistrationError(
                 f"The {option} of source {name!r} must be a plain function, not {type(function)}."
             )
+    if not isinstance(variables, Mapping):
+        raise RegistrationError(f"The variables of source {name!r} are a dict of names and types.")
     found = {
         each: given if isinstance(given, Variable) else Variable(given)
         for each, given in variables.items()
