@@ -172,7 +172,9 @@ def test_events_are_emitted_where_the_generators_are(register, generate):
     register(candidates=lambda: using.append(OutboxEvent.objects.count()) or Challenge.objects.all())
     challenges("a")
     generate("g", ("length", "=", "1"))
-    with connections["other"].execute_wrapper(lambda go, sql, *rest: using.append(sql) or go(sql, *rest)):
+    with connections["other"].execute_wrapper(
+        lambda go, sql, *rest: using.append(sql) or go(sql, *rest)
+    ):
         assert sweep("--database", "other")[0] == f"{LABEL}: 1 instances, 1 events, 1 new\n"
     assert any("spark_outbox_emit_many" in str(sql) for sql in using)
     assert any("LEFT OUTER JOIN" in str(sql) for sql in using)
@@ -188,8 +190,8 @@ def test_events_are_emitted_where_the_generators_are(register, generate):
         ({"variable": "gone"}, "gone > 1: The source has no such variable."),
         ({"value": "many"}, "length > many: Enter a whole number."),
         ({"variable": "flag"}, "This variable can only be compared by = and !=."),
-        ({"variable": "lost"}, "candidates failed, the first with The context has no 'lost'."),
-        ({"variable": "sum"}, "'sum' can't be compared. It is a float, not a Decimal."),
+        ({"variable": "lost"}, "candidates failed, the first with The context has no “lost”."),
+        ({"variable": "sum"}, "“sum” can't be compared: its type is float, not Decimal."),
     ],
 )
 def test_a_condition_that_makes_no_sense_costs_its_generator_alone(change, message, register, generate):
@@ -453,3 +455,11 @@ def test_the_system_check_finds_active_generators_that_can_not_be_evaluated(regi
     )
     assert "keys could be the same" in messages[0].msg
     assert check_generators(databases=None) == []
+
+
+@pytest.mark.django_db(transaction=True)
+def test_the_check_is_silent_for_a_role_that_may_not_read_generators(logins, generate):
+    generate("bad", source="gone")
+    assert len(check_generators(databases=["default"])) == 1
+    with logins.django("nobody"):
+        assert check_generators(databases=["default"]) == []

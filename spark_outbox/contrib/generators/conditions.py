@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from django import forms
 from django.core.exceptions import ValidationError
+from django.utils.translation import gettext
 from django.utils.translation import gettext_lazy as _
 
 OPERATORS: dict[str, Callable[[Any, Any], Any]] = {
@@ -79,11 +80,12 @@ def holds(value: Any, compared: str, wanted: Any, *, kind: type) -> bool:
         return False
     own = next((each for each in type(value).__mro__ if each in KINDS), object)
     if own is not kind and own not in KINDS[kind].also:
-        raise TypeError(f"It is a {type(value).__name__}, not a {kind.__name__}.")
+        names = {"type": type(value).__name__, "declared": kind.__name__}
+        raise TypeError(gettext("its type is %(type)s, not %(declared)s.") % names)
     if value != value:  # noqa: PLR0124, it is NaN
         return False
     try:
         wanted < value  # noqa: B015, raises if only one of two times has a zone, which == does not
     except TypeError:
-        raise TypeError("It must have a time zone if, and only if, USE_TZ is set.") from None
+        raise TypeError(gettext("a time has a zone if, and only if, USE_TZ is set.")) from None
     return bool(OPERATORS[compared](value, wanted))

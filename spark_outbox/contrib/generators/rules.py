@@ -41,11 +41,12 @@ class Test(NamedTuple):
     def is_met(self, context: Mapping[str, Any]) -> bool:
         """Raise SourceError if the context lacks the variable, or has another type there."""
         if self.variable not in context:
-            raise SourceError(f"The context has no {self.variable!r}.")
+            raise SourceError(gettext("The context has no “%s”.") % self.variable)
         try:
             return holds(context[self.variable], self.operator, self.wanted, kind=self.kind)
         except TypeError as error:
-            raise SourceError(f"The variable {self.variable!r} can't be compared. {error}") from error
+            problem = gettext("“%(variable)s” can't be compared: %(why)s")
+            raise SourceError(problem % {"variable": self.variable, "why": error}) from error
 
 
 @dataclass(frozen=True, slots=True)

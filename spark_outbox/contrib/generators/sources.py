@@ -48,13 +48,14 @@ def reread(generator: Generator) -> list[Condition] | None:
 
     Return the conditions; None if it is not active any more.
     """
-    parts = ("variable", "operator", "value")
     found = Generator.objects.using(generator._state.db).filter(pk=generator.pk, is_active=True)
-    rows = found.order_by("conditions__pk").values_list(
-        "group", "source", *(f"conditions__{part}" for part in parts)
-    )
-    conditions = []
-    for generator.group, generator.source, *values in rows:
-        if values[0] is not None:
-            conditions.append(Condition(**dict(zip(parts, values, strict=True))))
-    return conditions if rows else None
+    parts = [f"conditions__{part}" for part in ("variable", "operator", "value")]
+    rows = list(found.order_by("conditions__pk").values_list("group", "source", *parts))
+    if not rows:
+        return None
+    generator.group, generator.source = rows[0][:2]
+    return [
+        Condition(variable=variable, operator=operator, value=value)
+        for _, _, variable, operator, value in rows
+        if variable is not None  # it has no conditions
+    ]
