@@ -9,6 +9,7 @@ from django.db import transaction
 from django.db.models import Model
 
 from spark_outbox.emitting.emit import chunks, emit_many, prepare, write
+from spark_outbox.errors import EmitError
 from spark_outbox.events.event import Event
 from spark_outbox.registry.callables import Swept
 from spark_outbox.registry.handlers import SourceFunction, registry
@@ -96,19 +97,26 @@ def sweep(
     Keeps one chunk of instances and one of events in memory, and no transaction or cursor open between
     chunks. With `as_done` the events are not handled, but their keys are known from then on. The
     exception of one call goes to `on_error`, and ends that call: what it has yielded before is emitted.
+    So does that of an event which can't be stored; it costs this event alone.
     """
     count = Sweep()
     known = sources_of(model)
     seen_as = [next((first for other, first in known if other == each), model) for each in sources]
 
+    def report(instance: Model, source: SourceFunction, error: Exception) -> None:
+        count.errors += 1
+        on_error(instance, source, error)
+
     def rows_of(instance: Model) -> Iterator[NewRow]:
         for source, first in zip(sources, seen_as, strict=True):
             try:
                 for event in source(_as(first, instance, using)) or ():
-                    yield prepare(Event.of(event))
+                    try:
+                        yield prepare(Event.of(event))
+                    except EmitError as error:
+                        report(instance, source, error)
             except Exception as error:  # noqa: BLE001, reported and counted
-                count.errors += 1
-                on_error(instance, source, error)
+                report(instance, source, error)
 
     for instances in _chunks(model, using, chunk_size):
         for rows in chunks((row for each in instances for row in rows_of(each)), chunk_size):

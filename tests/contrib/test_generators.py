@@ -257,13 +257,13 @@ def test_candidates_that_can_not_be_read_cost_their_generator_alone(register, ge
 
 
 @pytest.mark.django_db
-def test_a_value_that_can_not_be_stored_is_named_by_its_path(register, generate):
-    register(context=lambda challenge: {"all": Challenge.objects.all()}, variables={})
-    challenges("a")
+def test_a_value_that_can_not_be_stored_costs_its_candidate_alone(register, generate):
+    register(context=lambda each: {"x": object() if each.title == "a" else 1}, variables={})
+    _, b = challenges("a", "b")
     generate()
     _, err, code = sweep()
-    assert 'payload["context"]["all"] is a queryset' in err
-    assert code == 1
+    assert 'payload["context"]["x"] is a builtins.object' in err
+    assert (code, keys()) == (1, [f"long_{b.pk}"])
 
 
 # Edits
