@@ -69,9 +69,7 @@ class Condition(models.Model):
         Generator, models.CASCADE, related_name="conditions", verbose_name=_("generator")
     )
     variable = models.CharField(_("variable"), max_length=MAX_LENGTH)
-    operator = models.CharField(
-        _("operator"), max_length=2, choices=[(each, each) for each in OPERATORS]
-    )
+    operator = models.TextField(_("operator"), choices=[(each, each) for each in OPERATORS])
     value = models.CharField(
         _("value"),
         max_length=255,

@@ -43,9 +43,7 @@ class Migration(migrations.Migration):
                 ("variable", models.CharField("variable", max_length=100)),
                 (
                     "operator",
-                    models.CharField(
-                        "operator", max_length=2, choices=[(each, each) for each in OPERATORS]
-                    ),
+                    models.TextField("operator", choices=[(each, each) for each in OPERATORS]),
                 ),
                 (
                     "value",
