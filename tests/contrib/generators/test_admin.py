@@ -180,7 +180,7 @@ def test_the_preview_says_what_would_be_emitted_what_is_known_and_why_not(admin,
     generator = generate("long", ("length", ">", "1"), is_active=False)
     emit("long", f"long_{bb.pk}")
     said = preview(admin, generator)
-    assert "It is not active: nothing is emitted. It has 5 candidates." in said
+    assert "It is not active: nothing is emitted. Candidates: 5." in said
     assert f"Would be emitted: 1 <ccc> long_{ccc.pk} Known already: 1 bb long_{bb.pk}" in said
     assert "Conditions not met: 2 a Not length > 1: it is 1. ? Not length > 1: it is None." in said
     assert "Failed: 1 broken ValueError at " in said
