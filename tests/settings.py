@@ -23,6 +23,7 @@ INSTALLED_APPS = [
     "django.contrib.sessions",
     "django.contrib.staticfiles",
     "spark_outbox",
+    "spark_outbox.contrib.mails",
     "tests.challenges",
     *os.environ.get("EXTRA_APPS", "").split(),
 ]
