@@ -51,7 +51,8 @@ def render(
         nodes: list[Any] = template.nodelist.get_nodes_by_type(VariableNode)
         for node in nodes:
             node.filter_expression = _Watched(node.filter_expression, empty)
-    return str(template.render(Context(dict(values), autoescape=engine.autoescape)))
+    rendered = template.render(Context(dict(values), autoescape=engine.autoescape))
+    return rendered + ""  # no SafeString: a page that shows it has to escape it
 
 
 class _Watched:
