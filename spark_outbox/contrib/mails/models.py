@@ -37,7 +37,7 @@ class Mail(models.Model):
         _("sender"),
         max_length=255,
         blank=True,
-        help_text=_("The sender of all other mails, if it is empty."),
+        help_text=_("If it is empty, it is DEFAULT_FROM_EMAIL of the settings."),
     )
     subject = models.CharField(
         _("subject"),
@@ -51,7 +51,7 @@ class Mail(models.Model):
     html = models.TextField(
         _("HTML"),
         blank=True,
-        help_text=_("Mail programs that can show it do so, in place of the text."),
+        help_text=_("Mail programs show it in place of the text, if they can."),
     )
 
     class Meta:

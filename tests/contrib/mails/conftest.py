@@ -1,12 +1,15 @@
 """Shared by the tests of mails: a server that takes them, and Django's settings for it."""
 
+import importlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import django
 import pytest
 
+from spark_outbox.contrib.mails import handlers
 from spark_outbox.contrib.mails.models import Mail
+from spark_outbox.registry.handlers import Registry
 from tests.contrib.mails import server
 from tests.contrib.mails.server import Post
 from tests.dashboard.conftest import admin, member
@@ -29,6 +32,12 @@ def post(settings: Any) -> Iterator[Post]:
             settings.EMAIL_TIMEOUT = 30
         settings.DEFAULT_FROM_EMAIL = "Shop <shop@shop.example>"
         yield running
+
+
+@pytest.fixture
+def sender(own_registry: Registry) -> None:
+    """The handler that sends is registered in the registry of the test."""
+    importlib.reload(handlers)
 
 
 @pytest.fixture

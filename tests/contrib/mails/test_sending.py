@@ -1,6 +1,5 @@
 """One event is one mail to each recipient, on a real database and through a real SMTP server."""
 
-import importlib
 import re
 from datetime import timedelta
 
@@ -10,7 +9,6 @@ from django.template import TemplateSyntaxError
 
 from spark_outbox import Event, emit
 from spark_outbox.contrib import mails
-from spark_outbox.contrib.mails import handlers
 from spark_outbox.contrib.mails.models import Mail
 from spark_outbox.models import Delivery
 from spark_outbox.registry.handlers import registry
@@ -21,10 +19,7 @@ THREE = ["anna@example.com", "bert@example.com", "Cleo <cleo@example.com>"]
 BARE = ["anna@example.com", "bert@example.com", "cleo@example.com"]
 
 
-@pytest.fixture(autouse=True)
-def _sender(own_registry):
-    """The handler that sends is registered in the registry of the test, too."""
-    importlib.reload(handlers)
+pytestmark = pytest.mark.usefixtures("sender")
 
 
 def to(*addresses, group="^paid$"):

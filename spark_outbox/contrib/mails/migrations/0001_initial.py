@@ -39,7 +39,7 @@ class Migration(migrations.Migration):
                     "from_email",
                     models.CharField(
                         blank=True,
-                        help_text="The sender of all other mails, if it is empty.",
+                        help_text="If it is empty, it is DEFAULT_FROM_EMAIL of the settings.",
                         max_length=255,
                         verbose_name="sender",
                     ),
@@ -60,7 +60,7 @@ class Migration(migrations.Migration):
                     "html",
                     models.TextField(
                         blank=True,
-                        help_text="Mail programs that can show it do so, in place of the text.",
+                        help_text="Mail programs show it in place of the text, if they can.",
                         verbose_name="HTML",
                     ),
                 ),
