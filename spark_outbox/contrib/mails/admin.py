@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 from django.contrib import admin
 from django.contrib.admin.utils import unquote
 from django.core.exceptions import PermissionDenied
-from django.db import transaction
+from django.db import router, transaction
 from django.http import Http404, HttpRequest, HttpResponse
 from django.template.response import TemplateResponse
 from django.urls import URLPattern, path, reverse
@@ -74,19 +74,18 @@ class MailAdmin(Base):
 
 
 def preview(mail: Mail, key: str) -> dict[str, Any]:
-    """Render a mail about the event with this key, or else the latest of its group. What templates have
-    the event's values do to the database is rolled back."""
+    """Render a mail about the event with this key, or else the latest of its group. What the template
+    has the values of the event do to the database is rolled back."""
     empty: set[str] = set()
+    alias = router.db_for_write(OutboxEvent)
     try:
-        with transaction.atomic():
+        with transaction.atomic(using=alias):
             event = OutboxEvent.objects.past(mail.event_group, key.strip())
             if event is None:
                 return {"problem": _("There is no such event in this group, or it can't be shown.")}
-            values = variables(
-                event.payload, group=event.group, key=event.key, recipient="anna@example.com"
-            )
-            rendered = mail.render(values, empty=empty)
-            transaction.set_rollback(True)
+            names = {"group": event.group, "key": event.key, "recipient": "anna@example.com"}
+            rendered = mail.render(variables(event.payload, **names), empty=empty)
+            transaction.set_rollback(True, using=alias)
     except Exception as error:  # noqa: BLE001, templates call what they like
         return {"problem": f"{type(error).__name__}: {error}"}
     html = f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">{rendered.html}'

@@ -51,7 +51,8 @@ def send(event: Event) -> None:
     values = variables(event.payload, group=about["group"], key=about["key"], recipient=to)
     subject, body, html = mail.render(values)
     message = EmailMultiAlternatives(subject, body, mail.from_email or None, [to])
-    domain = addresses.domain(message.from_email) or "localhost"  # that of this machine is not another's
+    # Not the name of this machine: the next attempt may be on another.
+    domain = addresses.domain(message.from_email) or "localhost"
     message.extra_headers["Message-ID"] = f"<{about['id']}@{domain}>"
     if html:
         message.attach_alternative(html, "text/html")

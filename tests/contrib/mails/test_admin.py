@@ -181,7 +181,6 @@ def test_values_of_an_event_are_redacted_in_the_events_of_its_mails(admin, setti
         ('{"a": {"$": ["model", "challenges.challenge", 1, "default"]}}', {"body": "{{ a }}"}),
         ('{"a": {"$": ["date", "never"]}}', {"body": "{{ a }}"}),
         ('{"a":' + "[" * 3000 + "]" * 3000 + "}", {}),
-        ('{"a":' + "[" * 500 + "]" * 500 + "}", {}),
         ('{"a": 1}', {"body": "{{ a|date:a }}{% widthratio a a a %}{% for b in a %}{% endfor %}"}),
     ],
 )
