@@ -21,9 +21,9 @@ F = TypeVar("F", bound=Callable[..., Addresses])
 def recipients(group: str, *, name: str | None = None) -> Callable[[F], F]:
     """Decorate a function that returns who gets the mail about an event whose group matches a regex.
 
-    It gets the event, as a handler does, and returns an address, or several; empty ones are left out. It
-    is not called if there is no mail for the group: the event is discarded then. The delivery is stored
-    under `name`, by default the function's dotted path. Raises RegistrationError.
+    It gets the event, as a handler does, and returns an address, or several; empty ones are left out. If
+    there are some, but no mail for the group, the event is discarded. The delivery is stored under
+    `name`, by default the function's dotted path. Raises RegistrationError.
     """
 
     def register(function: F) -> F:

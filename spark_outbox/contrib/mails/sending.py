@@ -17,12 +17,13 @@ LONGEST = 200
 
 
 def hand_out(event: Event, recipients: Callable[[Event], Addresses]) -> None:
-    """Emit an event for each recipient. Raises Discard if there is no mail for the group."""
+    """Emit an event for each recipient. Raises Discard if there are some, but no mail for the group."""
     if event.group == GROUP:  # the pattern of `recipients` is for all groups
         return
-    find(event.group)
     found = recipients(event) or ()
-    to = [found] if isinstance(found, str) else filter(None, found)
+    to = [found] if isinstance(found, str) else list(filter(None, found))
+    if to:
+        find(event.group)
     process_events(_for_one(event, address) for address in to)
 
 
