@@ -34,6 +34,7 @@ class Outbox:
 
     def __init__(self, *, using: str = "default") -> None:
         self.using = using
+        self._connection = connections[using]  # of the thread in which fixtures run
         self._faults = Faults(using)
         self._reverses = False
 
@@ -74,8 +75,17 @@ class Outbox:
         return draining.drain(using=self.using, raise_exceptions=raise_exceptions)
 
     async def adrain(self, *, raise_exceptions: bool = True) -> int:
-        """Do so from async code, on the connection that `aemit` and the async ORM use."""
-        return await sync_to_async(self.drain)(raise_exceptions=raise_exceptions)
+        """Do so from async code, on the connection that `aemit` and the async ORM use. Raises
+        AssertionError if that is outside of the test's transaction."""
+        return await sync_to_async(self._drain_inside)(raise_exceptions)
+
+    def _drain_inside(self, raise_exceptions: bool) -> int:
+        if self._connection.in_atomic_block and connections[self.using] is not self._connection:
+            raise AssertionError(
+                "This async test runs in the fixture's transaction, but its queries do not: they are "
+                "committed on another connection. Mark it with django_db(transaction=True)."
+            )
+        return self.drain(raise_exceptions=raise_exceptions)
 
     def handle(
         self,

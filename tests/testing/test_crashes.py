@@ -1,5 +1,7 @@
 """The crash prover finds handlers that do not survive the death of their process."""
 
+import asyncio
+import random
 from types import SimpleNamespace
 
 import pytest
@@ -81,6 +83,23 @@ def test_what_runs_after_the_commit_can_be_lost(outbox):
         outbox.crash_everywhere(send_late, Event("g", "key"), calls=[sent])
 
 
+def test_a_robust_callback_may_fail(outbox):
+    def fail_late(event):
+        note(event)
+        transaction.on_commit(lambda: 1 / 0, robust=True)
+
+    assert outbox.crash_everywhere(fail_late, Event("g", "key"))
+
+
+def test_a_handler_that_never_does_the_same_can_not_be_proven(outbox):
+    def guess(event):
+        Handled.objects.create(key=str(random.random()), handler="guess")
+
+    with pytest.raises(AssertionError, match=r"even if nothing disturbs it:\n    one row more: .*guess"):
+        outbox.crash_everywhere(guess, Event("g", "key"))
+    assert outbox.crash_everywhere(guess, Event("g", "key"), ignore=["challenges.Handled.key"])
+
+
 def test_a_handler_that_commits_by_itself_has_to_look_what_it_has_done(outbox, own_registry):
     @handler("^g$", name="naive", atomic=False)
     def naive(event):
@@ -143,6 +162,17 @@ def test_an_async_handler_commits_each_statement(outbox, own_registry):
         await Handled.objects.acreate(key=event.key, handler="two")
 
     with pytest.raises(AssertionError, match=r"2\. after INSERT(.|\n)*one row more"):
+        outbox.crash_everywhere(write, Event("g", "key"))
+
+
+def test_tasks_of_a_group_are_cut_off_together(outbox, own_registry):
+    @handler("^g$")
+    async def write(event):
+        async with asyncio.TaskGroup() as group:
+            for number in range(2):
+                group.create_task(Handled.objects.acreate(key=event.key, handler=str(number)))
+
+    with pytest.raises(AssertionError, match="at 4 of 5 boundaries"):
         outbox.crash_everywhere(write, Event("g", "key"))
 
 
