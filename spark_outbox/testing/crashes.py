@@ -212,7 +212,8 @@ def as_text(call: Any) -> str:
     """Return a recorded call in a form in which two can be compared."""
     if isinstance(call, EmailMessage):
         parts = (call.subject, call.body, call.from_email, call.recipients(), call.extra_headers)
-        return f"mail {parts!r}, {len(call.attachments)} attachments"
+        bodies = [tuple(each) for each in getattr(call, "alternatives", [])]
+        return f"mail {parts!r}, {bodies or 'no'} alternatives, {len(call.attachments)} attachments"
     way_to_show: object = type(call).__repr__
     if way_to_show is object.__repr__:  # it would show an address
         return f"{type(call).__qualname__} {vars(call)!r}"

@@ -57,7 +57,10 @@ class States:
         model = self._models[table]
         names = [field.attname for field in model._meta.local_concrete_fields]
         keys = [field.attname for field in model._meta.pk_fields]
-        rows = model._base_manager.using(self._using).values_list(*names)
+        every: models.QuerySet[Any] = models.QuerySet(
+            model, using=self._using
+        )  # a manager may hide some
+        rows = every.values_list(*names)
         found = (dict(zip(names, row, strict=True)) for row in rows)
         return {tuple(row[name] for name in keys): row for row in found}
 

@@ -29,7 +29,7 @@ class Watch:
         raises, that may be why: then its exception has a note."""
         try:
             yield
-        except Exception as error:
+        except BaseException as error:  # as those of pytest.fail() are
             if complaints := self._complaints():
                 error.add_note(complaints)
             raise

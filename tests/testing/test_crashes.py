@@ -58,6 +58,16 @@ def test_a_mail_is_sent_again_unless_that_does_no_harm(outbox):
     assert outbox.crash_everywhere(send, event, repeats=True)
 
 
+def test_a_mail_that_differs_in_its_html_is_another_one(outbox):
+    def send(event):
+        message = mail.EmailMultiAlternatives(event.key, to=["a@example.com"])
+        message.attach_alternative(f"<p>{event.attempt}", "text/html")
+        mail.outbox.append(message)
+
+    with pytest.raises(AssertionError, match=r"one call more: mail .*<p>2"):
+        outbox.crash_everywhere(send, Event("g", "key"), repeats=True)
+
+
 def test_calls_are_what_the_test_records(outbox):
     requests = []
 

@@ -4,6 +4,7 @@ from contextlib import suppress
 
 import pytest
 from django.db import IntegrityError, connection, transaction
+from django.db.models import Manager, QuerySet
 from psycopg.errors import UniqueViolation
 
 from spark_outbox import Event, handler
@@ -105,6 +106,13 @@ def test_rows_of_other_schemas_and_of_partitions_are_compared(outbox, own_regist
     with pytest.raises(AssertionError, match=r"2\. after INSERT.*\n    one row more: challenges.H"):
         outbox.crash_everywhere(note, EVENT)
     assert positions() == before
+
+
+def test_rows_that_a_manager_hides_are_compared(outbox, own_registry, monkeypatch):
+    monkeypatch.setattr(Manager, "get_queryset", lambda manager: QuerySet(manager.model).none())
+    own_registry.add_handler(note, group="^g$", atomic=False)
+    with pytest.raises(AssertionError, match=r"one row more: challenges\.H"):
+        outbox.crash_everywhere(note, EVENT)
 
 
 def test_references_to_new_rows_are_compared_if_their_keys_are_names(outbox, own_registry):

@@ -128,6 +128,11 @@ def test_faults_end_with_the_test(calls):
     assert calls == [("key", 1)]
 
 
+def test_faults_that_nothing_ends_are_refused(calls):
+    with pytest.raises(RuntimeError, match="Nothing would end this fault"):
+        Outbox().fail("write")
+
+
 def test_faults_are_for_handlers_that_are_registered(outbox):
     with pytest.raises(ValueError, match="is no registered handler"):
         outbox.fail(note)

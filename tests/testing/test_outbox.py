@@ -14,7 +14,7 @@ from spark_outbox.errors import UnstorableValue
 from spark_outbox.models import OutboxEvent
 from spark_outbox.store import pausing
 from spark_outbox.testing import Outbox, strict
-from tests.challenges.models import Donation, Handled
+from tests.challenges.models import Challenge, Donation, Handled
 from tests.tools import handled, make_challenge, note, worker_thread
 
 # What was emitted
@@ -64,6 +64,13 @@ def test_a_failed_assertion_lists_what_was_there(outbox):
     challenge.delete()
     with pytest.raises(AssertionError, match=r"after all(.|\n)*challenge=InstanceGone"):
         outbox.assert_not_emitted("order_paid")
+
+
+def test_a_failed_assertion_lists_what_has_no_name(outbox, monkeypatch):
+    emit("g", challenge=make_challenge("Run"))
+    monkeypatch.setattr(Challenge, "__str__", lambda challenge: challenge.user.name)
+    with pytest.raises(AssertionError, match=r"<Challenge, whose repr\(\) raises AttributeError"):
+        outbox.assert_emitted("other")
 
 
 # One handler by itself
