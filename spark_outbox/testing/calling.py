@@ -22,7 +22,9 @@ AnyHandler = HandlerFunction | str
 
 def registered(handler: AnyHandler) -> list[Handler]:
     """Return what is registered of a function, which may have several patterns, or under a name."""
-    return [each for each in registry.handlers if handler == each.name or _is(each.function, handler)]
+    found = [each for each in registry.handlers if handler == each.name or _is(each.function, handler)]
+    inner = getattr(handler, "__wrapped__", None)  # it was decorated after it had been registered
+    return found if found or inner is None else registered(inner)
 
 
 def _is(function: Callable[..., Any], other: object) -> bool:

@@ -207,7 +207,7 @@ class Outbox:
     def _inject(self, fault: Fault, handlers: list[Handler]) -> None:
         if self._faults is None:
             raise RuntimeError(
-                "Nothing would end this fault. Write `with Outbox() as outbox`, or in setUp of a TestCase "
+                "Nothing would end this fault. Write `with Outbox() as outbox`, or in setUp() "
                 "`self.outbox = self.enterContext(Outbox())`."
             )
         self._faults.inject(fault, handlers)

@@ -1,6 +1,7 @@
 """Faults that a test injects into its project's handlers."""
 
 from datetime import timedelta
+from functools import wraps
 
 import pytest
 from django.core import mail
@@ -116,6 +117,23 @@ def test_a_handler_that_takes_its_time_does_its_work(outbox, calls):
     emit("write", "key")
     outbox.drain()
     assert handled() == ["key"]
+
+
+def test_a_handler_is_found_whatever_it_is_wrapped_in(outbox, own_registry):
+    def wrap(function):
+        return wraps(function)(lambda event: function(event))
+
+    @wrap
+    @handler("^g$", name="h")
+    @wrap
+    def write(event):
+        note(event)
+
+    for function in (write, write.__wrapped__, write.__wrapped__.__wrapped__):
+        outbox.fail(function, with_=OSError)
+    emit("g", "key")
+    outbox.drain()
+    assert (handled(), deliveries()) == ([], {"h": ("pending", 1)})
 
 
 @pytest.mark.django_db
