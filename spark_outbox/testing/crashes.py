@@ -25,7 +25,10 @@ from spark_outbox.testing.calling import argument, run, shared
 from spark_outbox.testing.states import Rows, States
 
 MOST_SHOWN = 10
-"""How many boundaries the report of a failed proof lists."""
+"""How many boundaries the report of a failed proof lists, and differences of each."""
+
+LONGEST = 500
+"""How many characters of a difference it shows."""
 
 END = "at its end, before its event is marked as done"
 
@@ -162,16 +165,15 @@ def prove(proof: Proof, name: str, *, most: int) -> list[str]:
     failures: list[str] = []
     expected = proof.run(None)
     if lines := proof.run(None).differences(expected):
-        raise AssertionError(
-            "\n    ".join([f"{name} never comes to the same end, even if nothing disturbs it:", *lines])
-        )
-    while len(boundaries) < most:
+        never = f"{name} never comes to the same end, even if nothing disturbs it:"
+        raise AssertionError(indented(never, lines))
+    while len(boundaries) <= most:
         end = proof.run(len(boundaries) + 1)
         if not end.where:
             break
         boundaries.append(end.where)
         if lines := end.differences(expected):
-            failures.append("\n    ".join([f"  {len(boundaries)}. {end.where}:", *lines]))
+            failures.append(indented(f"  {len(boundaries)}. {end.where}:", lines))
     else:
         raise AssertionError(f"{name} has more than {most} boundaries. Give most=…, or a smaller event.")
     if failures:
@@ -183,6 +185,12 @@ def prove(proof: Proof, name: str, *, most: int) -> list[str]:
         more = [f"  … and {left} others"] if left > 0 else []
         raise AssertionError("\n".join([first, *failures[:MOST_SHOWN], *more]))
     return boundaries
+
+
+def indented(title: str, lines: Sequence[str]) -> str:
+    shown = [f"{line[:LONGEST]}…" if len(line) > LONGEST else line for line in lines[:MOST_SHOWN]]
+    left = len(lines) - MOST_SHOWN
+    return "\n    ".join([title, *shown, *([f"… and {left} others"] if left > 0 else [])])
 
 
 @contextmanager

@@ -232,7 +232,18 @@ def test_a_list_handler_gets_a_list(outbox, own_registry):
     assert outbox.crash_everywhere(take, Event("g", "key"))
 
 
+def test_a_report_can_be_read(outbox, own_registry):
+    @handler("^g$", atomic=False)
+    def write(event):
+        Handled.objects.bulk_create(Handled(key=f"{n}", note="x" * 1000) for n in range(20))
+
+    with pytest.raises(AssertionError, match=r"note='x+…\n    … and 10 others\n  5") as caught:
+        outbox.crash_everywhere(write, Event("g", "key"))
+    assert len(str(caught.value)) < 12_000
+
+
 def test_a_proof_ends(outbox):
+    assert len(outbox.crash_everywhere(note, Event("g", "key"), most=4)) == 4
     with pytest.raises(AssertionError, match="has more than 3 boundaries"):
         outbox.crash_everywhere(note, Event("g", "key"), most=3)
 
