@@ -71,11 +71,3 @@ def test_the_sql_copies_the_tables_of_django_spark(register, generate):
 def test_what_it_says_is_so():
     assert f"the first {LOOKED_AT} candidates" in " ".join(TEXT.split())
     assert f"It shows {SHOWN} of each kind" in " ".join(TEXT.split())
-    headings = re.findall(r"^#+ (.*)$", TEXT, re.MULTILINE)
-    for target, anchor in re.findall(r"\]\(([^)#]*)#?([^)]*)\)", TEXT):
-        path = (FILE.parent / target).resolve() if target else FILE
-        assert path.is_file(), target
-        titles = headings if path == FILE else re.findall(r"^#+ (.*)$", path.read_text(), re.MULTILINE)
-        assert not anchor or anchor in {each.lower().replace(" ", "-") for each in titles}, anchor
-    long = [line for line in TEXT.splitlines() if len(line) > 100 and not line.startswith("|")]
-    assert long == []

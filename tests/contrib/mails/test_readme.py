@@ -82,15 +82,3 @@ def test_a_template_of_django_spark_that_loads_something_is_told(db):
 def test_all_tags_are_in_the_readme():
     (listed,) = re.findall(r"and the tags (.*?)\.", TEXT, re.DOTALL)
     assert sorted(re.findall(r"`(\w+)`", listed)) == sorted(templating.TAGS)
-
-
-def test_the_links_lead_somewhere():
-    headings = re.findall(r"^#+ (.*)", TEXT, re.MULTILINE)
-    anchors = [re.sub(r"[^\w\- ]", "", text.lower()).replace(" ", "-") for text in headings]
-    for address in re.findall(r"\]\((\S+?)\)", TEXT):
-        path, _, anchor = address.partition("#")
-        if not path:
-            assert anchor in anchors
-        elif not path.startswith("https:"):
-            assert (PLACE.parent / path).is_file(), path
-    assert [line for line in TEXT.splitlines() if len(line) > 100 and line[0] != "|"] == []
