@@ -40,7 +40,7 @@ from orders.models import Order
 from spark_outbox.testing import Outbox
 
 order = Order.objects.create(email="berta@example.com")
-event = Outbox().wait_for(f"order_placed_{order.pk}")
+event = Outbox().wait_for(f"order_placed_{order.pk}", timeout=30)
 client = Client(SERVER_NAME="localhost")
 client.force_login(User.objects.create_superuser("anna"))
 translation.activate("de")
