@@ -112,9 +112,8 @@ def follow_the_tutorial(folder, bin_folder, databases=None):
     """
     script = "\n".join(blocks("bash tutorial"))
     if databases:
-        script, times = re.subn(
-            r"# An embedded PostgreSQL\n.*?^(?=END$)", databases, script, flags=re.M | re.S
-        )
+        embedded = re.compile(r"^# An embedded PostgreSQL\n.*?^(?=END$)", re.MULTILINE | re.DOTALL)
+        script, times = embedded.subn(lambda _: databases, script)
         assert times == 1
     # Root and services have no XDG_RUNTIME_DIR, and a dependency warns of that.
     dropped = ("DATABASE_URL", "DJANGO", "EXTRA_APPS", "PYTHONPATH", "XDG")
