@@ -8,7 +8,7 @@ assertion here to rewrite, and a program that calls pytest may have imported thi
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "BatchFailed",
@@ -24,16 +24,18 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from spark_outbox.emitting.emit import aemit, aemit_many, emit, emit_many
+    from spark_outbox.emitting.asynchronous import aemit, aemit_many
+    from spark_outbox.emitting.emit import emit, emit_many
     from spark_outbox.errors import BatchFailed, Discard, Retry
     from spark_outbox.events.event import Event
-    from spark_outbox.registry.handlers import handler, source
+    from spark_outbox.registry.decorators import handler, source
 else:
+    HOMES = ("errors", "events.event", "registry.decorators", "emitting.emit", "emitting.asynchronous")
 
     def __getattr__(name):
         if name not in __all__:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        for home in ("errors", "events.event", "registry.handlers", "emitting.emit"):
+        for home in HOMES:
             module = import_module(f"{__name__}.{home}")
             if hasattr(module, name):
                 break

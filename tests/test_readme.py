@@ -111,15 +111,24 @@ def test_the_two_commands_are_those_that_the_check_runs():
     assert "readme_command dev" in run
 
 
-def test_the_tutorial_works_when_pasted(tmp_path):
+def follow_the_tutorial(folder, bin_folder, databases=None):
+    """Paste it into a shell, with the programs of this environment. Return the shell's environment.
+
+    The text `databases` stands in place of the embedded server, as the README says.
+    """
     script = "\n".join(blocks("bash tutorial"))
+    if databases:
+        embedded = re.compile(r"^# An embedded PostgreSQL\n.*?^(?=END$)", re.MULTILINE | re.DOTALL)
+        script, times = embedded.subn(lambda _: databases, script)
+        assert times == 1
     # Root and services have no XDG_RUNTIME_DIR, and a dependency warns of that.
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(("DJANGO", "XDG"))}
-    bin_folder = os.path.dirname(sys.executable)  # noqa: PTH120, not through the symlink
+    dropped = ("DATABASE_URL", "DJANGO", "EXTRA_APPS", "PYTHONPATH", "XDG")
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(dropped)}
+    environment["PATH"] = f"{bin_folder}:{environment['PATH']}"
     done = subprocess.run(
         ["bash", "-eu", "-c", script],
-        cwd=tmp_path,
-        env={**environment, "PATH": f"{bin_folder}:{environment['PATH']}"},
+        cwd=folder,
+        env=environment,
         capture_output=True,
         text=True,
         timeout=300,
@@ -132,6 +141,11 @@ def test_the_tutorial_works_when_pasted(tmp_path):
         "anna@example.com: order_paid",
     ]
     assert "nobody@example.com" not in done.stdout
+    return environment
+
+
+def test_the_tutorial_works_when_pasted(tmp_path):
+    follow_the_tutorial(tmp_path, os.path.dirname(sys.executable))  # noqa: PTH120, not through the symlink
 
 
 @pytest.mark.django_db

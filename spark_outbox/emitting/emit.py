@@ -1,13 +1,12 @@
 """emit(): write events into the outbox, on the caller's connection and in the caller's transaction."""
 
 import datetime as dt
-from collections.abc import AsyncIterable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import islice
 from typing import Any, Literal, get_args
 
-from asgiref.sync import sync_to_async
 from django.db import router, transaction
 from django.dispatch import Signal
 
@@ -97,44 +96,6 @@ def emit_many(events: Iterable[AnyEvent], using: str | None = None, chunk_size: 
     alias = writable(using)
     rows = (prepare(Event.of(event)) for event in events)
     return sum(write(chunk, using=alias) for chunk in chunks(rows, chunk_size))
-
-
-async def aemit(
-    group: str | AnyEvent,
-    key: str | None = None,
-    *,
-    using: str | None = None,
-    on_duplicate: OnDuplicate = "ignore",
-    **options: Any,
-) -> Event | None:
-    """Emit from async code: run `emit` in a thread, as Django's async ORM methods do.
-
-    Each await is a transaction of its own. If the task is cancelled between two of them, a row can be
-    saved without its event. To write both in one transaction, run a function that does so under
-    `transaction.atomic()` in `sync_to_async`.
-    """
-    with _cure_for_async_code():
-        return await sync_to_async(emit)(group, key, using=using, on_duplicate=on_duplicate, **options)
-
-
-async def aemit_many(
-    events: Iterable[AnyEvent] | AsyncIterable[AnyEvent],
-    using: str | None = None,
-    chunk_size: int = CHUNK_SIZE,
-) -> int:
-    """Emit from async code, as `emit_many` does; `events` may be an async iterable, too."""
-    emit_chunk = sync_to_async(partial(emit_many, using=using, chunk_size=chunk_size))
-    with _cure_for_async_code():
-        if not isinstance(events, AsyncIterable):
-            return await emit_chunk(events)
-        new = 0
-        chunk: list[AnyEvent] = []
-        async for event in events:
-            chunk.append(event)
-            if len(chunk) >= chunk_size:
-                new += await emit_chunk(chunk)
-                chunk = []
-        return new + await emit_chunk(chunk)
 
 
 def prepare(event: Event) -> NewRow:
@@ -254,18 +215,6 @@ def writable(using: str | None) -> str:
             "`with transaction.atomic():`."
         )
     return alias
-
-
-@contextmanager
-def _cure_for_async_code() -> Iterator[None]:
-    """Add to NotInTransaction how to open a transaction in async code."""
-    try:
-        yield
-    except NotInTransaction as error:
-        raise NotInTransaction(
-            f"{error} Django has no async atomic(): move that block into a plain function, and call "
-            "it with await sync_to_async(function)(…)."
-        ) from None
 
 
 def _timedelta(delay: dt.timedelta | float) -> dt.timedelta:

@@ -4,7 +4,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from enum import Enum
-from typing import Any, TypeVar
+from typing import Any, TypeGuard
 
 from asgiref.sync import async_to_sync
 from django.db.models import Model
@@ -12,15 +12,11 @@ from django.db.models import Model
 from spark_outbox.errors import RegistrationError
 from spark_outbox.events.event import MAX_LENGTH, Event
 from spark_outbox.registry import callables
-from spark_outbox.registry.backoff import Backoff, Seconds
-from spark_outbox.registry.policy import Exceptions, Policy
+from spark_outbox.registry.policy import Policy
 
 HandlerFunction = Callable[[Any], object]
 """Takes an Event, or a list of them. Its result is ignored; a coroutine is awaited."""
 SourceFunction = Callable[[Any], Iterable[Event | Mapping[str, Any]] | None]
-F = TypeVar("F", bound=Callable[..., object])
-M = TypeVar("M", bound=Model)
-R = TypeVar("R", bound=Iterable[Event | Mapping[str, Any]] | None)
 
 _MATCHED_GROUPS = 1024  # groups come from the database: the cache must not grow with them
 
@@ -190,7 +186,7 @@ class Registry:
 
         `adapt` makes an event of what it yields. Without `on_save` only the sweep calls it.
         """
-        if not _is_model(model):
+        if not is_model(model):
             raise RegistrationError(f"A source needs a model class, not {model!r}.")
         if not callable(function):
             raise RegistrationError(f"A source must be callable; {function!r} is not.")
@@ -225,69 +221,6 @@ class Registry:
 registry = Registry()
 
 
-def handler(
-    group: str,
-    *,
-    name: str | None = None,
-    max_attempts: int | None = None,
-    backoff: Backoff | None = None,
-    retry_for: Exceptions = (BaseException,),
-    discard_for: Exceptions = (),
-    timeout: Seconds | None = None,
-    batch: int | None = None,
-    atomic: bool = True,
-) -> Callable[[F], F]:
-    """Decorate a function that handles the events whose group matches the regex `group`.
-
-    Handlers are called in registration order, with one Event each. Writes through the worker's database
-    connection are committed together with the event's status, or not at all.
-
-    A handler that raises is called again, up to `max_attempts` times in all. `backoff` is the first
-    delay in seconds, which then doubles; or a list of delays; or a function of the attempt. Exceptions
-    in `retry_for` lead to a retry; others fail at once. An exception in `discard_for` ends the handler's
-    work on the event without a failure. A call that takes longer than `timeout` seconds is interrupted,
-    and counts as a failed attempt.
-
-    With `batch` the handler gets a list of up to that many events, and may raise BatchFailed. Calls of
-    an `async def` handler run concurrently. With `atomic=False` a handler runs outside the worker's
-    transaction, and may take as long as it needs. The writes of these two kinds are committed at once;
-    both are at-least-once. Raises RegistrationError.
-    """
-    if not isinstance(group, str):
-        raise RegistrationError('Write @handler(r"^pattern"): it needs the pattern of its groups.')
-
-    policy = Policy(
-        max_attempts=max_attempts,
-        backoff=backoff,
-        retry_for=retry_for,
-        discard_for=discard_for,
-        timeout=timeout,
-    )
-
-    def register(function: F) -> F:
-        registry.add_handler(function, group=group, name=name, policy=policy, batch=batch, atomic=atomic)
-        return function
-
-    return register
-
-
-def source(model: type[M], *, on_save: bool = True) -> Callable[[Callable[[M], R]], Callable[[M], R]]:
-    """Decorate a generator function that yields the events of one instance of `model`.
-
-    It runs after every save, in the saver's transaction, and in `manage.py process_spark_sources`; with
-    `on_save=False` only in the latter. It runs for instances of subclasses, too. It may yield the same
-    keys each time: each is handled once. Raises RegistrationError.
-    """
-    if not _is_model(model):
-        raise RegistrationError(f"Write @source(Model): it needs a model class, not {model!r}.")
-
-    def register(function: Callable[[M], R]) -> Callable[[M], R]:
-        registry.add_source(function, model=model, on_save=on_save)
-        return function
-
-    return register
-
-
-def _is_model(model: object) -> bool:
+def is_model(model: object) -> TypeGuard[type[Model]]:
     """Return whether `model` is a model class, abstract or not, but not Model itself."""
     return isinstance(model, type) and issubclass(model, Model) and hasattr(model, "_meta")

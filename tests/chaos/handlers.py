@@ -116,7 +116,8 @@ def untidy(event: Event) -> None:
         cursor.execute(LEFT_BEHIND[event.id % len(LEFT_BEHIND)])
 
 
-@stubborn(EXACTLY_ONCE["batch"], name="batch", batch=20)
+# Not stubborn: of handler's two signatures, type checkers see the one without batch in a partial.
+@handler(EXACTLY_ONCE["batch"], name="batch", batch=20, max_attempts=1000, backoff=0.1, timeout=20)
 def batch(events: Sequence[Event]) -> None:
     for event in events:
         enter("batch", event)

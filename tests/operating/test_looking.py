@@ -12,7 +12,7 @@ import sys
 import pytest
 from django.core.management import CommandError, call_command
 
-from spark_outbox import emit, handler
+from spark_outbox import __version__, emit, handler
 from spark_outbox.models import Delivery, OutboxEvent
 from spark_outbox.operating import look, repair
 from spark_outbox.worker.loop import Worker
@@ -88,7 +88,7 @@ def test_the_status_has_the_workers(own_registry):
         wait_until_asleep()
         out, _, _ = run("spark_status")
     (line,) = [line for line in out.splitlines() if ":" + str(os.getpid()) in line]
-    assert re.search(rf":{os.getpid()}  watch +\d+s +20.* \^order +0\.1\.0$", line)
+    assert re.search(rf":{os.getpid()}  watch +\d+s +20.* \^order +{re.escape(__version__)}$", line)
 
 
 def test_the_status_as_json_is_one_document(failing):

@@ -6,7 +6,7 @@ import threading
 import pytest
 from psycopg.errors import CheckViolation, InvalidParameterValue
 
-from spark_outbox import emit, handler
+from spark_outbox import __version__, emit, handler
 from spark_outbox.errors import Discard
 from spark_outbox.models import Delivery, OutboxEvent
 from spark_outbox.worker.loop import Worker
@@ -220,7 +220,7 @@ def test_workers_are_listed_with_what_they_do(own_registry, monkeypatch):
         (row,), _ = run("select * from spark_outbox_workers")
         assert row["state"] == "watch"
         assert row["handlers"] == ["waits"]
-        assert (row["groups"], row["version"]) == (None, "0.1.0")
+        assert (row["groups"], row["version"]) == (None, __version__)
         emit("g", "key")
         started.wait(30)
         assert state() == "busy"

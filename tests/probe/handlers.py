@@ -235,7 +235,8 @@ def register(way: str, act: Callable[[str], object]) -> None:
         "slow": (one, {"timeout": 0.2}),
     }
     function, more = functions.get(way, (one, {}))
-    handler(rf"^leak_{way}$", **options, **more)(function)
+    decorate: Callable[..., object] = handler(rf"^leak_{way}$", **options, **more)
+    decorate(function)
 
 
 for way, (act, _) in WAYS.items():
