@@ -4,6 +4,7 @@ SparkOutboxError
 ├── SettingsError         SPARK_OUTBOX has an invalid setting
 ├── NotMigrated           the database has no outbox, or lacks the keys that django-spark has handled
 ├── RegistrationError     a handler or source can't be registered
+├── SourceError           a source raises it to have a sweep print what is wrong
 ├── EmitError             nothing was written
 │   ├── InvalidEvent      the group, the key or an option is not acceptable
 │   ├── UnstorableValue   a payload value can't be stored; names its path and the cure
@@ -48,6 +49,13 @@ class RegistrationError(SparkOutboxError, ValueError):
 
 class NotMigrated(SparkOutboxError):
     pass
+
+
+class SourceError(SparkOutboxError):
+    """Raise it in a source to have `process_spark_sources` print its message, which must quote no data.
+
+    Of other exceptions it prints the type and the place.
+    """
 
 
 class EmitError(SparkOutboxError):

@@ -23,6 +23,7 @@ from django.db.models.lookups import GreaterThanOrEqual, LessThanOrEqual
 from django.utils.translation import gettext_lazy as _
 
 from spark_outbox.events.event import MAX_LENGTH
+from spark_outbox.events.event import Event as StoredEvent
 
 EMPTY_OBJECT = RawSQL("'{}'::jsonb", ())
 EMPTY_LIST = RawSQL("'[]'::jsonb", ())
@@ -75,6 +76,17 @@ class OutboxEvents(models.QuerySet["OutboxEvent"]):
         self._for_write = True
         new = remember(event, using=self.db)
         return None if new is None else self.get(key=new.key)
+
+    def past(self, group: str, key: str = "") -> "StoredEvent | None":
+        """Return an event as handlers get it, but without what the setting REDACT hides.
+
+        It is the one with this key, or the latest of the group; None if there is none whose payload can
+        be shown. It reads a bounded number of rows.
+        """
+        from spark_outbox.operating.look import past_event
+
+        self._for_write = True  # a replica may be late
+        return past_event(group, key, using=self.db)
 
 
 class OutboxEvent(models.Model):

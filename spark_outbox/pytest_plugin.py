@@ -5,7 +5,7 @@ measures, and in projects without Django. So it imports nothing but pytest until
 """
 
 from collections.abc import Generator, Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -34,8 +34,7 @@ def outbox(request: pytest.FixtureRequest, db: None) -> Iterator["Outbox"]:  # n
     """See what the test has emitted, and handle it: a `spark_outbox.testing.Outbox`."""
     from spark_outbox.testing import Outbox
 
-    marker = request.node.get_closest_marker("outbox")
-    with Outbox(using=marker.kwargs.get("using", "default") if marker else "default") as outbox:
+    with Outbox(using=_option(request.node, "using", "default")) as outbox:
         yield outbox
 
 
@@ -57,10 +56,10 @@ def pytest_runtest_setup(item: pytest.Item) -> Generator[None, object, object]:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item: pytest.Item) -> Generator[None, object, object]:
-    result = yield
-    if WATCH in item.stash:
-        item.stash[WATCH].check()
-    return result
+    if WATCH not in item.stash:
+        return (yield)
+    with item.stash[WATCH].judging():
+        return (yield)
 
 
 @pytest.hookimpl(wrapper=True)
@@ -73,6 +72,10 @@ def pytest_runtest_teardown(item: pytest.Item) -> Generator[None, object, object
 
 
 def _is_strict(item: pytest.Item) -> bool:
-    by_default = item.config.getini(INI)
-    marker = item.get_closest_marker("outbox")
-    return bool(marker.kwargs.get("strict", by_default) if marker else by_default)
+    return bool(_option(item, "strict", item.config.getini(INI)))
+
+
+def _option(item: pytest.Item, name: str, default: Any) -> Any:
+    """Return an option of the closest marker that has it."""
+    markers = item.iter_markers("outbox")
+    return next((each.kwargs[name] for each in markers if name in each.kwargs), default)

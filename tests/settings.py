@@ -23,7 +23,9 @@ INSTALLED_APPS = [
     "django.contrib.sessions",
     "django.contrib.staticfiles",
     "spark_outbox",
+    "spark_outbox.contrib.mails",
     "tests.challenges",
+    "spark_outbox.contrib.generators",  # here, so that its models are swept last
     *os.environ.get("EXTRA_APPS", "").split(),
 ]
 USE_TZ = True

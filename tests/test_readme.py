@@ -25,7 +25,7 @@ from spark_outbox.models import OutboxEvent
 from spark_outbox.testing import drain
 from tests.postgres import ROOT
 
-FACE, INSIDE, OPERATING, TESTS, BENCH = NAMES = (
+FACE, INSIDE, OPERATING, TESTS, BENCH = RUN_HERE = (
     "README.md",
     "spark_outbox/README.md",
     "deploy/README.md",
@@ -33,13 +33,19 @@ FACE, INSIDE, OPERATING, TESTS, BENCH = NAMES = (
     "spark_outbox/bench/README.md",
 )
 """In the order in which their Python blocks are run."""
+NAMES = (
+    *RUN_HERE,
+    "spark_outbox/testing/README.md",  # the tests beside what these are about run them
+    "spark_outbox/contrib/generators/README.md",
+    "spark_outbox/contrib/mails/README.md",
+)
 READMES = {name: (ROOT / name).read_text() for name in NAMES}
 PARSED = {name: MarkdownIt().parse(text) for name, text in READMES.items()}
-BLOCKS = [token for tokens in PARSED.values() for token in tokens if token.type == "fence"]
+BLOCKS = [token for name in RUN_HERE for token in PARSED[name] if token.type == "fence"]
 
 
 def blocks(info):
-    """Return the fenced blocks of this kind, of all READMEs."""
+    """Return the fenced blocks of this kind, of all READMEs that are run here."""
     return [block.content for block in BLOCKS if block.info == info]
 
 
@@ -312,7 +318,7 @@ def test_the_first_page_leads_to_all_others_and_they_lead_back():
         assert os.path.relpath(ROOT / FACE, (ROOT / name).parent) in set(links(name))
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", RUN_HERE)
 def test_every_file_that_is_named_is_there(name):
     for path in re.findall(r"(?<![\w/])(?:deploy|spark_outbox|tests)/[\w./@-]*\w", READMES[name]):
         assert (ROOT / path).exists(), path

@@ -95,7 +95,7 @@ def emit_many(events: Iterable[AnyEvent], using: str | None = None, chunk_size: 
         raise ValueError(f"chunk_size must be 1 or more, not {chunk_size}.")
     alias = writable(using)
     rows = (prepare(Event.of(event)) for event in events)
-    return sum(write(chunk, using=alias) for chunk in _chunks(rows, chunk_size))
+    return sum(write(chunk, using=alias) for chunk in chunks(rows, chunk_size))
 
 
 def prepare(event: Event) -> NewRow:
@@ -237,6 +237,6 @@ def _check_time(available_at: dt.datetime) -> None:
         )
 
 
-def _chunks(rows: Iterator[NewRow], size: int) -> Iterator[list[NewRow]]:
+def chunks(rows: Iterator[NewRow], size: int) -> Iterator[list[NewRow]]:
     while chunk := list(islice(rows, size)):
         yield chunk

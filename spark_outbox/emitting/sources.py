@@ -8,8 +8,10 @@ from django.apps import apps
 from django.db import transaction
 from django.db.models import Model
 
-from spark_outbox.emitting.emit import emit_many, prepare, write
+from spark_outbox.emitting.emit import chunks, emit_many, prepare, write
+from spark_outbox.errors import EmitError
 from spark_outbox.events.event import Event
+from spark_outbox.registry.callables import Swept
 from spark_outbox.registry.handlers import SourceFunction, registry
 from spark_outbox.store.emitting import NewRow
 
@@ -22,7 +24,8 @@ def emit_on_save(sender: type[Model], instance: Model, using: str, raw: bool = F
     if raw:
         return
     for source, model in sources_of(sender):
-        emit_many(source(_as(model, instance, using)) or (), using=using)
+        if not isinstance(source, Swept):
+            emit_many(source(_as(model, instance, using)) or (), using=using)
 
 
 def sources_of(model: type[Model]) -> list[tuple[SourceFunction, type[Model]]]:
@@ -91,30 +94,38 @@ def sweep(
 ) -> Iterator[Sweep]:
     """Pass every instance of `model` to `sources`; yield the counts after each chunk.
 
-    Keeps one chunk in memory, and no transaction or cursor open between chunks. With `as_done` the
-    events are not handled, but their keys are known from then on. The exception of one call goes to
-    `on_error`, and costs only the events of that call.
+    Keeps one chunk of instances and one of events in memory, and no transaction or cursor open between
+    chunks. With `as_done` the events are not handled, but their keys are known from then on. The
+    exception of one call goes to `on_error`, and ends that call: what it has yielded before is emitted.
+    So does that of an event which can't be stored; it costs this event alone.
     """
     count = Sweep()
     known = sources_of(model)
     seen_as = [next((first for other, first in known if other == each), model) for each in sources]
+
+    def report(instance: Model, source: SourceFunction, error: Exception) -> None:
+        count.errors += 1
+        on_error(instance, source, error)
+
+    def rows_of(instance: Model) -> Iterator[NewRow]:
+        for source, first in zip(sources, seen_as, strict=True):
+            try:
+                for event in source(_as(first, instance, using)) or ():
+                    try:
+                        yield prepare(Event.of(event))
+                    except EmitError as error:
+                        report(instance, source, error)
+            except Exception as error:  # noqa: BLE001, reported and counted
+                report(instance, source, error)
+
     for instances in _chunks(model, using, chunk_size):
-        rows: list[NewRow] = []
-        for instance in instances:
-            for source, first in zip(sources, seen_as, strict=True):
-                try:
-                    seen = _as(first, instance, using)
-                    rows += [prepare(Event.of(event)) for event in source(seen) or ()]
-                except Exception as error:  # noqa: BLE001, reported and counted
-                    count.errors += 1
-                    on_error(instance, source, error)
-        count.instances += len(instances)
-        count.events += len(rows)
-        if rows:
+        for rows in chunks((row for each in instances for row in rows_of(each)), chunk_size):
+            count.events += len(rows)
             with transaction.atomic(using=using):
                 # Nobody is told of what is rolled back.
                 count.new += write(rows, as_done=as_done or dry_run, using=using)
                 transaction.set_rollback(dry_run, using=using)
+        count.instances += len(instances)
         yield count
 
 

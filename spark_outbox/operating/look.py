@@ -1,5 +1,6 @@
 """Look at the outbox: at the whole, and at one event. What commands and pages show comes from here."""
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,8 +12,10 @@ from psycopg.errors import InsufficientPrivilege
 
 from spark_outbox import conf
 from spark_outbox.events.encoding import TAG
+from spark_outbox.events.event import Event, StoredRow
+from spark_outbox.events.references import References
 from spark_outbox.operating.patience import in_time
-from spark_outbox.store import pruning, repairing, viewing, waking
+from spark_outbox.store import listing, pruning, repairing, viewing, waking
 from spark_outbox.store.viewing import Filter, Row
 
 REDACTED = "[redacted]"
@@ -107,6 +110,14 @@ def event(key: str, *, using: str) -> Row | None:
     """Return one event whole: with its payload, if this role may see it, its deliveries and what
     spark_explain() says; None if there is none. A payload that SQL has nested deeper than Python reads
     is None."""
+    shown = _event(key, using=using)
+    if shown is not None:
+        shown["deliveries"] = viewing.rows(viewing.DELIVERIES, {"key": key}, using=using)
+        shown["explanation"] = explanation(key, using=using)
+    return shown
+
+
+def _event(key: str, *, using: str) -> Row | None:
     params = {"key": key}
     try:
         with transaction.atomic(using=using):
@@ -125,9 +136,20 @@ def event(key: str, *, using: str) -> Row | None:
             shown[name] = redacted(shown[name])
         except RecursionError:
             shown[name] = None
-    shown["deliveries"] = viewing.rows(viewing.DELIVERIES, params, using=using)
-    shown["explanation"] = explanation(key, using=using)
     return shown
+
+
+def past_event(group: str, key: str, *, using: str) -> Event | None:
+    """Return an event of a group as handlers get it, but without what REDACT hides: the one with this
+    key, or the latest, if that is "". None if there is none whose payload can be shown."""
+    if not key:
+        ids = sorted(viewing.examples([group], each=1, using=using))
+        key = next((row["key"] for row in listing.events_by_id(ids[-1:], using=using)), "")
+    found = _event(key, using=using)
+    if found is None or found["group"] != group or found["is_pruned"] or found["payload"] is None:
+        return None
+    row = StoredRow(found["id"], key, group, json.dumps(found["payload"]), "{}", None, 0, 0, None)
+    return Event.from_row(row, References())
 
 
 def explanation(key: str, *, using: str) -> list[str]:

@@ -33,12 +33,26 @@ class Adapted:
         return hash(self.func)
 
 
+class Swept(Adapted):
+    """A source that only sweeps call, not `save()`."""
+
+
 def path_of(function: Function) -> str:
     """Return `module.qualname`; for a partial, of its function; for an object, of its class."""
     function = unwrap_partial(function)
     named: Any = function if hasattr(function, "__qualname__") else type(function)
     module = getattr(named, "__module__", None) or type(getattr(function, "__self__", None)).__module__
     return f"{module}.{named.__qualname__}"
+
+
+def dotted_path(function: Function) -> str:
+    """Return `module.qualname`. Raises RegistrationError if the object has no name of its own."""
+    try:
+        return f"{function.__module__}.{function.__qualname__}"
+    except AttributeError:
+        raise RegistrationError(
+            f"{function!r} has no name of its own: give it one with name=…"
+        ) from None
 
 
 def has_name_of_its_own(function: Function) -> bool:

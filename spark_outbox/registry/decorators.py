@@ -92,18 +92,20 @@ def handler(
 
 def source(
     model: Callable[..., Instance],  # not type[Instance]: mypy would refuse an abstract model
+    *,
+    on_save: bool = True,
 ) -> Callable[[Callable[[Instance], Events]], Callable[[Instance], Events]]:
     """Decorate a generator function that yields the events of one instance of `model`.
 
-    It runs after every save, in the saver's transaction, and in `manage.py process_spark_sources`. It
-    runs for instances of subclasses, too. It may yield the same keys each time: each is handled once.
-    Raises RegistrationError.
+    It runs after every save, in the saver's transaction, and in `manage.py process_spark_sources`; with
+    `on_save=False` only in the latter. It runs for instances of subclasses, too. It may yield the same
+    keys each time: each is handled once. Raises RegistrationError.
     """
     if not is_model(model):
         raise RegistrationError(f"Write @source(Model): it needs a model class, not {model!r}.")
 
     def register(function: Callable[[Instance], Events]) -> Callable[[Instance], Events]:
-        registry.add_source(function, model=model)
+        registry.add_source(function, model=model, on_save=on_save)
         return function
 
     return register

@@ -143,7 +143,7 @@ class Registry:
                 f"The pattern {group!r} of {function!r} does not compile: {error}."
             ) from error
         if name is None:
-            name = dotted_path(function)
+            name = callables.dotted_path(function)
             if any(h.name == name and h.function == function for h in self.handlers):
                 name = f"{name}:{group}"
         if not isinstance(name, str) or not 0 < len(name) <= MAX_LENGTH:
@@ -180,10 +180,11 @@ class Registry:
         *,
         model: type[Model],
         adapt: Callable[[Any], Event] | None = None,
+        on_save: bool = True,
     ) -> None:
         """Register `function` for saved instances of `model`, and for the sweep over all of them.
 
-        `adapt` makes an event of what it yields.
+        `adapt` makes an event of what it yields. Without `on_save` only the sweep calls it.
         """
         if not is_model(model):
             raise RegistrationError(f"A source needs a model class, not {model!r}.")
@@ -199,7 +200,10 @@ class Registry:
             raise RegistrationError(
                 f"{callables.path_of(function)} is a source of {model._meta.label} already."
             )
-        sources.append(function if adapt is None else callables.Adapted(function, adapt))
+        if adapt is not None or not on_save:
+            kind = callables.Adapted if on_save else callables.Swept
+            function = kind(function, adapt or Event.of)
+        sources.append(function)
 
     def handlers_for(self, group: str) -> Matching:
         """Return the handlers that match `group`, in registration order."""
@@ -220,13 +224,3 @@ registry = Registry()
 def is_model(model: object) -> TypeGuard[type[Model]]:
     """Return whether `model` is a model class, abstract or not, but not Model itself."""
     return isinstance(model, type) and issubclass(model, Model) and hasattr(model, "_meta")
-
-
-def dotted_path(function: Callable[..., object]) -> str:
-    """Return `module.qualname`. Raises RegistrationError if the object has no name of its own."""
-    try:
-        return f"{function.__module__}.{function.__qualname__}"
-    except AttributeError:
-        raise RegistrationError(
-            f"{function!r} has no name of its own: give it one with name=…"
-        ) from None

@@ -1,6 +1,7 @@
 """For people's tests: read all events, and move them in time."""
 
 import datetime as dt
+from collections.abc import Sequence
 from typing import Any
 
 from psycopg.sql import quote
@@ -51,18 +52,36 @@ select coalesce(json_agg(json_build_object(
     'value', coalesce(last_value, start_value),
     'is_called', last_value is not null
 )), '[]')
-from pg_sequences where schemaname = any(current_schemas(false))
+from pg_sequences
 """
 
 RESTART = """
 select count(setval(name::regclass, value, is_called))
 from json_to_recordset({sequences}) as sequence (name text, value bigint, is_called boolean)
+join pg_sequences on name = format('%I.%I', schemaname, sequencename)
+where last_value is distinct from case when is_called then value end
+"""
+
+# Also by statements that were rolled back. Rows are counted for the partition that holds them.
+TABLES_WRITTEN = """
+with recursive written (id) as (
+    select relid from pg_stat_xact_user_tables where n_tup_ins + n_tup_upd + n_tup_del > 0
+    union
+    select inhparent from written join pg_inherits on inhrelid = id
+)
+select name from unnest(%s::text[]) as name where to_regclass(name) in (select id from written)
+"""
+
+# As a commit does, but leaving them as deferred as they are.
+CHECK_CONSTRAINTS = """
+savepoint spark_outbox_check; set constraints all immediate; rollback to savepoint spark_outbox_check
 """
 
 # A transaction inside of a test's.
 BEGIN = "savepoint spark_outbox_begin"
-COMMIT = "release savepoint spark_outbox_begin"
-ROLL_BACK = f"rollback to savepoint spark_outbox_begin; {COMMIT}"
+END = "release savepoint spark_outbox_begin"
+COMMIT = f"{CHECK_CONSTRAINTS}; {END}"
+ROLL_BACK = f"rollback to savepoint spark_outbox_begin; {END}"
 
 
 def last_id(*, using: str) -> int:
@@ -102,6 +121,16 @@ def sequences(*, using: Using) -> str:
 def restart(sequences: str, *, using: Using) -> None:
     """Let sequences go on from where they were, which no rollback does."""
     past_wrappers(RESTART.format(sequences=quote(sequences)), using)
+
+
+def tables_written(names: Sequence[str], *, using: str) -> set[str]:
+    """Return the tables of these quoted names that this transaction has written."""
+    return {name for (name,) in fetch(TABLES_WRITTEN, [list(names)], using=using)}
+
+
+def check_constraints(*, using: Using) -> None:
+    """Raise what a commit would raise for deferred constraints."""
+    past_wrappers(CHECK_CONSTRAINTS, using)
 
 
 def touch(*, using: Using) -> None:

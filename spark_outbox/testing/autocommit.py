@@ -4,20 +4,21 @@ A handler that runs outside of the worker's transaction commits each statement, 
 Here they are savepoints, so that the test can take everything back.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from django.db.backends.base.base import BaseDatabaseWrapper
+from psycopg.pq import TransactionStatus
 
 from spark_outbox.store import testing
-from spark_outbox.testing.boundaries import Boundaries, short
+from spark_outbox.testing.boundaries import Boundaries
 from spark_outbox.worker import wire
 
 
 @contextmanager
 def autocommitting(connection: BaseDatabaseWrapper, boundaries: Boundaries) -> Iterator[None]:
-    """Have the block commit by savepoints, each with a boundary before and after it."""
+    """Have the block commit by savepoints. Those of atomic() have boundaries."""
     pretence = _Pretence(connection, boundaries)
     attributes = {
         "in_atomic_block": False,
@@ -37,7 +38,7 @@ def autocommitting(connection: BaseDatabaseWrapper, boundaries: Boundaries) -> I
     kept = {name: of_connection[name] for name in attributes if name in of_connection}
     of_connection.update(attributes)
     try:
-        with connection.execute_wrapper(pretence.execute):
+        with wire.watched(connection.connection, pretence.before, pretence.after):
             yield
     finally:
         if pretence.is_open:
@@ -48,12 +49,13 @@ def autocommitting(connection: BaseDatabaseWrapper, boundaries: Boundaries) -> I
 
 
 class _Pretence:
-    """What Django calls to begin and to end a transaction."""
+    """Begins and ends transactions, those of atomic() and of single statements."""
 
     def __init__(self, connection: BaseDatabaseWrapper, boundaries: Boundaries) -> None:
         self._connection = connection
         self._boundaries = boundaries
         self.is_open = False
+        self._is_statement = False  # that has been begun is a statement's own
         self._sequences = ""
 
     def set_autocommit(self, autocommit: bool) -> None:
@@ -78,20 +80,23 @@ class _Pretence:
         if self._boundaries.where:  # the next call shall give new rows the keys that these have had
             testing.restart(self._sequences, using=self._connection)
 
-    def execute(
-        self, execute: Callable[..., Any], sql: Any, params: Any, many: bool, context: Any
-    ) -> Any:
-        """Wrap each statement; one outside of atomic() is a transaction of its own."""
-        if self._connection.in_atomic_block:
-            return execute(sql, params, many, context)
-        text = sql if isinstance(sql, str) else wire.as_text(sql, self._connection.connection)
-        with self._boundaries.around(short(text)):
+    def before(self, generator: Any) -> None:
+        """Have each statement outside of atomic() in a transaction of its own."""
+        raw = self._connection.connection
+        is_inside = self.is_open or self._connection.in_atomic_block or raw.pgconn.pipeline_status
+        if wire.sent(generator, raw)[1] and not is_inside:
             self._begin()
-            try:
-                result = execute(sql, params, many, context)
-            except BaseException:
+            self._is_statement = True
+
+    def after(self) -> None:
+        status = self._connection.connection.pgconn.transaction_status
+        if not self._is_statement or status == TransactionStatus.ACTIVE:  # which a COPY is to its end
+            return
+        self._is_statement = False
+        try:
+            if status == TransactionStatus.INTRANS:
+                testing.commit(using=self._connection)
+                self.is_open = False
+        finally:
+            if self.is_open:
                 self.rollback()
-                raise
-            testing.commit(using=self._connection)
-            self.is_open = False
-        return result

@@ -9,8 +9,15 @@ from contextlib import contextmanager
 from typing import Any
 
 from django.db.backends.base.base import BaseDatabaseWrapper
+from psycopg.pq import TransactionStatus
 
+from spark_outbox.errors import BrokenTransaction
 from spark_outbox.worker import wire
+
+ENDED = (
+    "The handler commits or rolls back in another way than by atomic(). So nothing that the test and it "
+    "have written could be taken back."
+)
 
 SHOWN = 100
 """How many characters of a statement name it in a report."""
@@ -32,7 +39,6 @@ class Boundaries:
         self._count = 0
         self._statement = ""  # that is under way
         self._rolls_back = False
-        self._is_off = False
         self.where = ""
         """The boundary at which it was cut off."""
 
@@ -48,29 +54,33 @@ class Boundaries:
 
     @contextmanager
     def around(self, what: str) -> Iterator[None]:
-        """Have one boundary before the block, and one after it, but none in it."""
+        """Have one boundary before the block, and one after it."""
         self.reach(f"before {what}")
-        self._is_off = True
-        try:
-            yield
-        finally:
-            self._is_off = False
+        yield
         self.reach(f"after {what}")
 
     @contextmanager
     def watched(self, connection: BaseDatabaseWrapper) -> Iterator[None]:
-        """Have boundaries around everything that is sent on this connection."""
+        """Have boundaries around everything that is sent on this connection. Raises BrokenTransaction
+        rather than let it end the test's transaction."""
         connection.ensure_connection()
         raw = connection.connection
 
         def before(generator: Any) -> None:
-            self._before(short(wire.sent(generator, raw)[1]))
+            kind, statement, _ = wire.sent(generator, raw)
+            if kind & wire.ENDS:
+                raise BrokenTransaction(ENDED)
+            self._before(short(statement))
 
-        with wire.watched(raw, before, self._after):
+        def after() -> None:
+            if raw.pgconn.transaction_status != TransactionStatus.ACTIVE:  # which a COPY is to its end
+                self._after()
+
+        with wire.watched(raw, before, after):
             yield
 
     def _before(self, statement: str) -> None:
-        if not statement or self._is_off or statement.startswith("CLOSE"):
+        if not statement or statement.startswith("CLOSE"):
             return
         if self.where and self._undoes(statement):
             return

@@ -2,8 +2,9 @@
 
 import inspect
 import time
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from contextvars import copy_context
 from typing import Any
 
 from django.db import transaction
@@ -12,6 +13,8 @@ from spark_outbox.emitting.emit import prepare
 from spark_outbox.events.event import Event, StoredRow
 from spark_outbox.events.references import References
 from spark_outbox.registry.handlers import Handler, HandlerFunction, Registry, registry
+from spark_outbox.store import testing
+from spark_outbox.worker.isolation import Isolation
 
 AnyHandler = HandlerFunction | str
 """A handler's function, or its name."""
@@ -19,7 +22,9 @@ AnyHandler = HandlerFunction | str
 
 def registered(handler: AnyHandler) -> list[Handler]:
     """Return what is registered of a function, which may have several patterns, or under a name."""
-    return [each for each in registry.handlers if handler == each.name or _is(each.function, handler)]
+    found = [each for each in registry.handlers if handler == each.name or _is(each.function, handler)]
+    inner = getattr(handler, "__wrapped__", None)  # it was decorated after it had been registered
+    return found if found or inner is None else registered(inner)
 
 
 def _is(function: Callable[..., Any], other: object) -> bool:
@@ -66,5 +71,30 @@ def argument(handler: Handler, event: Event, *, attempt: int) -> Event | list[Ev
 def call(handler: Handler, event: Event, *, attempt: int, using: str) -> None:
     """Call the handler, in a transaction unless it is a kind that has none. Raises what it raises."""
     given = argument(handler, event, attempt=attempt)
-    with nullcontext() if handler.kind.outlives else transaction.atomic(using=using):
-        handler.call(given)
+    with nullcontext() if handler.kind.outlives else shared(handler, using=using):
+        run(handler, given)
+
+
+def run(handler: Handler, given: Event | list[Event]) -> None:
+    """Call the handler in a copy of the context: a language that it activates ends with it."""
+    copy_context().run(handler.call, given)
+
+
+@contextmanager
+def shared(handler: Handler, *, using: str) -> Iterator[None]:
+    """Have the handler share a transaction in the block, as with a worker. Its writes are rolled back if
+    the block raises, or if they could not be committed: with BrokenTransaction, or IntegrityError."""
+    # Two blocks: at the end of an outermost one Isolation would log what on_commit callbacks raise.
+    with (
+        transaction.atomic(using=using),
+        transaction.atomic(using=using),
+        Isolation(using, References(), strict=False, apart=None) as isolation,
+    ):
+        isolation.begin(handler.name)
+        try:
+            yield
+            isolation.end()
+        except BaseException:
+            isolation.undo()
+            raise
+        testing.check_constraints(using=using)

@@ -7,7 +7,7 @@ is compared with a run that nothing has disturbed, and taken back.
 import warnings
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,11 +21,14 @@ from spark_outbox.registry.handlers import Handler
 from spark_outbox.store import testing
 from spark_outbox.testing.autocommit import autocommitting
 from spark_outbox.testing.boundaries import Boundaries, Cut
-from spark_outbox.testing.calling import argument
+from spark_outbox.testing.calling import argument, run, shared
 from spark_outbox.testing.states import Rows, States
 
 MOST_SHOWN = 10
-"""How many boundaries the report of a failed proof lists."""
+"""How many boundaries the report of a failed proof lists, and differences of each."""
+
+LONGEST = 500
+"""How many characters of a difference it shows."""
 
 END = "at its end, before its event is marked as done"
 
@@ -81,9 +84,7 @@ class Proof:
     def run(self, cut: int | None) -> End:
         """Run to the end; with `cut`, in two calls, unless that boundary comes after the commit."""
         end = End()
-        lengths = [len(each) for each in self._recorded]
-        with undone(self._using):
-            sequences = testing.sequences(using=self._using)
+        with self._forgotten() as lengths, undone(self._using) as sequences:
             boundaries = Boundaries(cut, self._note_calls)
             is_done = self._call(boundaries, attempt=1)
             end.where = boundaries.where
@@ -93,16 +94,23 @@ class Proof:
                     testing.restart(sequences, using=self._using)  # all is rolled back, but these
                 end.error = self._call_again()
             end.after = self._states.read()
-        testing.restart(sequences, using=self._using)
+            new = [
+                as_text(call)
+                for each, length in zip(self._recorded, lengths, strict=True)
+                for call in each[length:]
+            ]
         end.rows = self._states.changes(end.after)
-        new = [
-            as_text(call)
-            for each, length in zip(self._recorded, lengths, strict=True)
-            for call in each[length:]
-        ]
         end.calls = Counter(set(new) if self._repeats else new)
-        self._truncate(lengths)
         return end
+
+    @contextmanager
+    def _forgotten(self) -> Iterator[list[int]]:
+        """Forget the calls to others that the block makes."""
+        lengths = [len(each) for each in self._recorded]
+        try:
+            yield lengths
+        finally:
+            self._truncate(lengths)
 
     def _note_calls(self) -> None:
         self._lengths = [len(each) for each in self._recorded]
@@ -119,25 +127,24 @@ class Proof:
         try:
             if handler.kind.outlives:
                 with boundaries.watched(connection), autocommitting(connection, boundaries):
-                    handler.call(given)
+                    run(handler, given)
                 boundaries.reach(END)
                 return True
             first = len(connection.run_on_commit)
-            with transaction.atomic(using=self._using):
+            with shared(handler, using=self._using):
                 with boundaries.watched(connection):
-                    handler.call(given)
+                    run(handler, given)
                 boundaries.reach(END)
             is_done = True
             boundaries.reach("after the commit")
             waiting: list[Any] = connection.run_on_commit
-            callbacks = [callback for _, callback, _ in waiting[first:]]
+            callbacks = [(callback, robust) for _, callback, robust in waiting[first:]]
             del waiting[first:]
             with boundaries.watched(connection), autocommitting(connection, boundaries):
-                for callback in callbacks:
-                    callback()
-        except Cut:
-            pass
-        except Exception:
+                for callback, robust in callbacks:
+                    with suppress(Exception) if robust else nullcontext():
+                        callback()
+        except (Cut, Exception, BaseExceptionGroup):  # a TaskGroup makes a group of what is cut off
             if not boundaries.where:
                 raise
         return is_done
@@ -157,13 +164,16 @@ def prove(proof: Proof, name: str, *, most: int) -> list[str]:
     boundaries: list[str] = []
     failures: list[str] = []
     expected = proof.run(None)
-    while len(boundaries) < most:
+    if lines := proof.run(None).differences(expected):
+        never = f"{name} never comes to the same end, even if nothing disturbs it:"
+        raise AssertionError(indented(never, lines))
+    while len(boundaries) <= most:
         end = proof.run(len(boundaries) + 1)
         if not end.where:
             break
         boundaries.append(end.where)
         if lines := end.differences(expected):
-            failures.append("\n    ".join([f"  {len(boundaries)}. {end.where}:", *lines]))
+            failures.append(indented(f"  {len(boundaries)}. {end.where}:", lines))
     else:
         raise AssertionError(f"{name} has more than {most} boundaries. Give most=…, or a smaller event.")
     if failures:
@@ -177,29 +187,41 @@ def prove(proof: Proof, name: str, *, most: int) -> list[str]:
     return boundaries
 
 
+def indented(title: str, lines: Sequence[str]) -> str:
+    shown = [f"{line[:LONGEST]}…" if len(line) > LONGEST else line for line in lines[:MOST_SHOWN]]
+    left = len(lines) - MOST_SHOWN
+    return "\n    ".join([title, *shown, *([f"… and {left} others"] if left > 0 else [])])
+
+
 @contextmanager
-def undone(using: str) -> Iterator[None]:
+def undone(using: str) -> Iterator[str]:
     """Take back everything that the block writes, also in durable transactions. Events that it emits are
-    left to a worker, also with DISPATCH = "on_commit"."""
+    left to a worker, also with DISPATCH = "on_commit". Yields where sequences were."""
     receivers = events_committed.receivers
-    with transaction.atomic(using=using), warnings.catch_warnings():
-        warnings.simplefilter("ignore", ResourceWarning)  # whoever dies closes nothing
-        outermost: Any = connections[using].atomic_blocks[-1]
-        outermost._from_testcase = True
-        testing.touch(using=using)
-        try:
+    connections[using].ensure_connection()
+    sequences = testing.sequences(using=using)
+    try:
+        with transaction.atomic(using=using), warnings.catch_warnings():
+            warnings.simplefilter("ignore", ResourceWarning)  # whoever dies closes nothing
+            outermost: Any = connections[using].atomic_blocks[-1]
+            outermost._from_testcase = True
+            testing.touch(using=using)
             events_committed.receivers = []
-            yield
-        finally:
-            events_committed.receivers = receivers
-            transaction.set_rollback(True, using=using)
+            try:
+                yield sequences
+            finally:
+                transaction.set_rollback(True, using=using)
+    finally:
+        events_committed.receivers = receivers
+        testing.restart(sequences, using=using)
 
 
 def as_text(call: Any) -> str:
     """Return a recorded call in a form in which two can be compared."""
     if isinstance(call, EmailMessage):
         parts = (call.subject, call.body, call.from_email, call.recipients(), call.extra_headers)
-        return f"mail {parts!r}, {len(call.attachments)} attachments"
+        bodies = [tuple(each) for each in getattr(call, "alternatives", [])]
+        return f"mail {parts!r}, {bodies or 'no'} alternatives, {len(call.attachments)} attachments"
     way_to_show: object = type(call).__repr__
     if way_to_show is object.__repr__:  # it would show an address
         return f"{type(call).__qualname__} {vars(call)!r}"

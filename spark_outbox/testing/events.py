@@ -123,5 +123,8 @@ def _pairs(values: Mapping[str, Any]) -> str:
 
 
 def _short(value: object) -> str:
-    text = repr(value)
+    try:
+        text = repr(value)
+    except Exception as error:  # noqa: BLE001, the message is about something else
+        text = f"<{type(value).__name__}, whose repr() raises {error!r}>"
     return text if len(text) <= 200 else f"{text[:199]}…"

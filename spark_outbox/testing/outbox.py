@@ -34,10 +34,12 @@ class Outbox:
 
     def __init__(self, *, using: str = "default") -> None:
         self.using = using
-        self._faults = Faults(using)
+        self._connection = connections[using]  # of the thread in which fixtures run
+        self._faults: Faults | None = None
         self._reverses = False
 
     def __enter__(self) -> Self:
+        self._faults = Faults(self.using)
         return self
 
     def __exit__(
@@ -47,7 +49,9 @@ class Outbox:
         traceback: TracebackType | None,
     ) -> None:
         """End the faults."""
-        self._faults.mend()
+        if self._faults is not None:
+            self._faults.mend()
+        self._faults = None
 
     # Events
 
@@ -74,8 +78,17 @@ class Outbox:
         return draining.drain(using=self.using, raise_exceptions=raise_exceptions)
 
     async def adrain(self, *, raise_exceptions: bool = True) -> int:
-        """Do so from async code, on the connection that `aemit` and the async ORM use."""
-        return await sync_to_async(self.drain)(raise_exceptions=raise_exceptions)
+        """Do so from async code, on the connection that `aemit` and the async ORM use. Raises
+        AssertionError if that is outside of the test's transaction."""
+        return await sync_to_async(self._drain_inside)(raise_exceptions)
+
+    def _drain_inside(self, raise_exceptions: bool) -> int:
+        if self._connection.in_atomic_block and connections[self.using] is not self._connection:
+            raise AssertionError(
+                "This async test runs in the fixture's transaction, but its queries do not: they are "
+                "committed on another connection. Mark it with django_db(transaction=True)."
+            )
+        return self.drain(raise_exceptions=raise_exceptions)
 
     def handle(
         self,
@@ -148,14 +161,14 @@ class Outbox:
         then its writes are rolled back, and calls to others were made. `drain` does not raise it."""
         attempts = [on_attempt] if isinstance(on_attempt, int) else on_attempt
         fault = Fault(attempts=attempts, error=with_, after=after)
-        self._faults.inject(fault, self._registered(handler))
+        self._inject(fault, self._registered(handler))
 
     def duplicate(self, handler: AnyHandler | None = None) -> None:
         """Call a handler, or all, twice with each event, as when the worker dies at the end of the first
         call. Its writes are rolled back after the first, if it is of a kind that shares the worker's
         transaction."""
         found = list(registry.handlers) if handler is None else self._registered(handler)
-        self._faults.inject(Fault(twice=True), found)
+        self._inject(Fault(twice=True), found)
 
     def reorder(self) -> None:
         """Let `drain` handle the latest event first, as when the others have to be tried again. Events
@@ -166,7 +179,7 @@ class Outbox:
         """Let a handler take so long. If that is longer than its timeout, nobody waits: HandlerTimeout
         is raised after its work."""
         for each in self._registered(handler):
-            self._faults.inject(faults.took_too_long(each, seconds), [each])
+            self._inject(faults.took_too_long(each, seconds), [each])
 
     def crash_everywhere(
         self,
@@ -190,6 +203,14 @@ class Outbox:
         found = calling.find(handler, event.group)
         proof = Proof(found, event, calls=calls, repeats=repeats, ignored=ignore, using=self.using)
         return prove(proof, found.name, most=most)
+
+    def _inject(self, fault: Fault, handlers: list[Handler]) -> None:
+        if self._faults is None:
+            raise RuntimeError(
+                "Nothing would end this fault. Write `with Outbox() as outbox`, or in setUp() "
+                "`self.outbox = self.enterContext(Outbox())`."
+            )
+        self._faults.inject(fault, handlers)
 
     def _registered(self, handler: AnyHandler) -> list[Handler]:
         found = calling.registered(handler)

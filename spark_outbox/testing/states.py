@@ -10,10 +10,10 @@ from collections.abc import Collection
 from typing import Any
 
 from django.apps import apps
-from django.db import models
+from django.db import connections, models
 
 from spark_outbox.models import OutboxEvent
-from spark_outbox.store import replaying
+from spark_outbox.store import testing
 
 Rows = dict[tuple[Any, ...], dict[str, Any]]
 """A table's rows, by primary key."""
@@ -29,16 +29,19 @@ class States:
         self._using = using
         self._ignored = ignored
         self._models = {
-            model._meta.db_table: model
+            self._table(model): model
             for model in apps.get_models(include_auto_created=True)
             if not model._meta.proxy
         }
         self._written: set[str] = set()
         self._before: dict[str, Rows] = {}
 
+    def _table(self, model: type[models.Model]) -> str:
+        return connections[self._using].ops.quote_name(model._meta.db_table)
+
     def read(self) -> dict[str, Rows]:
         """Return the tables that this transaction has written, also if that was rolled back."""
-        self._written |= replaying.rows_written(using=self._using).keys() & self._models.keys()
+        self._written |= testing.tables_written(list(self._models), using=self._using)
         return {table: self._rows(table) for table in sorted(self._written)}
 
     def changes(self, after: dict[str, Rows]) -> "Counter[str]":
@@ -54,7 +57,10 @@ class States:
         model = self._models[table]
         names = [field.attname for field in model._meta.local_concrete_fields]
         keys = [field.attname for field in model._meta.pk_fields]
-        rows = model._base_manager.using(self._using).values_list(*names)
+        every: models.QuerySet[Any] = models.QuerySet(
+            model, using=self._using
+        )  # a manager may hide some
+        rows = every.values_list(*names)
         found = (dict(zip(names, row, strict=True)) for row in rows)
         return {tuple(row[name] for name in keys): row for row in found}
 
@@ -88,11 +94,14 @@ class States:
             return "(a time)"
         if isinstance(value, uuid.UUID):
             return "(a UUID)"
-        related = field.related_model
-        if value is not None and isinstance(related, type) and self._is_new(related, value):
-            return f"(a new {related._meta.label})"
+        if value is not None and isinstance(field, models.ForeignKey) and self._is_new(field, value):
+            return f"(a new {field.related_model._meta.label})"
         return repr(value)
 
-    def _is_new(self, model: type[models.Model], key: Any) -> bool:
-        before = self._before.get(model._meta.db_table)
-        return before is not None and (key,) not in before
+    def _is_new(self, field: "models.ForeignKey[Any, Any]", value: Any) -> bool:
+        """Return whether it refers to a new row, by a key that the database has given to it."""
+        target = field.target_field
+        while isinstance(target, models.ForeignKey):
+            target = target.target_field
+        before = self._before.get(self._table(target.model))
+        return isinstance(target, models.AutoField) and before is not None and (value,) not in before

@@ -23,11 +23,22 @@ class Watch:
     def _note(self, *, group: str, key: str, **_: object) -> None:
         self._keys.setdefault(group, key)
 
-    def check(self) -> None:
-        """Raise AssertionError if no handler matches one of the groups."""
+    @contextmanager
+    def judging(self) -> Iterator[None]:
+        """Raise AssertionError after the block if no handler matches one of the groups. If the block
+        raises, that may be why: then its exception has a note."""
+        try:
+            yield
+        except BaseException as error:  # as those of pytest.fail() are
+            if complaints := self._complaints():
+                error.add_note(complaints)
+            raise
+        if complaints := self._complaints():
+            raise AssertionError(complaints)
+
+    def _complaints(self) -> str:
         unmatched = [group for group in self._keys if not registry.handlers_for(group)]
-        if unmatched:
-            raise AssertionError("\n".join(self._complaint(group) for group in unmatched))
+        return "\n".join(self._complaint(group) for group in unmatched)
 
     def _complaint(self, group: str) -> str:
         patterns = sorted({handler.pattern.pattern for handler in registry.handlers})
@@ -42,7 +53,7 @@ def strict() -> Iterator[None]:
     watch = Watch()
     watch.start()
     try:
-        yield
-        watch.check()
+        with watch.judging():
+            yield
     finally:
         watch.stop()

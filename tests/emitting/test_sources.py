@@ -15,7 +15,7 @@ from django.test.utils import isolate_apps
 
 from spark_outbox import Event, source
 from spark_outbox.emitting.sources import emit_on_save, sweep
-from spark_outbox.errors import InvalidEvent
+from spark_outbox.errors import InvalidEvent, SourceError
 from spark_outbox.models import OutboxEvent
 from spark_outbox.testing import drain, emitted
 from tests.challenges.models import Challenge, Donation
@@ -181,6 +181,7 @@ def test_the_sweep_emits_what_has_not_been_emitted_yet(challenges):
     assert out.splitlines() == [
         "challenges.Challenge: 25 instances, 25 events, 24 new",
         "challenges.Donation: 0 instances, 0 events, 0 new",
+        "spark_outbox_generators.Generator: 0 instances, 0 events, 0 new",
     ]
     assert len(keys()) == 25
     assert "25 instances, 25 events, 0 new" in run()[0]
@@ -213,24 +214,59 @@ def test_one_source_can_be_chosen_by_its_dotted_path_or_the_end_of_it(challenges
     assert f"There is no source 'nope'. Sources: {__name__}" in str(error)
 
 
-def test_one_bad_instance_is_reported_and_skipped_and_the_exit_code_is_1(challenges, own_registry):
+def test_one_bad_event_is_reported_and_skipped_and_the_exit_code_is_1(challenges, own_registry):
     bad = challenges[7]
 
     @source(Challenge)
     def picky(challenge):
         yield {"group": "fine", "key": f"fine {challenge.pk}"}
         yield {"group": "g", "key": f"g {challenge.pk}", "x": object() if challenge == bad else 1}
+        yield {"group": "after", "key": f"after {challenge.pk}"}
 
     @source(Challenge)
     def other(challenge):
         yield Event("other", f"other {challenge.pk}")
 
     out, err, error = run("--chunk-size", "10")
-    assert out == "challenges.Challenge: 25 instances, 73 events, 73 new\n"
+    assert out == "challenges.Challenge: 25 instances, 99 events, 99 new\n"
     assert err.count("\n") == 1
     assert f"challenges.Challenge {bad.pk}: " in err
     assert 'UnstorableValue: payload["x"] is a builtins.object' in err
     assert "Sources failed 1 times" in str(error)
+    assert error.returncode == 1
+    assert {f"fine {bad.pk}", f"after {bad.pk}"} < set(keys())
+
+
+def test_a_source_for_sweeps_alone_is_not_called_by_save(db, own_registry):
+    seen = []
+
+    @source(Challenge, on_save=False)
+    def slow(challenge):
+        seen.append(challenge)
+        yield {"group": "slow", "key": f"slow {challenge.pk}"}
+
+    challenge = make_challenge()
+    challenge.save()
+    assert (seen, keys()) == ([], [])
+    assert run("--source", "slow")[0] == "challenges.Challenge: 1 instances, 1 events, 1 new\n"
+    assert (seen, keys()) == ([challenge], [f"slow {challenge.pk}"])
+
+
+def test_a_source_that_yields_much_is_written_in_chunks(challenges, own_registry):
+    known = []
+
+    @source(Challenge)
+    def many(challenge):
+        for number in range(25):
+            known.append(OutboxEvent.objects.count())
+            yield {"group": "many", "key": f"{challenge.pk} {number}"}
+        if challenge == challenges[1]:
+            raise SourceError("What is wrong: no data.")
+
+    out, err, error = run("--chunk-size", "10")
+    assert out == "challenges.Challenge: 25 instances, 625 events, 625 new\n"
+    assert known[:40] == [0] * 10 + [10] * 10 + [20] * 10 + [30] * 10
+    assert err.endswith("many raised SourceError: What is wrong: no data.\n")
     assert error.returncode == 1
 
 

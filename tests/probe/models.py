@@ -15,6 +15,13 @@ class Named(models.Model):
         return self.name
 
 
+class Badge(models.Model):
+    holder = models.ForeignKey(Named, models.CASCADE)
+
+    def __str__(self) -> str:
+        return f"{self.pk}"
+
+
 class Nicknamed(Named):
     class Meta:
         proxy = True

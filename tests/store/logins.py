@@ -20,6 +20,7 @@ ROLES_SQL = (ROOT / "deploy" / "roles.sql").read_text()
 PROJECT = """
 grant select, insert, update, delete
     on challenges_challenge, challenges_donation, challenges_handled, auth_group to {0};
+grant select on spark_outbox_generator, spark_outbox_condition to {0};
 grant select
     on auth_permission, auth_user_groups, auth_user_user_permissions, django_content_type to {0};
 grant select, insert, update on auth_user, django_session, django_admin_log to {0};

@@ -1,5 +1,7 @@
 """The crash prover finds handlers that do not survive the death of their process."""
 
+import asyncio
+import random
 from types import SimpleNamespace
 
 import pytest
@@ -56,6 +58,16 @@ def test_a_mail_is_sent_again_unless_that_does_no_harm(outbox):
     assert outbox.crash_everywhere(send, event, repeats=True)
 
 
+def test_a_mail_that_differs_in_its_html_is_another_one(outbox):
+    def send(event):
+        message = mail.EmailMultiAlternatives(event.key, to=["a@example.com"])
+        message.attach_alternative(f"<p>{event.attempt}", "text/html")
+        mail.outbox.append(message)
+
+    with pytest.raises(AssertionError, match=r"one call more: mail .*<p>2"):
+        outbox.crash_everywhere(send, Event("g", "key"), repeats=True)
+
+
 def test_calls_are_what_the_test_records(outbox):
     requests = []
 
@@ -79,6 +91,23 @@ def test_what_runs_after_the_commit_can_be_lost(outbox):
 
     with pytest.raises(AssertionError, match=r"4\. after the commit:\n    one call less: 'key'"):
         outbox.crash_everywhere(send_late, Event("g", "key"), calls=[sent])
+
+
+def test_a_robust_callback_may_fail(outbox):
+    def fail_late(event):
+        note(event)
+        transaction.on_commit(lambda: 1 / 0, robust=True)
+
+    assert outbox.crash_everywhere(fail_late, Event("g", "key"))
+
+
+def test_a_handler_that_never_does_the_same_can_not_be_proven(outbox):
+    def guess(event):
+        Handled.objects.create(key=str(random.random()), handler="guess")
+
+    with pytest.raises(AssertionError, match=r"even if nothing disturbs it:\n    one row more: .*guess"):
+        outbox.crash_everywhere(guess, Event("g", "key"))
+    assert outbox.crash_everywhere(guess, Event("g", "key"), ignore=["challenges.Handled.key"])
 
 
 def test_a_handler_that_commits_by_itself_has_to_look_what_it_has_done(outbox, own_registry):
@@ -146,6 +175,17 @@ def test_an_async_handler_commits_each_statement(outbox, own_registry):
         outbox.crash_everywhere(write, Event("g", "key"))
 
 
+def test_tasks_of_a_group_are_cut_off_together(outbox, own_registry):
+    @handler("^g$")
+    async def write(event):
+        async with asyncio.TaskGroup() as group:
+            for number in range(2):
+                group.create_task(Handled.objects.acreate(key=event.key, handler=str(number)))
+
+    with pytest.raises(AssertionError, match="at 4 of 5 boundaries"):
+        outbox.crash_everywhere(write, Event("g", "key"))
+
+
 def test_an_error_of_the_second_call_is_reported(outbox, own_registry):
     @handler("^g$", atomic=False)
     def write(event):
@@ -192,7 +232,18 @@ def test_a_list_handler_gets_a_list(outbox, own_registry):
     assert outbox.crash_everywhere(take, Event("g", "key"))
 
 
+def test_a_report_can_be_read(outbox, own_registry):
+    @handler("^g$", atomic=False)
+    def write(event):
+        Handled.objects.bulk_create(Handled(key=f"{n}", note="x" * 1000) for n in range(20))
+
+    with pytest.raises(AssertionError, match=r"note='x+…\n    … and 10 others\n  5") as caught:
+        outbox.crash_everywhere(write, Event("g", "key"))
+    assert len(str(caught.value)) < 12_000
+
+
 def test_a_proof_ends(outbox):
+    assert len(outbox.crash_everywhere(note, Event("g", "key"), most=4)) == 4
     with pytest.raises(AssertionError, match="has more than 3 boundaries"):
         outbox.crash_everywhere(note, Event("g", "key"), most=3)
 

@@ -1,6 +1,7 @@
 """Faults that a test injects into its project's handlers."""
 
 from datetime import timedelta
+from functools import wraps
 
 import pytest
 from django.core import mail
@@ -118,6 +119,23 @@ def test_a_handler_that_takes_its_time_does_its_work(outbox, calls):
     assert handled() == ["key"]
 
 
+def test_a_handler_is_found_whatever_it_is_wrapped_in(outbox, own_registry):
+    def wrap(function):
+        return wraps(function)(lambda event: function(event))
+
+    @wrap
+    @handler("^g$", name="h")
+    @wrap
+    def write(event):
+        note(event)
+
+    for function in (write, write.__wrapped__, write.__wrapped__.__wrapped__):
+        outbox.fail(function, with_=OSError)
+    emit("g", "key")
+    outbox.drain()
+    assert (handled(), deliveries()) == ([], {"h": ("pending", 1)})
+
+
 @pytest.mark.django_db
 def test_faults_end_with_the_test(calls):
     with Outbox() as outbox:
@@ -126,6 +144,11 @@ def test_faults_end_with_the_test(calls):
     emit("write", "key")
     outbox.drain()
     assert calls == [("key", 1)]
+
+
+def test_faults_that_nothing_ends_are_refused(calls):
+    with pytest.raises(RuntimeError, match="Nothing would end this fault"):
+        Outbox().fail("write")
 
 
 def test_faults_are_for_handlers_that_are_registered(outbox):

@@ -7,13 +7,14 @@ import pytest
 from asgiref.sync import async_to_sync, sync_to_async
 from django.db import connections
 from django.test import TestCase
+from django.utils import translation
 
 from spark_outbox import Event, Retry, aemit, emit, handler
 from spark_outbox.errors import UnstorableValue
 from spark_outbox.models import OutboxEvent
 from spark_outbox.store import pausing
 from spark_outbox.testing import Outbox, strict
-from tests.challenges.models import Donation, Handled
+from tests.challenges.models import Challenge, Donation, Handled
 from tests.tools import handled, make_challenge, note, worker_thread
 
 # What was emitted
@@ -65,6 +66,13 @@ def test_a_failed_assertion_lists_what_was_there(outbox):
         outbox.assert_not_emitted("order_paid")
 
 
+def test_a_failed_assertion_lists_what_has_no_name(outbox, monkeypatch):
+    emit("g", challenge=make_challenge("Run"))
+    monkeypatch.setattr(Challenge, "__str__", lambda challenge: challenge.user.name)
+    with pytest.raises(AssertionError, match=r"<Challenge, whose repr\(\) raises AttributeError"):
+        outbox.assert_emitted("other")
+
+
 # One handler by itself
 
 
@@ -114,6 +122,15 @@ def test_handlers_of_other_kinds_are_called_by_themselves_too(outbox, own_regist
     outbox.handle(wait, challenge=make_challenge("Run"))
     outbox.handle(many, key="2")
     assert seen == ["Run", "2"]
+
+
+def test_a_language_ends_with_its_handler(outbox):
+    def speak(event):
+        translation.activate("de")
+
+    outbox.handle(speak)
+    outbox.crash_everywhere(speak, Event("g", "key"))
+    assert translation.get_language() == "en-us"
 
 
 def test_a_call_that_could_not_be_is_refused(outbox, own_registry):
@@ -214,7 +231,35 @@ def test_they_do_so_in_a_running_loop(outbox, own_registry):
     assert handled() == ["key"]
 
 
+@pytest.mark.django_db
+def test_they_do_not_drain_outside_of_the_tests_transaction(own_registry):
+    async def run():
+        with pytest.raises(AssertionError, match=r"with django_db\(transaction=True\)"):
+            await outbox.adrain()
+        await sync_to_async(connections.close_all)()
+
+    with Outbox() as outbox:
+        asyncio.run(run())
+
+
+@pytest.mark.outbox(using="other")
+@pytest.mark.django_db(databases=["default", "other"])
+class TestOfAnotherDatabase:
+    @pytest.mark.outbox(strict=True)
+    def test_markers_add_up(self, outbox):
+        assert outbox.using == "other"
+
+
 # Strict mode
+
+
+@pytest.mark.django_db
+def test_a_test_that_fails_is_told_of_groups_without_handlers_too(own_registry):
+    with pytest.raises(ZeroDivisionError) as caught, strict():
+        emit("order_plcaed", "one")
+        raise ZeroDivisionError
+    (note,) = caught.value.__notes__
+    assert note.startswith("No handler matches the group 'order_plcaed'")
 
 
 @pytest.mark.django_db

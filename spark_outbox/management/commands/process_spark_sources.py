@@ -12,7 +12,7 @@ from django.db.models import Model
 
 from spark_outbox.emitting.emit import CHUNK_SIZE
 from spark_outbox.emitting.sources import Sweep, sources_of, sweep, swept_models
-from spark_outbox.errors import IdCollision, UnstorableValue, describe
+from spark_outbox.errors import IdCollision, SourceError, UnstorableValue, describe
 from spark_outbox.management.command import OutboxCommand
 from spark_outbox.registry.callables import path_of
 from spark_outbox.registry.handlers import SourceFunction
@@ -47,7 +47,7 @@ class Command(OutboxCommand):
             type=int,
             default=CHUNK_SIZE,
             metavar="N",
-            help="instances in memory at once (default: %(default)s)",
+            help="instances and events in memory at once (default: %(default)s)",
         )
         parser.add_argument("--dry-run", action="store_true", help="emit nothing, only count")
         parser.add_argument(
@@ -110,8 +110,8 @@ class Command(OutboxCommand):
         label = model._meta.label
 
         def report(instance: Model, source: SourceFunction, error: Exception) -> None:
-            refused = isinstance(error, UnstorableValue)  # its message has a path, and no value
-            what = f"{type(error).__name__}: {error}" if refused else describe(error)
+            is_safe = isinstance(error, SourceError | UnstorableValue)  # its message quotes no value
+            what = f"{type(error).__name__}: {error}" if is_safe else describe(error)
             self.stderr.write(f"{label} {instance.pk!r}: {path_of(source)} raised {what}")
             if options["traceback"]:
                 self.stderr.write("".join(format_exception(error)))

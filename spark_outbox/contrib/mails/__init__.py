@@ -1,0 +1,39 @@
+"""Mails about events: people write them in the admin, code says who gets them.
+
+Nothing here needs the app registry: import it at any time.
+"""
+
+from collections.abc import Callable, Iterable
+from functools import wraps
+from typing import TypeVar
+
+from spark_outbox import Event, handler
+
+__all__ = ["GROUP", "recipients"]
+
+GROUP = "spark_mails"
+"""The group of events that are one mail to one recipient each."""
+
+Addresses = str | Iterable[str | None] | None
+F = TypeVar("F", bound=Callable[..., Addresses])
+
+
+def recipients(group: str, *, name: str | None = None) -> Callable[[F], F]:
+    """Decorate a function that returns who gets the mail about an event whose group matches a regex.
+
+    It gets the event, as a handler does, and returns an address, or several; empty ones are left out. If
+    there are some, but no mail for the group, the event is discarded. The delivery is stored under
+    `name`, by default the function's dotted path. Raises RegistrationError.
+    """
+
+    def register(function: F) -> F:
+        @wraps(function)
+        def hand_out(event: Event) -> None:
+            from spark_outbox.contrib.mails import sending
+
+            sending.hand_out(event, function)
+
+        handler(group, name=name)(hand_out)
+        return function
+
+    return register

@@ -1,0 +1,73 @@
+"""From an event to one event for each recipient, and from that to a mail."""
+
+import hashlib
+import smtplib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from django.core.mail import EmailMultiAlternatives
+
+from spark_outbox import Discard, Event
+from spark_outbox.api import process_events
+from spark_outbox.contrib.mails import GROUP, Addresses, addresses
+from spark_outbox.contrib.mails.models import Mail
+
+LONGEST = 200
+"""How many characters of an event's key are in the keys of its mails."""
+
+
+def hand_out(event: Event, recipients: Callable[[Event], Addresses]) -> None:
+    """Emit an event for each recipient. Raises Discard if there are some, but no mail for the group."""
+    if event.group == GROUP:  # the pattern of `recipients` is for all groups
+        return
+    found = recipients(event) or ()
+    to = [found] if isinstance(found, str) else list(filter(None, found))
+    if to:
+        find(event.group)
+    process_events(_for_one(event, address) for address in to)
+
+
+def _for_one(event: Event, address: str) -> dict[str, Any]:
+    """Return the event of the mail to one recipient, which has the values of the other one."""
+    digest = hashlib.sha256(f"{event.key}\0{address}".encode(errors="surrogatepass")).hexdigest()[:32]
+    mail = {"to": address, "id": digest, "group": event.group, "key": event.key}
+    key = f"{event.key[:LONGEST]}:{digest}"
+    return {**event.payload, "group": GROUP, "key": key, "spark_mail": mail}
+
+
+def find(group: str) -> Mail:
+    """Return the mail about the events of a group. Raises Discard if there is none."""
+    mail = Mail.objects.filter(event_group=group, is_active=True).first()
+    if mail is None:
+        raise Discard(f"There is no active mail for the group {group!r}.")
+    return mail
+
+
+def send(event: Event) -> None:
+    """Send the mail to one recipient. Raises Discard if it can't reach that one, now or later."""
+    about = event["spark_mail"]
+    mail, to = find(about["group"]), about["to"]
+    if addresses.domain(to) is None:
+        raise Discard(f"{to!r:.200} is no address.")
+    values = variables(event.payload, group=about["group"], key=about["key"], recipient=to)
+    subject, body, html = mail.render(values)
+    message = EmailMultiAlternatives(subject, body, mail.from_email or None, [to])
+    # Not the name of this machine: the next attempt may be on another.
+    domain = addresses.domain(message.from_email) or "localhost"
+    message.extra_headers["Message-ID"] = f"<{about['id']}@{domain}>"
+    if html:
+        message.attach_alternative(html, "text/html")
+    try:
+        message.send()
+    except smtplib.SMTPRecipientsRefused as error:
+        code, text = next(iter(error.recipients.values()))
+        if code < 500:
+            raise
+        raise Discard(f"The server refuses the recipient: {code} {text!r}") from error
+
+
+def variables(payload: Mapping[str, Any], *, group: str, key: str, recipient: str) -> dict[str, Any]:
+    """Return the variables of a mail: the values of an event, and those of a `context`."""
+    values = {"group": group, "key": key, "recipient": recipient, **payload}
+    context = values.get("context")
+    return {**values, **context} if isinstance(context, dict) else values
