@@ -112,7 +112,7 @@ def of_orders_as_dicts(order: Order) -> list[dict[str, Any]] | None:
     return [{"group": "order_paid", "key": f"paid_{order.pk}"}] if order.email else None
 
 
-@source(Numbered)
+@source(Numbered, on_save=False)
 def of_an_abstract_model(numbered: Numbered) -> Iterator[Event]:
     yield Event("counted", f"{numbered.number}")
 
