@@ -5,7 +5,8 @@ from datetime import timedelta
 import pytest
 from django.core import mail
 
-from spark_outbox import emit, handler
+from spark_outbox import api, emit, handler
+from spark_outbox.registry.handlers import registry
 from spark_outbox.testing import Outbox
 from tests.challenges.models import Handled
 from tests.tools import deliveries, handled, note, statuses
@@ -126,6 +127,18 @@ def test_faults_end_with_the_test(calls):
     emit("write", "key")
     outbox.drain()
     assert calls == [("key", 1)]
+
+
+@pytest.mark.django_db
+def test_faults_end_if_handlers_have_been_arranged_anew(calls):
+    with Outbox() as outbox:
+        outbox.fail("write", with_=OSError)
+        api.HANDLERS.insert(0, ("^other", note))
+    emit("write", "key")
+    with Outbox() as outbox:
+        outbox.drain()
+    assert calls == [("key", 1)]
+    assert [each.number for each in registry.handlers] == [0, 1]
 
 
 def test_faults_are_for_handlers_that_are_registered(outbox):
