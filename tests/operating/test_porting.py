@@ -1,9 +1,11 @@
 """Porting from django-spark: its keys are taken over, and nothing is handled without them."""
 
+import contextlib
 import io
 import json
 import logging
 import os
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from django.core.management import CommandError, call_command
@@ -16,7 +18,7 @@ from spark_outbox.operations import ImportDjangoSpark
 from spark_outbox.store import porting as store
 from spark_outbox.testing import drain
 from spark_outbox.worker import in_process
-from tests.tools import WorkerProcess, connect, conninfo, manage, statuses
+from tests.tools import PATIENCE, WorkerProcess, connect, conninfo, eventually, manage, statuses
 
 pytestmark = pytest.mark.django_db(transaction=True)
 
@@ -50,6 +52,14 @@ def run(*arguments):
     out, err = io.StringIO(), io.StringIO()
     call_command("spark_import_django_spark", *arguments, stdout=out, stderr=err)
     return [*out.getvalue().splitlines(), *err.getvalue().splitlines()]
+
+
+IS_WAITING = """
+select exists (
+    select from pg_stat_activity
+    where datname = current_database() and wait_event_type = 'Lock' and query ~ 'from spark_event'
+)
+"""
 
 
 def found():
@@ -129,6 +139,44 @@ def test_an_event_that_a_worker_has_in_hand_is_left_to_it(table):
         worker.execute("select from spark_outbox_event where key = 'created_2' for no key update")
         lines = run("--discard-emitted")
     assert any(line.startswith("1 events with such keys wait") for line in lines)
+
+
+@contextlib.contextmanager
+def importing(*arguments):
+    """Run the import in a thread while an emitter's transaction holds one of its keys; yield the emitter,
+    and what the command will have printed."""
+    lines = []
+
+    def run_it():
+        with contextlib.closing(connection):
+            lines.extend(run(*arguments))
+
+    with connect(autocommit=False) as emitter, connect() as other, ThreadPoolExecutor() as pool:
+        emitter.execute("select spark_emit('challenge_created', 'created_2')")
+        done = pool.submit(run_it)
+        try:
+            eventually(lambda: other.execute(IS_WAITING).fetchone()[0])
+            yield emitter, lines
+        finally:
+            emitter.commit()
+        done.result(PATIENCE)
+
+
+def test_an_event_that_is_emitted_while_its_key_is_taken_over_is_told_and_discarded(table):
+    with importing("--discard-emitted") as (_, lines):
+        pass
+    assert lines[:2] == [
+        "3 keys: 2 are new and done, 1 were known.",
+        "1 events that waited for handlers here are discarded.",
+    ]
+    assert statuses()["created_2"] == "discarded"
+
+
+def test_an_emitter_that_the_import_waits_for_is_not_in_its_way(table):
+    with importing() as (emitter, lines):
+        emitter.execute("select spark_emit('challenge_created', 'created_1')")  # in another order
+    assert lines[0] == "3 keys: 1 are new and done, 2 were known."
+    assert lines[1].startswith("2 events with such keys wait for handlers here")
 
 
 def test_a_dry_run_changes_nothing(table):
