@@ -143,8 +143,10 @@ def test_an_event_that_a_worker_has_in_hand_is_left_to_it(table):
 
 @contextlib.contextmanager
 def importing(*arguments):
-    """Run the import in a thread while an emitter's transaction holds one of its keys; yield the emitter,
-    and what the command will have printed."""
+    """Run the import while an emitter's transaction holds one of its keys.
+
+    Yield the emitter's connection, and the list that will have the lines that are printed.
+    """
     lines = []
 
     def run_it():
