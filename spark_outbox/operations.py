@@ -3,7 +3,7 @@
 import logging
 from typing import Any
 
-from django.db import connections
+from django.db import ProgrammingError, connections, transaction
 from django.db.backends.base.schema import BaseDatabaseSchemaEditor
 from django.db.migrations.loader import MigrationLoader
 from django.db.migrations.operations.base import Operation
@@ -51,8 +51,13 @@ class ImportDjangoSpark(Operation):
 
 
 def is_planned(*, using: str) -> bool:
-    """Return whether `migrate` would run this operation on this database."""
-    loader = MigrationLoader(connections[using])
+    """Return whether `migrate` would run this operation on this database. A role that may not read which
+    migrations have run is told that it would not."""
+    try:
+        with transaction.atomic(using=using):
+            loader = MigrationLoader(connections[using])
+    except ProgrammingError:
+        return False
     return any(
         isinstance(operation, ImportDjangoSpark)
         for key, migration in loader.disk_migrations.items()

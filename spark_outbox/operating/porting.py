@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from django.db import OperationalError, transaction
 from psycopg.errors import DeadlockDetected, LockNotAvailable
 
+from spark_outbox.errors import NotMigrated
 from spark_outbox.store import porting
 from spark_outbox.store.porting import Taken
 
@@ -12,8 +13,15 @@ CHUNK_SIZE = 2000
 
 
 def has_table(*, using: str) -> bool:
-    """Return whether the database has django-spark's table, and this role may read it."""
-    return porting.has_table(using=using)
+    """Return whether the database has django-spark's table. Raises NotMigrated if this role may not
+    read it."""
+    may_read = porting.may_read(using=using)
+    if may_read is False:
+        raise NotMigrated(
+            f"This role may not read the table spark_event in database {using!r}: its keys can't be taken "
+            "over. Connect as the role that owns the tables."
+        )
+    return may_read is not None
 
 
 def take_over(*, discards: bool = False, dry_run: bool = False, using: str) -> Iterator[Taken]:

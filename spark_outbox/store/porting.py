@@ -8,12 +8,14 @@ from typing import NamedTuple
 from spark_outbox.events.event import MAX_LENGTH
 from spark_outbox.store.connection import execute, fetch, fetch_value
 
-# Another app may have a table of this name. Nothing can be said of one that this role may not read.
-HAS_TABLE = """
-select count(*) = 3 from pg_attribute join pg_class as relation on relation.oid = attrelid
-where attrelid = to_regclass('spark_event') and relkind = 'r'
-    and attname in ('key', 'group', 'created_at')
-    and has_table_privilege(attrelid, 'select')
+# Another app may have a table of this name.
+MAY_READ = """
+select case when count(*) = 3 then bool_and(has_table_privilege(attrelid, 'select')) end
+from pg_attribute join pg_class as relation on relation.oid = attrelid
+where attrelid = to_regclass('spark_event') and relkind = 'r' and (
+    attname = 'created_at'
+    or attname in ('key', 'group') and atttypid in ('varchar'::regtype, 'text'::regtype)
+)
 """
 
 NAMELESS = "(none)"
@@ -109,9 +111,10 @@ class Taken(NamedTuple):
     """Of these, those that were given up."""
 
 
-def has_table(*, using: str) -> bool:
-    """Return whether the database has django-spark's table, and this role may read it."""
-    return bool(fetch_value(HAS_TABLE, using=using))
+def may_read(*, using: str) -> bool | None:
+    """Return whether this role may read django-spark's table; None if the database has none."""
+    may: bool | None = fetch_value(MAY_READ, using=using)
+    return may
 
 
 def wait_briefly(*, using: str) -> None:

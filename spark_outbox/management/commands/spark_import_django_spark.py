@@ -43,7 +43,7 @@ class Command(OutboxCommand):
         self.check_database(using)
         check_outbox(None, using=using)
         if not porting.has_table(using=using):
-            self.stderr.write(f"Database {using!r} has no table spark_event of django-spark to read.")
+            self.stderr.write(f"Database {using!r} has no table spark_event of django-spark.")
             return
         total = self._take_over(options)
         if options["json"]:
