@@ -18,8 +18,8 @@ def has_table(*, using: str) -> bool:
     may_read = porting.may_read(using=using)
     if may_read is False:
         raise NotMigrated(
-            f"This role may not read the table spark_event in database {using!r}: its keys can't be taken "
-            "over. Connect as the role that owns the tables."
+            f"This role may not read the table spark_event in database {using!r}, and its keys must be "
+            "taken over. Connect as the role that owns the tables."
         )
     return may_read is not None
 

@@ -314,7 +314,7 @@ def test_in_the_process_that_emits_nothing_is_handled_without_the_keys(table, se
     in_process._with_keys.clear()
     emit("nobody", "new")
     assert statuses() == {"new": "pending"}
-    assert "NotMigrated" in caplog.text
+    assert "manage.py spark_import_django_spark" in caplog.text
     run()
     emit("nobody", "newer")
     assert statuses()["new"] == statuses()["newer"] == "unhandled"
