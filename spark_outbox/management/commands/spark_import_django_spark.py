@@ -14,7 +14,7 @@ from spark_outbox.worker.session import check_outbox
 AGAIN = "Run it again once the last process with django-spark has stopped."
 
 NO_TABLE = (
-    "Database {using!r} has no table spark_event of django-spark. If another one has, copy it here first."
+    "Database {using!r} has no table spark_event of django-spark. If another has one, copy it first."
 )
 
 FORGOTTEN = (
