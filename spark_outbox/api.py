@@ -80,8 +80,8 @@ def _for_handler(stored: events.Event) -> Event:
 class _NewKey(str):
     """The key of an event that `only_new_events` has let pass; copies of the event have it, too."""
 
-    kept: NewRow | None
-    """What is stored; None once the event has been processed."""
+    kept: NewRow
+    """What is stored."""
 
 
 def _let_pass(item: AnyEvent, kept: NewRow) -> Event:
@@ -92,13 +92,10 @@ def _let_pass(item: AnyEvent, kept: NewRow) -> Event:
 
 
 def _is_handed_over(item: AnyEvent) -> bool:
-    """Have an event handled that `only_new_events` has let pass; return whether it is one."""
+    """Have an event handled that `only_new_events` has let pass, and nobody has processed yet; return
+    whether it is one."""
     key = item.get("key") if isinstance(item, Mapping) else None
-    if not isinstance(key, _NewKey) or key.kept is None:
-        return False
-    kept, key.kept = key.kept, None
-    hand_over(item, kept)
-    return True
+    return isinstance(key, _NewKey) and hand_over(item, key.kept)
 
 
 Pair = tuple[str, HandlerFunction]

@@ -617,6 +617,22 @@ def test_new_events_may_be_changed_and_made_anew_before_they_are_processed(own_r
     ]
 
 
+def test_new_events_are_handled_once_however_often_they_are_processed(own_registry):
+    seen = []
+    api.register_group_handler(handler=lambda event: seen.append(event.key), group="")
+    with transaction.atomic():
+        (lost,) = api.only_new_events([{"group": "g", "key": "lost"}])
+        transaction.set_rollback(True)
+    (event,) = api.only_new_events([{"group": "g", "key": "k"}])
+    with transaction.atomic():
+        api.process_events([event])
+        transaction.set_rollback(True)
+    for _ in range(2):
+        api.process_events([lost, event, pickle.loads(pickle.dumps(event))])
+        drain()
+    assert sorted(seen) == ["k", "lost"]
+
+
 def test_only_new_events_lets_each_key_pass_once():
     def events():
         yield {"group": "g", "key": "1"}

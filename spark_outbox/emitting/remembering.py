@@ -15,11 +15,13 @@ def remember(event: AnyEvent, *, using: str | None = None) -> NewRow | None:
     return row if write([row], as_done=True, using=writable(using)) else None
 
 
-def hand_over(event: AnyEvent, kept: NewRow, *, using: str | None = None) -> None:
+def hand_over(event: AnyEvent, kept: NewRow, *, using: str | None = None) -> bool:
     """Have a worker handle an event after all that `remember` has written as `kept`. It may have been
-    given other values since."""
+    given other values since. Return False if it has been handed over already, or was rolled back."""
     alias = writable(using)
     row = prepare(Event.plain(event))
     is_changed = (row.group, row.payload) != (kept.group, kept.payload)
-    if emitting.reopen(row, is_changed=is_changed, using=alias):
+    is_reopened = emitting.reopen(row, is_changed=is_changed, using=alias)
+    if is_reopened:
         announce(alias)
+    return is_reopened

@@ -52,10 +52,11 @@ select spark_outbox_emit_many(
 )
 """
 
-# What was written as done is to be handled after all. Not each role may change what an event says.
+# What was written as done, and has not been handled since, is to be handled after all. Not each role may
+# change what an event says.
 REOPEN = """
 update spark_outbox_event set status = 'pending', finished_at = null{changes}
-where key = %(key)s and status = 'done' and digest is null
+where key = %(key)s and status = 'done' and finished_at = created_at and digest is null
 returning id
 """
 CHANGES = ", event_group = %(group)s, payload = %(payload)s::jsonb"
