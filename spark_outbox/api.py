@@ -133,9 +133,14 @@ class _Handlers(MutableSequence[Pair]):
 
     def __setitem__(self, index: int | slice, value: Any) -> None:
         place = index.indices(len(self))[0] if isinstance(index, slice) else range(len(self))[index]
+        before = list(registry.handlers)
         del self[index]
-        for number, pair in enumerate(value if isinstance(index, slice) else [value]):
-            self.insert(place + number, pair)
+        try:
+            for number, pair in enumerate(value if isinstance(index, slice) else [value]):
+                self.insert(place + number, pair)
+        except BaseException:
+            registry.arrange(before)
+            raise
 
     def __delitem__(self, index: int | slice) -> None:
         kept = list(registry.handlers)

@@ -542,6 +542,7 @@ def test_handlers_that_are_put_back_are_what_they_were(own_registry):
         assert described(own_registry) == before
     with pytest.raises(RegistrationError, match="already"):
         api.HANDLERS[:] = [("^b", len), ("^b", len)]
+    assert described(own_registry) == before
 
 
 def test_what_cannot_be_stored_is_refused_with_the_cure():
