@@ -580,6 +580,17 @@ def test_whoever_takes_new_events_handles_them_and_no_worker_does(own_registry):
     assert set(statuses().values()) == {"done"}
 
 
+def test_new_events_may_hold_what_cannot_be_stored_unless_a_worker_is_to_handle_them():
+    event = {"group": "g", "key": "k", "context": {"all": Challenge.objects.all(), "call": len}}
+    (new,) = api.only_new_events([event])
+    assert new == event
+    assert Event.objects.create_if_new({**event, "key": "other"}).payload == {}
+    with pytest.raises(UnstorableValue):
+        api.process_events([new])
+    with pytest.raises(UnstorableValue):
+        api.process_events(api.only_new_events([{**event, "key": "third"}]))
+
+
 def test_new_events_that_were_looked_at_may_be_processed(own_registry):
     seen = []
     api.register_group_handler(handler=lambda event: seen.append(event["n"]), group="")

@@ -1,6 +1,7 @@
 """Events that their emitter handles itself: the outbox only keeps their keys, as django-spark did."""
 
 from spark_outbox.emitting.emit import AnyEvent, announce, prepare, writable, write
+from spark_outbox.errors import UnstorableValue
 from spark_outbox.events.event import Event
 from spark_outbox.store import emitting
 from spark_outbox.store.emitting import NewRow
@@ -9,9 +10,14 @@ from spark_outbox.store.emitting import NewRow
 def remember(event: AnyEvent, *, using: str | None = None) -> NewRow | None:
     """Write an event of django-spark's shape as done: no worker handles it.
 
-    Return None if its key exists. Raises the errors of `emit`.
+    If a value can't be stored, the payload stays empty: its emitter has it. Return None if its key
+    exists. Raises the other errors of `emit`.
     """
-    row = prepare(Event.plain(event))
+    new = Event.plain(event)
+    try:
+        row = prepare(new)
+    except UnstorableValue:
+        row = prepare(Event(new.group, new.key))
     return row if write([row], as_done=True, using=writable(using)) else None
 
 
