@@ -243,6 +243,17 @@ def test_the_operation_leaves_a_database_alone_that_had_no_django_spark(caplog):
     assert caplog.messages == []
 
 
+class NoOutbox:
+    def allow_migrate(self, db, app_label, **hints):
+        return app_label != "spark_outbox"
+
+
+def test_the_operation_leaves_a_database_alone_that_the_router_keeps_the_outbox_out_of(table, settings):
+    settings.DATABASE_ROUTERS = [NoOutbox()]
+    ImportDjangoSpark().database_forwards("ported", connection.schema_editor(), None, None)
+    assert statuses() == {}
+
+
 # Nothing is handled without
 
 
