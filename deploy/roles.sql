@@ -75,6 +75,14 @@ grant select on
     spark_outbox_status, spark_outbox_pauses, spark_outbox_workers, spark_outbox_health -- for --metrics-port
     to spark_outbox_worker;
 
+-- A worker begins by looking whether the outbox knows what django-spark has handled.
+do $$
+begin
+    if to_regclass('spark_event') is not null then
+        grant select on spark_event to spark_outbox_worker;
+    end if;
+end $$;
+
 -- The viewer sees everything but payloads and headers. Errors and tracebacks are what an operator looks
 -- for, but they can quote a payload: who must not see even that gets spark_outbox_status alone.
 grant select (

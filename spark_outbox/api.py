@@ -9,7 +9,7 @@ DISPATCH = "on_commit", in the same process). Handlers that are registered here 
 
 from collections.abc import Iterable, Iterator, Mapping, MutableSequence
 from functools import partial
-from typing import Any, overload
+from typing import Any, Self, overload
 
 from django.apps import apps
 from django.db.models import Model
@@ -20,7 +20,8 @@ from spark_outbox.emitting.remembering import hand_over, remember
 from spark_outbox.errors import RegistrationError
 from spark_outbox.events import event as events
 from spark_outbox.registry.callables import has_name_of_its_own, path_of
-from spark_outbox.registry.handlers import HandlerFunction, SourceFunction, registry
+from spark_outbox.registry.handlers import Handler, HandlerFunction, SourceFunction, registry
+from spark_outbox.store.emitting import NewRow
 
 __all__ = [
     "HANDLERS",
@@ -38,12 +39,14 @@ class Event(dict[str, Any]):
     """A dict with a group, a key and any other values, which are its attributes as well.
 
     In a handler it also has the attributes of spark_outbox.Event: `id`, `attempt`, `created_at`. Each
-    handler gets a dict of its own, and may change it.
+    handler gets a dict of its own, and may change it. A copy has the values alone.
     """
 
     _stored: events.Event | None = None
-    _is_new = False
-    """`only_new_events` has let it pass, and nobody has processed it yet."""
+
+    @property
+    def __dict__(self) -> dict[str, Any]:  # type: ignore[override]
+        return self  # for vars(): it was a namespace once
 
     def __getattr__(self, name: str) -> Any:
         if name in self:
@@ -55,6 +58,14 @@ class Event(dict[str, Any]):
     def __setattr__(self, name: str, value: Any) -> None:
         self[name] = value
 
+    def __delattr__(self, name: str) -> None:
+        if name not in self:
+            raise AttributeError(f"This event has no {name!r}.")
+        del self[name]
+
+    def __reduce__(self) -> Any:
+        return type(self), (dict(self),)
+
 
 # Not methods of it: their names may be those of values.
 
@@ -62,26 +73,44 @@ class Event(dict[str, Any]):
 def _for_handler(stored: events.Event) -> Event:
     """Return what a handler gets. Fetches the instances; raises InstanceGone."""
     made = Event(stored)
-    made.__dict__["_stored"] = stored
+    object.__setattr__(made, "_stored", stored)
     return made
 
 
-def _let_pass(item: AnyEvent) -> Event:
+class _NewKey(str):
+    """The key of an event that `only_new_events` has let pass; copies of the event have it, too."""
+
+    kept: NewRow
+    """What is stored."""
+
+
+def _let_pass(item: AnyEvent, kept: NewRow) -> Event:
     """Return an event that `only_new_events` lets pass."""
-    made = Event(item)
-    made.__dict__["_is_new"] = True
-    return made
+    key = _NewKey(kept.key)
+    key.kept = kept
+    return Event(item, key=key)
 
 
 def _is_handed_over(item: AnyEvent) -> bool:
-    """Have an event handled that `only_new_events` has let pass; return whether it is one."""
-    is_new = isinstance(item, Event) and item.__dict__.pop("_is_new", False)
-    if is_new:
-        hand_over(str(item["key"]))
-    return bool(is_new)
+    """Have an event handled that `only_new_events` has let pass, and nobody has processed yet; return
+    whether it is one."""
+    key = item.get("key") if isinstance(item, Mapping) else None
+    return isinstance(key, _NewKey) and hand_over(item, key.kept)
 
 
 Pair = tuple[str, HandlerFunction]
+
+
+class _Registered(Pair):
+    """A pattern and a function: a handler that keeps its name and its options if it is put back."""
+
+    handler: Handler
+
+    @classmethod
+    def of(cls, handler: Handler) -> Self:
+        made = cls((handler.pattern.pattern, handler.function))
+        made.handler = handler
+        return made
 
 
 class _Handlers(MutableSequence[Pair]):
@@ -92,7 +121,7 @@ class _Handlers(MutableSequence[Pair]):
     @overload
     def __getitem__(self, index: slice) -> list[Pair]: ...
     def __getitem__(self, index: int | slice) -> Any:
-        return [(handler.pattern.pattern, handler.function) for handler in registry.handlers][index]
+        return [_Registered.of(handler) for handler in registry.handlers][index]
 
     def __len__(self) -> int:
         return len(registry.handlers)
@@ -104,9 +133,14 @@ class _Handlers(MutableSequence[Pair]):
 
     def __setitem__(self, index: int | slice, value: Any) -> None:
         place = index.indices(len(self))[0] if isinstance(index, slice) else range(len(self))[index]
+        before = list(registry.handlers)
         del self[index]
-        for number, pair in enumerate(value if isinstance(index, slice) else [value]):
-            self.insert(place + number, pair)
+        try:
+            for number, pair in enumerate(value if isinstance(index, slice) else [value]):
+                self.insert(place + number, pair)
+        except BaseException:
+            registry.arrange(before)
+            raise
 
     def __delitem__(self, index: int | slice) -> None:
         kept = list(registry.handlers)
@@ -114,11 +148,18 @@ class _Handlers(MutableSequence[Pair]):
         registry.arrange(kept)
 
     def insert(self, index: int, value: Pair) -> None:
-        group, handler = value
-        register_group_handler(group=group, handler=handler)
         arranged = list(registry.handlers)
-        arranged.insert(index, arranged.pop())
+        handler = getattr(value, "handler", None)
+        if handler is None or any(each.name == handler.name for each in arranged):
+            register_group_handler(group=value[0], handler=value[1])
+            handler = registry.handlers[-1]
+        arranged.insert(index, handler)
         registry.arrange(arranged)
+
+    def copy(self) -> list[Pair]:
+        return list(self)
+
+    __copy__ = copy
 
 
 HANDLERS = _Handlers()
@@ -135,7 +176,7 @@ class _NewEvents(Iterator[Event]):
         self.items = iter(items)
 
     def __next__(self) -> Event:
-        return next(_let_pass(item) for item in self.items if remember(item) is not None)
+        return next(_let_pass(item, kept) for item in self.items if (kept := remember(item)))
 
 
 def only_new_events(iterable: Iterable[AnyEvent]) -> Iterator[Event]:

@@ -1,8 +1,11 @@
 """Code that was written for django-spark, with nothing changed but the import: its README's example, and
 what projects do with it. The keys that it has handled: operating/test_porting.py."""
 
+import copy
 import functools
 import io
+import pickle
+import re
 import subprocess
 import sys
 from datetime import date, timedelta
@@ -415,6 +418,23 @@ def test_a_handlers_event_is_a_dict_that_may_be_rendered_and_changed(own_registr
     assert texts == ["Run of g", {"group": "g", "key": "k", "more": "Run"}]
 
 
+def test_an_event_can_be_copied_pickled_and_read_as_a_namespace(own_registry):
+    def handle(event):
+        copies.extend([copy.copy(event), copy.deepcopy(event), pickle.loads(pickle.dumps(event))])
+        copies.append(dict(vars(event)))
+        assert "%(n)s" % event.__dict__ == "1"
+        del event.n
+        assert "n" not in event
+        with pytest.raises(AttributeError, match="'n'"):
+            del event.n
+
+    copies = []
+    event = {"group": "g", "key": "k", "n": 1, "challenge": make_challenge()}
+    handled(own_registry, event, handler=handle)
+    assert copies == [event] * 4
+    assert copies[0].n == copies[1].n == copies[2].n == 1
+
+
 def test_each_handler_gets_a_dict_of_its_own(own_registry):
     api.register_group_handler(handler=lambda event: event.clear(), group="")
     (event,) = handled(own_registry, {"group": "g", "key": "k", "n": [1]})
@@ -502,6 +522,29 @@ def test_handlers_may_be_changed_as_a_list(own_registry):
     assert own_registry.handlers_for("d") == ()
 
 
+def described(of):
+    return [(each.name, each.pattern, each.batch, each.adapt, each.function) for each in of.handlers]
+
+
+def test_handlers_that_are_put_back_are_what_they_were(own_registry):
+    def handle(event):
+        """Do nothing."""
+
+    spark_outbox.handler("^a", name="listed", batch=9)(handle)
+    api.register_group_handler(
+        group=re.compile("^a", re.IGNORECASE), handler=Mailer().send, name="named"
+    )
+    before = described(own_registry)
+    for saved in (list(api.HANDLERS), api.HANDLERS[:], api.HANDLERS.copy(), copy.copy(api.HANDLERS)):
+        api.HANDLERS[:] = [("^b", len)]
+        api.HANDLERS.clear()
+        api.HANDLERS.extend(saved)
+        assert described(own_registry) == before
+    with pytest.raises(RegistrationError, match="already"):
+        api.HANDLERS[:] = [("^b", len), ("^b", len)]
+    assert described(own_registry) == before
+
+
 def test_what_cannot_be_stored_is_refused_with_the_cure():
     for value, cure in (
         (Challenge.objects.all(), "Store a list of instances"),
@@ -537,6 +580,17 @@ def test_whoever_takes_new_events_handles_them_and_no_worker_does(own_registry):
     assert set(statuses().values()) == {"done"}
 
 
+def test_new_events_may_hold_what_cannot_be_stored_unless_a_worker_is_to_handle_them():
+    event = {"group": "g", "key": "k", "context": {"all": Challenge.objects.all(), "call": len}}
+    (new,) = api.only_new_events([event])
+    assert new == event
+    assert Event.objects.create_if_new({**event, "key": "other"}).payload == {}
+    with pytest.raises(UnstorableValue):
+        api.process_events([new])
+    with pytest.raises(UnstorableValue):
+        api.process_events(api.only_new_events([{**event, "key": "third"}]))
+
+
 def test_new_events_that_were_looked_at_may_be_processed(own_registry):
     seen = []
     api.register_group_handler(handler=lambda event: seen.append(event["n"]), group="")
@@ -549,6 +603,46 @@ def test_new_events_that_were_looked_at_may_be_processed(own_registry):
     api.process_events([{"group": "g", "key": "0"}])
     drain()
     assert seen == [1, 3]
+
+
+def test_new_events_may_be_changed_and_made_anew_before_they_are_processed(own_registry):
+    def change(event):
+        event["n"] += 1
+        event["group"] = "changed"
+        return event
+
+    for name, make in (
+        ("1", change),
+        ("2", dict),
+        ("3", copy.copy),
+        ("4", lambda event: {**event, "n": 2}),
+        ("5", lambda event: {**event, "key": "another"}),
+    ):
+        api.process_events(map(make, api.only_new_events([{"group": "g", "key": name, "n": 1}])))
+    found = handled(own_registry)
+    assert [(event.group, event.key, event.n) for event in found] == [
+        ("changed", "1", 2),
+        ("g", "2", 1),
+        ("g", "3", 1),
+        ("g", "4", 2),
+        ("g", "another", 1),
+    ]
+
+
+def test_new_events_are_handled_once_however_often_they_are_processed(own_registry):
+    seen = []
+    api.register_group_handler(handler=lambda event: seen.append(event.key), group="")
+    with transaction.atomic():
+        (lost,) = api.only_new_events([{"group": "g", "key": "lost"}])
+        transaction.set_rollback(True)
+    (event,) = api.only_new_events([{"group": "g", "key": "k"}])
+    with transaction.atomic():
+        api.process_events([event])
+        transaction.set_rollback(True)
+    for _ in range(2):
+        api.process_events([lost, event, pickle.loads(pickle.dumps(event))])
+        drain()
+    assert sorted(seen) == ["k", "lost"]
 
 
 def test_only_new_events_lets_each_key_pass_once():

@@ -52,12 +52,14 @@ select spark_outbox_emit_many(
 )
 """
 
-# What was written as done is to be handled after all.
+# What was written as done, and has not been handled since, is to be handled after all. Not each role may
+# change what an event says.
 REOPEN = """
-update spark_outbox_event set status = 'pending', finished_at = null
-where key = %s and status = 'done' and digest is null
+update spark_outbox_event set status = 'pending', finished_at = null{changes}
+where key = %(key)s and status = 'done' and finished_at = created_at and digest is null
 returning id
 """
+CHANGES = ", event_group = %(group)s, payload = %(payload)s::jsonb"
 
 # Of an INSERT that wrote nothing: whether a row of the key is the reason, or one of the same id.
 CHECK_KEY = "select spark_outbox_check_keys('spark_outbox_event'::regclass, array[%s::text])"
@@ -118,9 +120,14 @@ def _lines(objects: list[str]) -> str:
     return "\n".join(objects)
 
 
-def reopen(key: str, *, using: str) -> bool:
-    """Make an event pending that was written as done; return whether it was."""
-    return bool(fetch_here(REOPEN, [key], using=using))
+def reopen(row: NewRow, *, is_changed: bool, using: str) -> bool:
+    """Make an event pending that was written as done; return whether it was. If it is changed, it gets
+    its new group and payload."""
+    sql = REOPEN.format(changes=CHANGES if is_changed else "")
+    params = {"key": row.key}
+    if is_changed:
+        params |= {"group": row.group, "payload": row.payload}
+    return bool(fetch_here(sql, params, using=using))
 
 
 def check_key(key: str, *, using: str) -> None:

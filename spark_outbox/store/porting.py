@@ -6,18 +6,23 @@ Both tables are found by the search_path.
 from typing import NamedTuple
 
 from spark_outbox.events.event import MAX_LENGTH
-from spark_outbox.store.connection import fetch, fetch_value
+from spark_outbox.store.connection import execute, fetch, fetch_value
 
-# Another app may have a table of this name. Nothing can be said of one that this role may not read.
-HAS_TABLE = """
-select count(*) = 3 from pg_attribute join pg_class as relation on relation.oid = attrelid
-where attrelid = to_regclass('spark_event') and relkind = 'r'
-    and attname in ('key', 'group', 'created_at')
-    and has_table_privilege(attrelid, 'select')
+# Another app may have a table of this name.
+MAY_READ = """
+select case when count(*) = 3 then bool_and(has_table_privilege(attrelid, 'select')) end
+from pg_attribute join pg_class as relation on relation.oid = attrelid
+where attrelid = to_regclass('spark_event') and relkind = 'r' and (
+    attname = 'created_at'
+    or attname in ('key', 'group') and atttypid in ('varchar'::regtype, 'text'::regtype)
+)
 """
 
 NAMELESS = "(none)"
 """The group of events that had none."""
+
+# Less than deadlock_timeout: who emits keys in another order shall not be the one that fails.
+WAIT_BRIEFLY = "set local lock_timeout = '500ms'"
 
 # In the order of the keys, as emit() and its siblings write: so that none of them deadlocks with this.
 # The rows are as if pruned: of the payload nothing is left, and nobody can replay or retry them.
@@ -48,6 +53,7 @@ select
     count(*), count(taken.key), count(taken.key) filter (where is_mended),
     count(*) filter (where not fits),
     count(*) filter (where status in ('pending', 'unhandled')),
+    count(*) filter (where fits and status is null and taken.key is null),
     (select max(key) from old)
 from compared left join taken on taken.key = compared.key
 """
@@ -105,21 +111,28 @@ class Taken(NamedTuple):
     """Of these, those that were given up."""
 
 
-def has_table(*, using: str) -> bool:
-    """Return whether the database has django-spark's table, and this role may read it."""
-    return bool(fetch_value(HAS_TABLE, using=using))
+def may_read(*, using: str) -> bool | None:
+    """Return whether this role may read django-spark's table; None if the database has none."""
+    may: bool | None = fetch_value(MAY_READ, using=using)
+    return may
 
 
-def take_over(after: str | None, *, most: int, using: str) -> tuple[Taken, str | None]:
-    """Write the next keys as done; return what became of them, and the last of them."""
+def wait_briefly(*, using: str) -> None:
+    """Let no statement of the transaction wait long for the keys that others write."""
+    execute(WAIT_BRIEFLY, using=using)
+
+
+def take_over(after: str | None, *, most: int, using: str) -> tuple[Taken, int, str | None]:
+    """Write the next keys as done. Return what became of them; how many have been written by others
+    meanwhile, so that it has not seen their status; and the last of them."""
     params = {
         "after": after or "",
         "most": most,
         "longest": MAX_LENGTH,
         "nameless": NAMELESS,
     }
-    ((*counts, last),) = fetch(TAKE_OVER.format(beyond=_beyond(after)), params, using=using)
-    return Taken(*counts), last
+    ((*counts, overtaken, last),) = fetch(TAKE_OVER.format(beyond=_beyond(after)), params, using=using)
+    return Taken(*counts), overtaken, last
 
 
 def discard(after: str | None, last: str, *, using: str) -> int:

@@ -84,8 +84,9 @@ class Faults:
     def mend(self) -> None:
         """End all faults, of handlers that are still registered."""
         for handler in list(registry.handlers):
-            if handler is self._faulty.get(handler.name):
-                registry.replace(self._sound[handler.name])
+            faulty = self._faulty.get(handler.name)
+            if faulty is not None and handler.function is faulty.function:
+                registry.replace(replace(self._sound[handler.name], number=handler.number))
         self._sound.clear()
         self._faulty.clear()
 

@@ -6,7 +6,7 @@ import threading
 from django.db import connections
 
 from spark_outbox import conf
-from spark_outbox.errors import describe
+from spark_outbox.errors import NotMigrated, describe
 from spark_outbox.worker import ported
 from spark_outbox.worker.context import Experience
 from spark_outbox.worker.loop import Worker
@@ -33,7 +33,8 @@ def drain_after_commit(using: str, **_: object) -> None:
         _check_keys(using)
         Worker(using=using, experience=_experience_of(using)).drain()
     except Exception as error:  # noqa: BLE001, logged
-        context = {"database": using, "error": describe(error)}
+        what = str(error) if isinstance(error, NotMigrated) else describe(error)
+        context = {"database": using, "error": what}
         logger.error(
             "Events of database %(database)s could not be handled after the commit (%(error)s).",
             context,

@@ -15,7 +15,7 @@ def problem(*, using: str) -> str:
 
     Keys that KEYS_RETENTION would have forgotten by now are not missed.
     """
-    if not porting.has_table(using=using) or not checking.readable(using=using).events:
+    if not porting.may_read(using=using) or not checking.readable(using=using).events:
         return ""
     key = porting.unknown_key(seconds=conf.current().KEYS_RETENTION, using=using)
     if key is None:

@@ -100,6 +100,12 @@ def test_the_status_as_json_is_one_document(failing):
     assert list(json.loads(run("spark_status", "--json", "--failures")[0])) == [*found, "failures"]
 
 
+def test_the_status_needs_no_time_zones(settings):
+    settings.USE_TZ = False
+    out, errors, _ = run("spark_status")
+    assert (out.splitlines()[0][-6], errors) == ("+", "")
+
+
 def test_an_empty_outbox_has_a_status(own_registry):
     out, errors, code = run("spark_status")
     assert (errors, code) == ("", 0)

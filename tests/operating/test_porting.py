@@ -1,9 +1,11 @@
 """Porting from django-spark: its keys are taken over, and nothing is handled without them."""
 
+import contextlib
 import io
 import json
 import logging
 import os
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from django.core.management import CommandError, call_command
@@ -16,7 +18,7 @@ from spark_outbox.operations import ImportDjangoSpark
 from spark_outbox.store import porting as store
 from spark_outbox.testing import drain
 from spark_outbox.worker import in_process
-from tests.tools import WorkerProcess, connect, conninfo, manage, statuses
+from tests.tools import PATIENCE, WorkerProcess, connect, conninfo, eventually, manage, statuses
 
 pytestmark = pytest.mark.django_db(transaction=True)
 
@@ -50,6 +52,14 @@ def run(*arguments):
     out, err = io.StringIO(), io.StringIO()
     call_command("spark_import_django_spark", *arguments, stdout=out, stderr=err)
     return [*out.getvalue().splitlines(), *err.getvalue().splitlines()]
+
+
+IS_WAITING = """
+select exists (
+    select from pg_stat_activity
+    where datname = current_database() and wait_event_type = 'Lock' and query ~ 'from spark_event'
+)
+"""
 
 
 def found():
@@ -131,6 +141,46 @@ def test_an_event_that_a_worker_has_in_hand_is_left_to_it(table):
     assert any(line.startswith("1 events with such keys wait") for line in lines)
 
 
+@contextlib.contextmanager
+def importing(*arguments):
+    """Run the import while an emitter's transaction holds one of its keys.
+
+    Yield the emitter's connection, and the list that will have the lines that are printed.
+    """
+    lines = []
+
+    def run_it():
+        with contextlib.closing(connection):
+            lines.extend(run(*arguments))
+
+    with connect(autocommit=False) as emitter, connect() as other, ThreadPoolExecutor() as pool:
+        emitter.execute("select spark_emit('challenge_created', 'created_2')")
+        done = pool.submit(run_it)
+        try:
+            eventually(lambda: other.execute(IS_WAITING).fetchone()[0])
+            yield emitter, lines
+        finally:
+            emitter.commit()
+        done.result(PATIENCE)
+
+
+def test_an_event_that_is_emitted_while_its_key_is_taken_over_is_told_and_discarded(table):
+    with importing("--discard-emitted") as (_, lines):
+        pass
+    assert lines[:2] == [
+        "3 keys: 2 are new and done, 1 were known.",
+        "1 events that waited for handlers here are discarded.",
+    ]
+    assert statuses()["created_2"] == "discarded"
+
+
+def test_an_emitter_that_the_import_waits_for_is_not_in_its_way(table):
+    with importing() as (emitter, lines):
+        emitter.execute("select spark_emit('challenge_created', 'created_1')")  # in another order
+    assert lines[0] == "3 keys: 1 are new and done, 2 were known."
+    assert lines[1].startswith("2 events with such keys wait for handlers here")
+
+
 def test_a_dry_run_changes_nothing(table):
     emit("challenge_created", "created_2")
     assert run("--dry-run", "--discard-emitted")[-1] == "It was a dry run: nothing was changed."
@@ -156,9 +206,11 @@ def test_it_says_if_keys_will_be_forgotten(table, settings):
 
 
 def test_without_the_table_there_is_nothing_to_do():
-    assert run() == ["Database 'default' has no table spark_event of django-spark to read."]
+    assert run()[0].startswith("Database 'default' has no table spark_event of django-spark.")
     with connect() as other:
-        other.execute("create table spark_event (id int)")  # another app's
+        other.execute(
+            'create table spark_event (key int, "group" text, created_at date)'
+        )  # another app's
         try:
             assert "has no table" in run()[0]
             assert found() == []
@@ -189,6 +241,17 @@ def test_the_operation_leaves_a_database_alone_that_had_no_django_spark(caplog):
             run_it("ported", connection.schema_editor(), None, None)
     assert statuses() == {}
     assert caplog.messages == []
+
+
+class NoOutbox:
+    def allow_migrate(self, db, app_label, **hints):
+        return app_label != "spark_outbox"
+
+
+def test_the_operation_leaves_a_database_alone_that_the_router_keeps_the_outbox_out_of(table, settings):
+    settings.DATABASE_ROUTERS = [NoOutbox()]
+    ImportDjangoSpark().database_forwards("ported", connection.schema_editor(), None, None)
+    assert statuses() == {}
 
 
 # Nothing is handled without
@@ -262,7 +325,7 @@ def test_in_the_process_that_emits_nothing_is_handled_without_the_keys(table, se
     in_process._with_keys.clear()
     emit("nobody", "new")
     assert statuses() == {"new": "pending"}
-    assert "NotMigrated" in caplog.text
+    assert "manage.py spark_import_django_spark" in caplog.text
     run()
     emit("nobody", "newer")
     assert statuses()["new"] == statuses()["newer"] == "unhandled"

@@ -1,5 +1,6 @@
 """Each role of deploy/roles.sql may do what it is for. The tests connect as each."""
 
+import os
 import re
 import signal
 from functools import partial
@@ -14,10 +15,11 @@ from spark_outbox.errors import DuplicateKey, IdCollision
 from spark_outbox.models import OutboxEvent
 from spark_outbox.store import checking
 from tests.challenges.models import Handled
-from tests.store.logins import ROLES
+from tests.store.logins import ROLES, ROLES_SQL
 from tests.test_readme import blocks
 from tests.tools import (
     WorkerProcess,
+    connect,
     eventually,
     make_challenge,
     manage,
@@ -160,6 +162,25 @@ def test_the_worker_takes_over_what_another_had_detached_and_puts_back_what_nobo
         *((key, "done") for key in ("unhandled", "key", "1", "2")),
         ("unknown", "unhandled"),
     }
+
+
+def test_a_role_that_may_not_read_django_spark_s_table_does_not_take_it_for_none(logins):
+    add = "insert into spark_event values ('created_1', 'g', now())"
+    with connect() as owner:
+        owner.execute(
+            'create table spark_event (key varchar(100), "group" varchar(50), created_at date)'
+        )
+        try:
+            owner.execute(add)
+            done = manage("spark_import_django_spark", url=logins.url("worker"))
+            assert (done.returncode, "may not read" in done.stderr) == (os.EX_CONFIG, True)
+            owner.execute(ROLES_SQL)
+            done = manage("check", "--database", "default", url=logins.url("worker"))
+            assert "spark_outbox.E009" in done.stderr
+            with WorkerProcess(url=logins.url("worker")) as worker:
+                assert worker.wait() == os.EX_CONFIG
+        finally:
+            owner.execute("drop table spark_event")
 
 
 def test_a_worker_whose_role_may_not_says_what_it_lacks(logins):

@@ -6,7 +6,8 @@ from functools import wraps
 import pytest
 from django.core import mail
 
-from spark_outbox import emit, handler
+from spark_outbox import api, emit, handler
+from spark_outbox.registry.handlers import registry
 from spark_outbox.testing import Outbox
 from tests.challenges.models import Handled
 from tests.tools import deliveries, handled, note, statuses
@@ -149,6 +150,18 @@ def test_faults_end_with_the_test(calls):
 def test_faults_that_nothing_ends_are_refused(calls):
     with pytest.raises(RuntimeError, match="Nothing would end this fault"):
         Outbox().fail("write")
+
+
+@pytest.mark.django_db
+def test_faults_end_if_handlers_have_been_arranged_anew(calls):
+    with Outbox() as outbox:
+        outbox.fail("write", with_=OSError)
+        api.HANDLERS.insert(0, ("^other", note))
+    emit("write", "key")
+    with Outbox() as outbox:
+        outbox.drain()
+    assert calls == [("key", 1)]
+    assert [each.number for each in registry.handlers] == [0, 1]
 
 
 def test_faults_are_for_handlers_that_are_registered(outbox):

@@ -13,6 +13,10 @@ from spark_outbox.worker.session import check_outbox
 
 AGAIN = "Run it again once the last process with django-spark has stopped."
 
+NO_TABLE = (
+    "Database {using!r} has no table spark_event of django-spark. If another has one, copy it first."
+)
+
 FORGOTTEN = (
     "KEYS_RETENTION is set: keys that are older are forgotten some day. Then an event that a source, or "
     "your code, emits with one of them is handled once more."
@@ -43,7 +47,7 @@ class Command(OutboxCommand):
         self.check_database(using)
         check_outbox(None, using=using)
         if not porting.has_table(using=using):
-            self.stderr.write(f"Database {using!r} has no table spark_event of django-spark to read.")
+            self.stderr.write(NO_TABLE.format(using=using))
             return
         total = self._take_over(options)
         if options["json"]:

@@ -1,5 +1,6 @@
 """Show how the outbox is; see spark_outbox/operating/look.py."""
 
+import datetime as dt
 import json
 import time
 from typing import Any
@@ -73,7 +74,8 @@ class Command(OutboxCommand):
             self.stdout.write("")
 
     def _show(self, found: dict[str, list[Row]]) -> None:
-        self.stdout.write(timezone.localtime().isoformat(sep=" ", timespec="seconds"))
+        now = timezone.localtime(dt.datetime.now(dt.UTC))  # also without USE_TZ
+        self.stdout.write(now.isoformat(sep=" ", timespec="seconds"))
         groups = found["groups"]
         held = [name for name in HELD if any(group[name] for group in groups)]
         header = ["group", "late", *COUNTS, "done/h", *(HELD[name] for name in held), "oldest"]
