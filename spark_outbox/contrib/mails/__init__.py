@@ -28,6 +28,9 @@ def recipients(group: str, *, name: str | None = None) -> Callable[[F], F]:
     `name`, by default the function's dotted path. Raises RegistrationError.
     """
 
+    if not isinstance(group, str):
+        raise RegistrationError('Write @recipients(r"^pattern"): it needs the pattern of its groups.')
+
     def register(function: F) -> F:
         if not callable(function) or iscoroutinefunction(function) or isasyncgenfunction(function):
             raise RegistrationError(f"{function!r} is no plain function that returns addresses.")

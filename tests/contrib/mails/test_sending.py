@@ -173,6 +173,11 @@ def test_what_can_not_return_addresses_is_refused_when_it_is_registered(function
         mails.recipients("^paid$")(function)
 
 
+def test_the_pattern_may_not_be_forgotten():
+    with pytest.raises(RegistrationError, match="it needs the pattern"):
+        mails.recipients(to)
+
+
 @pytest.mark.parametrize("found", [b"anna@example.com", [("anna@example.com",)], ["b@example.com", 5]])
 def test_recipients_that_are_no_text_are_a_failure_and_mail_nobody(outbox, mail, post, found):
     mail()
