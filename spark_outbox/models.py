@@ -81,7 +81,8 @@ class OutboxEvents(models.QuerySet["OutboxEvent"]):
         """Return an event as handlers get it, but without what the setting REDACT hides.
 
         It is the one with this key, or the latest of the group; None if there is none whose payload can
-        be shown. It reads a bounded number of rows.
+        be shown. It reads a bounded number of rows. Each query that follows in the same transaction has
+        10 seconds, too.
         """
         from spark_outbox.operating.look import past_event
 

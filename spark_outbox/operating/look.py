@@ -141,11 +141,15 @@ def _event(key: str, *, using: str) -> Row | None:
 
 def past_event(group: str, key: str, *, using: str) -> Event | None:
     """Return an event of a group as handlers get it, but without what REDACT hides: the one with this
-    key, or the latest, if that is "". None if there is none whose payload can be shown."""
-    if not key:
-        ids = sorted(viewing.examples([group], each=1, using=using))
-        key = next((row["key"] for row in listing.events_by_id(ids[-1:], using=using)), "")
-    found = _event(key, using=using)
+    key, or the latest, if that is "". None if there is none whose payload can be shown.
+
+    Raises TooSlow.
+    """
+    with in_time(using=using):
+        if not key:
+            ids = sorted(viewing.examples([group], each=1, using=using))
+            key = next((row["key"] for row in listing.events_by_id(ids[-1:], using=using)), "")
+        found = _event(key, using=using)
     if found is None or found["group"] != group or found["is_pruned"] or found["payload"] is None:
         return None
     row = StoredRow(found["id"], key, group, json.dumps(found["payload"]), "{}", None, 0, 0, None)

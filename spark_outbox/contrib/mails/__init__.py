@@ -4,10 +4,12 @@ Nothing here needs the app registry: import it at any time.
 """
 
 from collections.abc import Callable, Iterable
-from functools import wraps
+from functools import cache, wraps
+from inspect import isasyncgenfunction, iscoroutinefunction
 from typing import TypeVar
 
 from spark_outbox import Event, handler
+from spark_outbox.errors import RegistrationError
 
 __all__ = ["GROUP", "recipients"]
 
@@ -26,14 +28,26 @@ def recipients(group: str, *, name: str | None = None) -> Callable[[F], F]:
     `name`, by default the function's dotted path. Raises RegistrationError.
     """
 
+    if not isinstance(group, str):
+        raise RegistrationError('Write @recipients(r"^pattern"): it needs the pattern of its groups.')
+
     def register(function: F) -> F:
-        @wraps(function)
-        def hand_out(event: Event) -> None:
-            from spark_outbox.contrib.mails import sending
-
-            sending.hand_out(event, function)
-
-        handler(group, name=name)(hand_out)
+        if not callable(function) or iscoroutinefunction(function) or isasyncgenfunction(function):
+            raise RegistrationError(f"{function!r} is no plain function that returns addresses.")
+        if name is None and not hasattr(function, "__qualname__"):
+            raise RegistrationError(f"{function!r} has no name of its own: give it one with name=…")
+        handler(group, name=name)(_handing_out(function))
         return function
 
     return register
+
+
+@cache  # the registry knows the same function again
+def _handing_out(recipients: Callable[..., Addresses]) -> Callable[[Event], None]:
+    @wraps(recipients)
+    def hand_out(event: Event) -> None:
+        from spark_outbox.contrib.mails import sending
+
+        sending.hand_out(event, recipients)
+
+    return hand_out

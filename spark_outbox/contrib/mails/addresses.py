@@ -19,6 +19,13 @@ def check(text: str) -> None:
 
 def domain(text: str) -> str | None:
     """Return the domain of an address in ASCII; None if it is not one address, or has no domain."""
+    found = mailbox(text)
+    return found and found.rpartition("@")[2]
+
+
+def mailbox(text: str) -> str | None:
+    """Return an address without its name, in lower case, with its domain in ASCII; None if it is not one
+    address, or has no domain."""
     try:
         if re.search(f"[{CONTROLS}]", text):
             return None
@@ -26,6 +33,8 @@ def domain(text: str) -> str | None:
         (group,) = header.groups
         (address,) = group.addresses
         is_plain = address.username and group.display_name is None and not header.defects
-        return punycode(address.domain) if is_plain and address.domain else None
+        if not is_plain or not address.domain:
+            return None
+        return f"{address.username}@{punycode(address.domain)}".lower()
     except Exception:  # noqa: BLE001, Python's parser raises many kinds of errors
         return None

@@ -13,7 +13,7 @@ from django.utils.translation import gettext as _
 from django.views.decorators.http import require_POST
 
 from spark_outbox.contrib.mails.models import Mail
-from spark_outbox.contrib.mails.sending import variables
+from spark_outbox.contrib.mails.sending import render
 from spark_outbox.models import OutboxEvent
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ def preview(mail: Mail, key: str) -> dict[str, Any]:
             if event is None:
                 return {"problem": _("There is no such event in this group, or it can't be shown.")}
             names = {"group": event.group, "key": event.key, "recipient": "anna@example.com"}
-            rendered = mail.render(variables(event.payload, **names), empty=empty)
+            rendered = render(mail, event.payload, names, empty=empty)
             transaction.set_rollback(True, using=alias)
     except Exception as error:  # noqa: BLE001, templates call what they like
         return {"problem": f"{type(error).__name__}: {error}"}

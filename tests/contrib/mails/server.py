@@ -17,6 +17,8 @@ class Post:
     port: int = 0
     refused: dict[str, str] = field(default_factory=dict)
     """By recipient, the answer to RCPT."""
+    answers: dict[str, str] = field(default_factory=dict)
+    """By the first four letters of another command, or "." for the end of a text, the answer to it."""
     dying: set[str] = field(default_factory=set)
     """Recipients whose mails are taken, but not confirmed: the line is cut."""
     mails: list[tuple[str, EmailMessage]] = field(default_factory=list)
@@ -42,10 +44,15 @@ class _Talk(socketserver.StreamRequestHandler):
                 answer = post.refused.get(recipient, "250 yes")
                 recipients += [recipient] if answer.startswith("2") else []
                 self._say(answer)
+            elif verb in post.answers:
+                self._say(post.answers[verb])
             elif verb == "DATA":
                 self._say("354 go on")
                 text = b"".join(iter(self.rfile.readline, b".\r\n"))
                 message: Any = message_from_bytes(text, policy=policy.default)
+                if "." in post.answers:
+                    self._say(post.answers["."])
+                    continue
                 post.mails += [(recipient, message) for recipient in recipients]
                 if post.dying & set(recipients):
                     return

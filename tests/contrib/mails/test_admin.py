@@ -2,14 +2,19 @@
 
 import html
 import re
+from datetime import UTC, datetime
 
 import pytest
 from django.db import connection
+from django.test import Client
 from django.test.utils import CaptureQueriesContext
+from django.utils import timezone
 
 from spark_outbox import emit
+from spark_outbox.contrib.mails import templating
 from spark_outbox.contrib.mails.models import Mail
 from spark_outbox.models import OutboxEvent
+from spark_outbox.operating import patience
 from spark_outbox.testing import drain
 from tests.admin.pages import get, words
 from tests.challenges.models import Challenge, Donation
@@ -174,6 +179,8 @@ def test_values_of_an_event_are_redacted_in_the_events_of_its_mails(admin, setti
     [
         ("{}", {"key": "other"}),
         ("{}", {"key": "nothing"}),
+        ("{}", {"key": "\0"}),
+        ("{}", {"key": "k" * 10_000}),
         ("{}", {"event_group": "nobody"}),
         ("[]", {}),
         ('"text"', {}),
@@ -212,6 +219,65 @@ def test_the_database_is_as_it_was_before(admin, monkeypatch):
     assert Donation.objects.count() == 0
 
 
+def test_a_preview_is_in_the_language_and_time_zone_in_which_the_mail_is_sent(admin):
+    emit("paid", at=datetime(2026, 3, 1, 23, 30, tzinfo=UTC))
+    with timezone.override("Asia/Tokyo"):
+        page = admin.post(
+            f"{ROOT}preview/", form(body="{{ at }}"), headers={"Accept-Language": "de"}
+        ).text
+    assert "March 1, 2026, 11:30 p.m." in page
+    assert "Vorschau" in page
+
+
+def test_a_query_of_a_template_ends_in_time(admin, monkeypatch):
+    def wait(self):
+        with connection.cursor() as cursor:
+            cursor.execute("select pg_sleep(30)")
+
+    monkeypatch.setattr(patience, "MILLISECONDS", 10)
+    monkeypatch.setattr(Challenge, "wait", wait, raising=False)
+    emit("paid", challenge=make_challenge())
+    assert "statement timeout" in preview(admin, body="{{ challenge.wait }}")
+
+
+LOOPS = "{% for a in s %}{% for b in s %}{% for c in s %}", "{% endfor %}" * 3
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "{{ s|center:9999999999 }}",
+        "{{ s|ljust:wide }}",
+        "{{ s|rjust:'1_000_000_000' }}",
+        "{{ n|stringformat:'.999999999f' }}",
+        "{{ n|floatformat:'999999999g' }}",
+        "{{ s" + "|addslashes" * 40 + " }}",
+        "{{ s|make_list" + "|pprint|make_list" * 20 + " }}",
+        "{% with s=s|add:s %}" * 40 + "{{ s|length }}" + "{% endwith %}" * 40,
+        "{{ long|make_list|join:long }}",
+        "x".join(LOOPS),
+        "{{ s }}".join(LOOPS),
+    ],
+)
+def test_a_template_that_makes_too_much_is_a_sentence(admin, monkeypatch, body):
+    monkeypatch.setattr(templating, "LONGEST", 100_000)
+    emit("paid", s="\\'" * 100, n=1, long="x" * 10_000, wide=10**12)
+    assert "TooMuch" in preview(admin, body=body)
+
+
+@pytest.mark.parametrize("inside", ["", "{% if a == b %}{% endif %}"])
+def test_a_template_that_takes_too_long_is_a_sentence(admin, monkeypatch, inside):
+    monkeypatch.setattr(templating, "SECONDS", 0)
+    emit("paid", s="s" * 10_000)
+    assert "TooMuch" in preview(admin, body=inside.join(LOOPS))
+
+
+def test_widths_of_a_usual_size_are_filled(admin):
+    emit("paid", n=1.5)
+    body = "{{ n|center:7 }}{{ n|floatformat:2 }}{{ n|floatformat:'2gu' }}{{ n|stringformat:'.1f' }}"
+    assert "  1.5  1.501.501.5" in preview(admin, body=body)
+
+
 def test_few_queries_are_needed(admin):
     for number in range(30):
         emit("paid", f"paid_{number}", challenge=make_challenge())
@@ -247,6 +313,12 @@ def test_who_may_change_mails_and_see_events_has_a_preview(client, member, mail)
     client.force_login(member("change_mail", "view_outboxevent"))
     assert BUTTON in get(client, f"{saved.pk}/change/", root=ROOT)
     assert "Anna" in preview(client, f"{saved.pk}/", body="{{ name }}")
+
+
+def test_another_site_can_not_ask_for_a_preview(member):
+    client = Client(enforce_csrf_checks=True)
+    client.force_login(member("add_mail", "view_outboxevent"))
+    preview(client, status=403)
 
 
 def test_the_preview_is_asked_for_by_the_form_alone(admin, client, mail):

@@ -8,6 +8,7 @@ __all__ = ["chromium", "open_page", "pytestmark"]
 
 EVIL = """<p id="shown">{{ name }}</p><img src="http://192.0.2.1/pixel.png">
 <script>document.getElementById("shown").textContent = "run"</script>
+<meta http-equiv="refresh" content="0; url=/admin/">
 <form action="/admin/logout/" method="post"><button>go</button></form>"""
 
 

@@ -1,16 +1,20 @@
 """One event is one mail to each recipient, on a real database and through a real SMTP server."""
 
 import re
-from datetime import timedelta
+from datetime import date, timedelta
+from functools import partial
 
 import pytest
 from django.core import mail as django_mail
+from django.core.mail import EmailMessage
 from django.template import TemplateSyntaxError
+from django.utils import translation
 
 from spark_outbox import Event, emit
 from spark_outbox.contrib import mails
 from spark_outbox.contrib.mails.models import Mail
-from spark_outbox.models import Delivery
+from spark_outbox.errors import RegistrationError
+from spark_outbox.models import Delivery, OutboxEvent
 from spark_outbox.registry.handlers import registry
 from tests.challenges.models import Challenge
 from tests.tools import make_challenge, work
@@ -114,6 +118,100 @@ def test_an_address_that_comes_twice_gets_one_mail(outbox, mail, post):
     assert post.recipients == ["anna@example.com"]
 
 
+def test_a_mailbox_that_is_written_in_several_ways_gets_one_mail(outbox, mail, post):
+    mail()
+    ways = ["Anna <anna@example.com>", "Anna@Example.com", " anna@example.com\u3000"]
+    to(*ways, "anna@exämple.com", "anna@XN--exmple-cua.com")
+    to("ANNA@example.com", group="^pa")
+    emit("paid", "paid_1")
+    outbox.drain()
+    assert post.recipients == ["anna@example.com", "anna@xn--exmple-cua.com"]
+
+
+@pytest.mark.parametrize("address", ["anna@example.com\u3000", "\xa0anna@example.com\n"])
+def test_space_around_an_address_is_left_out(outbox, mail, post, address):
+    mail()
+    to(address)
+    emit("paid")
+    outbox.drain()
+    assert post.mails[0][1]["To"] == "anna@example.com"
+
+
+def test_one_function_may_be_for_two_patterns(outbox, mail, post):
+    def mail_anna(event):
+        return "anna@example.com"
+
+    mail()
+    mail("sent")
+    mails.recipients("^sent$")(mails.recipients("^paid$")(mail_anna))
+    emit("paid")
+    emit("sent")
+    outbox.drain()
+    assert post.recipients == ["anna@example.com"] * 2
+
+
+async def ask(event):
+    return "anna@example.com"
+
+
+async def ask_each(event):
+    yield "anna@example.com"
+
+
+@pytest.mark.parametrize(
+    ("function", "problem"),
+    [
+        (ask, "no plain function"),
+        (partial(ask), "no plain function"),
+        (ask_each, "no plain function"),
+        (None, "no plain function"),
+        (partial(to), "no name of its own"),
+    ],
+)
+def test_what_can_not_return_addresses_is_refused_when_it_is_registered(function, problem):
+    with pytest.raises(RegistrationError, match=problem):
+        mails.recipients("^paid$")(function)
+
+
+def test_the_pattern_may_not_be_forgotten():
+    with pytest.raises(RegistrationError, match="it needs the pattern"):
+        mails.recipients(to)
+
+
+@pytest.mark.parametrize("found", [b"anna@example.com", [("anna@example.com",)], ["b@example.com", 5]])
+def test_recipients_that_are_no_text_are_a_failure_and_mail_nobody(outbox, mail, post, found):
+    mail()
+    mails.recipients("^paid$", name="bytes")(lambda event: found)
+    emit("paid", "paid_1")
+    outbox.drain(raise_exceptions=False)
+    assert [event.status for event in outbox.emitted()] == ["pending"]
+    assert "Recipients are text" in error("paid_1")
+
+
+def test_a_function_that_raises_midway_mails_nobody(outbox, mail, post):
+    def midway(event):
+        yield "anna@example.com"
+        raise LookupError
+
+    mail()
+    mails.recipients("^paid$")(midway)
+    emit("paid")
+    outbox.drain(raise_exceptions=False)
+    assert [event.status for event in outbox.emitted()] == ["pending"]
+
+
+@pytest.mark.django_db(transaction=True)
+def test_mails_are_sent_in_process(mail, post, settings):
+    settings.SPARK_OUTBOX = {"DISPATCH": "on_commit"}
+    mail(body="{{ day }}")
+    to(*THREE)
+    with translation.override("de"):
+        emit("paid", day=date(2026, 3, 1))
+    assert sorted(post.recipients) == BARE
+    assert set(OutboxEvent.objects.values_list("status", flat=True)) == {"done"}
+    assert post.mails[0][1].get_content().strip() == "March 1, 2026"
+
+
 def test_to_hand_an_event_out_again_mails_nobody(outbox, mail, post):
     mail()
     to(*THREE)
@@ -199,6 +297,30 @@ def test_a_recipient_that_is_refused_for_good_is_not_tried_again(outbox, mail, p
         THREE[2]: "done",
     }
     assert "550 b'no such user'" in error(states[THREE[1]].key)
+
+
+@pytest.mark.parametrize("answer", ["450 later", "550 never"])
+@pytest.mark.parametrize("command", ["MAIL", "DATA", "."])
+def test_what_is_refused_for_another_reason_is_tried_again(outbox, mail, post, command, answer):
+    mail()
+    to("anna@example.com")
+    post.answers[command] = answer
+    emit("paid")
+    outbox.drain(raise_exceptions=False)
+    assert [event.status for event in outbox.emitted()] == ["done", "pending"]
+    post.answers.clear()
+    retry(outbox)
+    assert post.recipients == ["anna@example.com"]
+
+
+@pytest.mark.parametrize(("sent", "status"), [(0, "pending"), (1, "done"), (None, "done")])
+def test_a_backend_that_has_sent_nothing_is_asked_again(outbox, mail, monkeypatch, sent, status):
+    monkeypatch.setattr(EmailMessage, "send", lambda *_, **__: sent)
+    mail()
+    to("anna@example.com")
+    emit("paid")
+    outbox.drain(raise_exceptions=False)
+    assert outbox.emitted(mails.GROUP)[0].status == status
 
 
 def test_a_pattern_for_all_groups_does_not_mail_about_mails(outbox, mail, post):
