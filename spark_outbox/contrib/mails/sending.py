@@ -85,5 +85,5 @@ def render(
     if isinstance(context, dict):
         values |= context
     with translation.override(None), timezone.override(None):
-        translation.deactivate()
+        translation.deactivate()  # which leads to that of the settings: None is no language at all
         return mail.render(values, empty=empty)
