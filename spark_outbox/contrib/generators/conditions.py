@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from django import forms
 from django.core.exceptions import ValidationError
+from django.utils import timezone
 from django.utils.translation import gettext
 from django.utils.translation import gettext_lazy as _
 
@@ -33,6 +34,15 @@ class YesOrNo(forms.CharField):
         return found
 
 
+class Time(forms.DateTimeField):
+    """A time that has a zone if, and only if, USE_TZ is set."""
+
+    def clean(self, value: Any) -> Any:
+        found = super().clean(value)
+        aware, uses_zones = timezone.is_aware(found), timezone.is_aware(timezone.now())
+        return timezone.make_naive(found) if aware and not uses_zones else found
+
+
 class Kind(NamedTuple):
     """A type of variables."""
 
@@ -51,7 +61,7 @@ KINDS: dict[type, Kind] = {
     bool: Kind(YesOrNo(), _("true or false")),
     str: Kind(forms.CharField(required=False), _("text")),
     dt.date: Kind(forms.DateField(), _("date")),
-    dt.datetime: Kind(forms.DateTimeField(), _("time")),
+    dt.datetime: Kind(Time(), _("time")),
 }
 
 

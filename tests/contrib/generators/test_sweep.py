@@ -10,6 +10,7 @@ from django.core.exceptions import ValidationError
 from django.core.management import CommandError, call_command
 from django.db import IntegrityError, connection, connections, transaction
 from django.utils import timezone, translation
+from django.utils.functional import lazy
 
 from spark_outbox import handler
 from spark_outbox.contrib.generators.checks import check_generators
@@ -245,6 +246,17 @@ def test_a_key_that_is_too_long_costs_its_candidate_alone(register, generate):
 
 
 @pytest.mark.django_db
+@pytest.mark.parametrize("key", [None, ""])
+def test_a_candidate_without_a_key_fails_as_others_could_have_none_either(key, register, generate):
+    register(key=lambda challenge: key if challenge.title == "a" else challenge.pk)
+    _, b = challenges("a", "b")
+    generate("g")
+    _, err, code = sweep()
+    assert "1 candidates failed, the first with It has no key." in err
+    assert (code, keys()) == (1, [f"g_{b.pk}"])
+
+
+@pytest.mark.django_db
 def test_candidates_that_can_not_be_read_cost_their_generator_alone(register, generate):
     register(candidates=lambda: 1 / 0)
     register("others")
@@ -258,12 +270,14 @@ def test_candidates_that_can_not_be_read_cost_their_generator_alone(register, ge
 
 @pytest.mark.django_db
 def test_a_value_that_can_not_be_stored_costs_its_candidate_alone(register, generate):
-    register(context=lambda each: {"x": object() if each.title == "a" else 1}, variables={})
-    _, b = challenges("a", "b")
+    odd = {"a": object(), "b": lazy(lambda: 1 / 0, str)()}
+    register(context=lambda each: {"x": odd.get(each.title)}, variables={})
+    *_, c = challenges("a", "b", "c")
     generate()
     _, err, code = sweep()
-    assert 'payload["context"]["x"] is a builtins.object' in err
-    assert (code, keys()) == (1, [f"long_{b.pk}"])
+    assert err.count("\n") == 1
+    assert '2 candidates failed, the first with payload["context"]["x"] is a builtins.object' in err
+    assert (code, keys()) == (1, [f"long_{c.pk}"])
 
 
 # Edits
@@ -347,6 +361,12 @@ def test_a_value_is_stored_in_one_spelling_or_refused(kind, text, stored):
 def test_dates_are_also_read_as_the_language_writes_them():
     with translation.override("de"):
         assert to_text(parse(dt.date, "31.12.2026")) == "2026-12-31"
+
+
+def test_a_time_has_no_zone_without_use_tz(settings):
+    settings.USE_TZ = False
+    assert parse(dt.datetime, "2026-12-31 18:00+02:00") == dt.datetime(2026, 12, 31, 16)
+    assert parse(dt.datetime, "2026-12-31 18:00") == dt.datetime(2026, 12, 31, 18)
 
 
 NOON = dt.datetime(2026, 1, 1, 12, tzinfo=dt.UTC)
