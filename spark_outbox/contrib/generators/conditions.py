@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from django import forms
 from django.core.exceptions import ValidationError
 from django.utils import timezone
+from django.utils.text import capfirst
 from django.utils.translation import gettext
 from django.utils.translation import gettext_lazy as _
 
@@ -34,13 +35,17 @@ class YesOrNo(forms.CharField):
         return found
 
 
+ZONES = _("a time has a zone if, and only if, USE_TZ is set.")
+
+
 class Time(forms.DateTimeField):
     """A time that has a zone if, and only if, USE_TZ is set."""
 
     def clean(self, value: Any) -> Any:
         found = super().clean(value)
-        aware, uses_zones = timezone.is_aware(found), timezone.is_aware(timezone.now())
-        return timezone.make_naive(found) if aware and not uses_zones else found
+        if timezone.is_aware(found) != timezone.is_aware(timezone.now()):
+            raise ValidationError(capfirst(ZONES))
+        return found
 
 
 class Kind(NamedTuple):
@@ -97,5 +102,5 @@ def holds(value: Any, compared: str, wanted: Any, *, kind: type) -> bool:
     try:
         wanted < value  # noqa: B015, raises if only one of two times has a zone, which == does not
     except TypeError:
-        raise TypeError(gettext("a time has a zone if, and only if, USE_TZ is set.")) from None
+        raise TypeError(str(ZONES)) from None
     return bool(OPERATORS[compared](value, wanted))

@@ -11,7 +11,7 @@ from django.utils.translation import gettext
 
 from spark_outbox.contrib.generators.models import Generator
 from spark_outbox.contrib.generators.rules import Rule
-from spark_outbox.errors import SourceError, UnstorableValue, describe
+from spark_outbox.errors import EmitError, SourceError, describe
 from spark_outbox.models import OutboxEvent
 
 LOOKED_AT = 500
@@ -85,7 +85,7 @@ def _looks(rule: Rule) -> Iterator[Look]:
             yield _look(rule, candidate)
         except DatabaseError:
             raise  # in this transaction no other query would work
-        except (SourceError, UnstorableValue) as error:
+        except (SourceError, EmitError) as error:
             yield Look(_text(candidate), why=str(error), has_failed=True)
         except Exception as error:  # noqa: BLE001, shown
             yield Look(_text(candidate), why=describe(error), has_failed=True)

@@ -219,6 +219,15 @@ def test_the_preview_knows_which_candidates_come_twice_or_can_not_be_stored(admi
     assert f"Would be emitted: 1 a {key} Known already: 1 a {key} Failed: 2 odd payload" in said
 
 
+def test_the_preview_says_why_a_key_will_not_do(admin, register, generate):
+    register(key=lambda challenge: challenge.title)
+    make_challenge("x" * 51)
+    said = preview(admin, generate("g" * 200))
+    assert "The key must have 1 to 255 characters" not in said
+    make_challenge("x" * 55)
+    assert "The key must have 1 to 255 characters" in preview(admin, Generator.objects.get())
+
+
 def test_the_preview_reads_a_bounded_number_of_candidates(admin, register, generate):
     endless = {
         "candidates": count,
