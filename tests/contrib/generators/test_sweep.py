@@ -431,6 +431,14 @@ def test_the_table_refuses_other_operators(generate):
 # Definitions
 
 
+async def never():
+    yield
+
+
+def test_a_translated_name_is_not_read_before_it_is_shown(register):
+    register(verbose_name=lazy(lambda: 1 / 0, str)())
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -442,6 +450,8 @@ def test_the_table_refuses_other_operators(generate):
             {"variables": {"a": list}},
             "these types: int, float, Decimal, bool, str, date, datetime",
         ),
+        ({"variables": {"a": [int]}}, "these types: int, float"),
+        ({"candidates": never}, "The candidates of source 'x' must be a plain function"),
         ({"variables": {"v" * 101: int}}, "1 to 100 characters"),
         ({"variables": ["length"]}, "a dict of names and types"),
         ({"name": "challenges"}, "There is a source 'challenges' of generators already"),
