@@ -9,7 +9,6 @@ from django.db import transaction
 from django.db.models import Model
 
 from spark_outbox.emitting.emit import chunks, emit_many, prepare, write
-from spark_outbox.errors import EmitError
 from spark_outbox.events.event import Event
 from spark_outbox.registry.callables import Swept
 from spark_outbox.registry.handlers import SourceFunction, registry
@@ -23,13 +22,13 @@ def emit_on_save(sender: type[Model], instance: Model, using: str, raw: bool = F
     """
     if raw:
         return
-    for source, model in sources_of(sender):
-        if not isinstance(source, Swept):
-            emit_many(source(_as(model, instance, using)) or (), using=using)
+    for source, model in sources_of(sender, saved=True):
+        emit_many(source(_as(model, instance, using)) or (), using=using)
 
 
-def sources_of(model: type[Model]) -> list[tuple[SourceFunction, type[Model]]]:
-    """Return the sources of `model`, each once, with the model as whose instance it gets a row.
+def sources_of(model: type[Model], *, saved: bool = False) -> list[tuple[SourceFunction, type[Model]]]:
+    """Return the sources of `model`, each once, with the model as whose instance it gets a row. With
+    `saved` leave out those that only sweeps call.
 
     Sources of base classes are included, and come first. A source gets a row as an instance of the model
     that is swept for it: the one that it is registered for or, if that is abstract, the first concrete
@@ -38,6 +37,8 @@ def sources_of(model: type[Model]) -> list[tuple[SourceFunction, type[Model]]]:
     found: list[tuple[SourceFunction, type[Model]]] = []
     for base in reversed(model.__mro__):
         for source in registry.sources.get(base, ()):
+            if saved and isinstance(source, Swept):
+                continue  # here and not later: a subclass may have it called by save()
             if all(source != other for other, _ in found):
                 found.append((source, _first_concrete(model, base)))
     return found
@@ -94,10 +95,11 @@ def sweep(
 ) -> Iterator[Sweep]:
     """Pass every instance of `model` to `sources`; yield the counts after each chunk.
 
-    Keeps one chunk of instances and one of events in memory, and no transaction or cursor open between
-    chunks. With `as_done` the events are not handled, but their keys are known from then on. The
-    exception of one call goes to `on_error`, and ends that call: what it has yielded before is emitted.
-    So does that of an event which can't be stored; it costs this event alone.
+    A chunk has `chunk_size` instances; if they have more events than that, it is split. Keeps one chunk
+    of instances and one of events in memory, and no transaction or cursor open between chunks. With
+    `as_done` the events are not handled, but their keys are known from then on. The exception of one
+    call goes to `on_error`, and ends that call: what it has yielded before is emitted. So does that of
+    an event which can't be stored; it costs this event alone.
     """
     count = Sweep()
     known = sources_of(model)
@@ -112,14 +114,19 @@ def sweep(
             try:
                 for event in source(_as(first, instance, using)) or ():
                     try:
-                        yield prepare(Event.of(event))
-                    except EmitError as error:
+                        row = prepare(Event.of(event))
+                    except Exception as error:  # noqa: BLE001, reported and counted
                         report(instance, source, error)
+                    else:
+                        yield row
             except Exception as error:  # noqa: BLE001, reported and counted
                 report(instance, source, error)
 
     for instances in _chunks(model, using, chunk_size):
-        for rows in chunks((row for each in instances for row in rows_of(each)), chunk_size):
+        rows_of_all = (row for each in instances for row in rows_of(each))
+        for number, rows in enumerate(chunks(rows_of_all, chunk_size)):
+            if number:
+                yield count
             count.events += len(rows)
             with transaction.atomic(using=using):
                 # Nobody is told of what is rolled back.

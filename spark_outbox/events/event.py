@@ -13,7 +13,7 @@ from django.utils.timezone import make_naive
 from spark_outbox import conf
 from spark_outbox.errors import InvalidEvent
 from spark_outbox.events.decoding import LazyPayload, Text, is_simple
-from spark_outbox.events.encoding import is_plain_text
+from spark_outbox.events.encoding import dump, is_plain_text
 from spark_outbox.events.references import References
 
 MAX_LENGTH = 255
@@ -198,13 +198,16 @@ class Event(Mapping[str, Any]):
         return event
 
     def check(self) -> None:
-        """Raise UnreadablePayload unless a stored event's payload and headers can be read.
+        """Raise UnreadablePayload unless a stored event's payload and headers can be read; of an event
+        that is not stored, UnstorableValue unless they can be stored.
 
         Runs no query, except to load a payload or headers over 8 KB.
         """
-        for part in (self.payload, self.headers):
+        for root, part in (("payload", self.payload), ("headers", self.headers)):
             if isinstance(part, LazyPayload):
                 part.check()
+            else:
+                dump(part, root=root)
 
     def load(self) -> None:
         """Decode a stored event's payload and headers now, and fetch the instances in them."""

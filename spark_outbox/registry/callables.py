@@ -7,7 +7,7 @@ import functools
 import inspect
 import types
 import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from spark_outbox.errors import RegistrationError
@@ -17,14 +17,15 @@ Function = Callable[..., object]
 
 
 class Adapted:
-    """A source, and what is made of each of its events. It is equal to the source itself."""
+    """A source, and what is made of each of its events or None. It is equal to the source itself."""
 
-    def __init__(self, source: Callable[..., Any], adapt: Callable[[Any], Any]) -> None:
+    def __init__(self, source: Callable[..., Any], adapt: Callable[[Any], Any] | None) -> None:
         self.func = source
         self._adapt = adapt
 
-    def __call__(self, instance: Any) -> Iterator[Any]:
-        return map(self._adapt, self.func(instance) or ())
+    def __call__(self, instance: Any) -> Iterable[Any]:
+        events = self.func(instance) or ()
+        return events if self._adapt is None else map(self._adapt, events)
 
     def __eq__(self, other: object) -> bool:
         return bool(self.func == (other.func if isinstance(other, Adapted) else other))

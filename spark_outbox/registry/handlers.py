@@ -202,7 +202,7 @@ class Registry:
             )
         if adapt is not None or not on_save:
             kind = callables.Adapted if on_save else callables.Swept
-            function = kind(function, adapt or Event.of)
+            function = kind(function, adapt)
         sources.append(function)
 
     def handlers_for(self, group: str) -> Matching:

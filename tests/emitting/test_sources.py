@@ -6,12 +6,14 @@ import os
 import pty
 import subprocess
 import sys
+from itertools import count, islice
 
 import pytest
 from django.conf import settings
 from django.core.management import CommandError, call_command
 from django.db import connection, transaction
 from django.test.utils import isolate_apps
+from django.utils.functional import lazy
 
 from spark_outbox import Event, source
 from spark_outbox.emitting.sources import emit_on_save, sweep
@@ -250,6 +252,48 @@ def test_a_source_for_sweeps_alone_is_not_called_by_save(db, own_registry):
     assert (seen, keys()) == ([], [])
     assert run("--source", "slow")[0] == "challenges.Challenge: 1 instances, 1 events, 1 new\n"
     assert (seen, keys()) == ([challenge], [f"slow {challenge.pk}"])
+
+
+@pytest.mark.django_db
+def test_a_source_for_sweeps_of_a_class_may_be_called_by_saves_of_a_subclass(own_registry):
+    seen = []
+    own_registry.add_source(say("it", seen), model=Parcel, on_save=False)
+    own_registry.add_source(own_registry.sources[Parcel][0].func, model=Express)
+    Parcel.objects.create()
+    express = Express.objects.create()
+    assert seen == [("it", "Express", express.pk)]
+    assert run()[0].splitlines() == [
+        "probe.Parcel: 2 instances, 2 events, 1 new",
+    ]
+
+
+@pytest.mark.parametrize("on_save", [True, False])
+def test_an_event_that_makes_no_sense_costs_itself_alone(db, own_registry, on_save):
+    @source(Basket, on_save=on_save)
+    def odd(basket):
+        yield {"group": "g", "key": f"1 {basket.pk}"}
+        yield {"key": "no group"}
+        yield {"group": "g", "key": f"2 {basket.pk}", "x": lazy(lambda: 1 / 0, str)()}
+        yield {"group": "g", "key": f"3 {basket.pk}"}
+
+    Basket.objects.bulk_create([Basket(), Basket()])
+    out, err, _ = run()
+    assert out == "probe.Basket: 2 instances, 4 events, 4 new\n"
+    assert (err.count("InvalidEvent"), err.count("ZeroDivisionError")) == (2, 2)
+
+
+def test_a_sweep_can_be_looked_at_after_each_chunk_of_events(db):
+    make_challenge()
+    endless = ({"group": "g", "key": f"{number}"} for number in count())
+    sweeping = sweep(
+        Challenge,
+        [lambda _: endless],
+        using="default",
+        chunk_size=10,
+        dry_run=True,
+        on_error=lambda *_: None,
+    )
+    assert [(each.events, each.new) for each in islice(sweeping, 2)] == [(10, 10), (20, 20)]
 
 
 def test_a_source_that_yields_much_is_written_in_chunks(challenges, own_registry):

@@ -16,7 +16,7 @@ from django.utils.safestring import mark_safe
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from spark_outbox import emit, emit_many
+from spark_outbox import Event, emit, emit_many
 from spark_outbox.errors import InstanceGone, UnreadablePayload, UnstorableValue
 from spark_outbox.events.decoding import MAX_STORED, LazyPayload
 from spark_outbox.events.encoding import MAX_DEPTH, MAX_TEXT, dump
@@ -220,6 +220,13 @@ def test_a_value_that_cannot_be_stored_is_refused_with_its_path_and_the_cure(val
         emit("group", "key", a=value)
     assert caught.match(cure)
     assert not OutboxEvent.objects.exists()
+
+
+@pytest.mark.parametrize("options", [{"x": object()}, {"headers": {"x": object()}}])
+def test_an_event_can_be_checked_before_it_is_emitted(options):
+    Event("g", x=5, headers={"y": 5}).check()
+    with pytest.raises(UnstorableValue, match=r'\["x"\] is a builtins.object'):
+        Event("g", **options).check()
 
 
 def test_a_payload_that_contains_itself_is_refused():

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 from django import forms
 from django.contrib import admin
 from django.core.exceptions import PermissionDenied, ValidationError
-from django.db.models import QuerySet
+from django.db.models import Exists, OuterRef, QuerySet
 from django.http import Http404, HttpRequest, HttpResponse
 from django.template.response import TemplateResponse
 from django.urls import URLPattern, path, reverse
@@ -54,7 +54,9 @@ class GeneratorAdmin(Admin):
     show_full_result_count = False
 
     def get_queryset(self, request: HttpRequest) -> QuerySet[Generator]:
-        return super().get_queryset(request).prefetch_related("conditions")
+        others = Generator.objects.filter(group=OuterRef("group")).exclude(source=OuterRef("source"))
+        found = super().get_queryset(request).prefetch_related("conditions")
+        return found.annotate(is_clashing=Exists(others))
 
     def get_list_display(self, request: HttpRequest) -> Any:
         return [*self.list_display, *self._preview(request)]
@@ -78,8 +80,8 @@ class GeneratorAdmin(Admin):
         return super().formfield_for_dbfield(db_field, request, **kwargs)
 
     def response_add(self, request: Any, obj: Generator, post_url_continue: str | None = None) -> Any:
-        """Go on to its page, whichever button it was."""
-        if "_addanother" not in request.POST:
+        """Go on to its page, whichever button it was; if that may be seen."""
+        if "_addanother" not in request.POST and self.has_view_permission(request, obj):
             request.POST = request.POST.copy()
             request.POST["_continue"] = "1"
         return super().response_add(request, obj, post_url_continue)
@@ -98,6 +100,8 @@ class GeneratorAdmin(Admin):
     @admin.display(description=gettext_lazy("problems"))
     def problems(self, generator: Generator) -> str:
         try:
+            if getattr(generator, "is_clashing", False):  # rarely: that takes a query
+                generator.rule(())
             Rule.of(generator.group, generator.source, generator.conditions.all())
         except ValidationError as error:
             return " ".join(error.messages)

@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 
 from django import forms
 from django.core.exceptions import ValidationError
+from django.utils import timezone
+from django.utils.text import capfirst
 from django.utils.translation import gettext
 from django.utils.translation import gettext_lazy as _
 
@@ -33,6 +35,19 @@ class YesOrNo(forms.CharField):
         return found
 
 
+ZONES = _("a time has a zone if, and only if, USE_TZ is set.")
+
+
+class Time(forms.DateTimeField):
+    """A time that has a zone if, and only if, USE_TZ is set."""
+
+    def clean(self, value: Any) -> Any:
+        found = super().clean(value)
+        if timezone.is_aware(found) != timezone.is_aware(timezone.now()):
+            raise ValidationError(capfirst(ZONES))
+        return found
+
+
 class Kind(NamedTuple):
     """A type of variables."""
 
@@ -51,7 +66,7 @@ KINDS: dict[type, Kind] = {
     bool: Kind(YesOrNo(), _("true or false")),
     str: Kind(forms.CharField(required=False), _("text")),
     dt.date: Kind(forms.DateField(), _("date")),
-    dt.datetime: Kind(forms.DateTimeField(), _("time")),
+    dt.datetime: Kind(Time(), _("time")),
 }
 
 
@@ -87,5 +102,5 @@ def holds(value: Any, compared: str, wanted: Any, *, kind: type) -> bool:
     try:
         wanted < value  # noqa: B015, raises if only one of two times has a zone, which == does not
     except TypeError:
-        raise TypeError(gettext("a time has a zone if, and only if, USE_TZ is set.")) from None
+        raise TypeError(str(ZONES)) from None
     return bool(OPERATORS[compared](value, wanted))

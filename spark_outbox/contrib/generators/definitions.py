@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from inspect import iscoroutinefunction
+from inspect import isasyncgenfunction, iscoroutinefunction
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -55,7 +55,7 @@ def register_source(
     candidates: Callable[[], Iterable[Any]],
     context: Callable[[Any], Mapping[str, Any]],
     variables: Mapping[str, type | Variable],
-    verbose_name: "Text" = "",
+    verbose_name: "Text | None" = None,
     key: Callable[[Any], object] = attrgetter("pk"),
 ) -> None:
     """Let generators be made of this source; they store it under `name`.
@@ -69,7 +69,7 @@ def register_source(
     if name in SOURCES:
         raise RegistrationError(f"There is a source {name!r} of generators already.")
     for option, function in (("candidates", candidates), ("context", context), ("key", key)):
-        if not callable(function) or iscoroutinefunction(function):
+        if not callable(function) or iscoroutinefunction(function) or isasyncgenfunction(function):
             raise RegistrationError(
                 f"The {option} of source {name!r} must be a plain function, not {type(function)}."
             )
@@ -81,12 +81,13 @@ def register_source(
     }
     for each, variable in found.items():
         _check_name("variable", each)
-        if variable.type not in KINDS:
+        if variable.type not in list(KINDS):
             known = ", ".join(kind.__name__ for kind in KINDS)
             raise RegistrationError(
                 f"The variable {each!r} of source {name!r} must have one of these types: {known}."
             )
-    SOURCES[name] = Definition(name, candidates, context, found, verbose_name or name, key)
+    verbose_name = name if verbose_name is None else verbose_name  # not read: it may be a translation
+    SOURCES[name] = Definition(name, candidates, context, found, verbose_name, key)
 
 
 def _check_name(what: str, name: object) -> None:

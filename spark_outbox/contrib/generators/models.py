@@ -43,7 +43,9 @@ class Generator(models.Model):
         return self.group
 
     def clean(self) -> None:
-        if (self.is_active or self._state.adding) and (clash := self.clash()):
+        """Raise ValidationError if keys could clash. One that clashes can still be deactivated."""
+        stored = Generator.objects.using(self._state.db).filter(pk=self.pk, group=self.group)
+        if (self.is_active or not stored.exists()) and (clash := self.clash()):
             raise ValidationError(clash)
 
     def rule(self, conditions: "Iterable[Condition]") -> Rule:

@@ -11,7 +11,7 @@ from django.utils.translation import gettext
 
 from spark_outbox.contrib.generators.models import Generator
 from spark_outbox.contrib.generators.rules import Rule
-from spark_outbox.errors import SourceError, describe
+from spark_outbox.errors import EmitError, SourceError, describe
 from spark_outbox.models import OutboxEvent
 
 LOOKED_AT = 500
@@ -61,9 +61,10 @@ def preview(generator: Generator) -> Preview:
     except ProgrammingError:
         known = set()
         problems.append(gettext("The role of this database connection may not read keys."))
+    new = {each.key: each for each in reversed(looks) if each.key and each.key not in known}
     parts = {
-        gettext("Would be emitted"): [each for each in looks if each.key and each.key not in known],
-        gettext("Known already"): [each for each in looks if each.key in known],
+        gettext("Would be emitted"): [each for each in looks if new.get(each.key) is each],
+        gettext("Known already"): [each for each in looks if each.key and new.get(each.key) is not each],
         gettext("Conditions not met"): [each for each in looks if not each.key and not each.has_failed],
         gettext("Failed"): [each for each in looks if each.has_failed],
     }
@@ -84,7 +85,7 @@ def _looks(rule: Rule) -> Iterator[Look]:
             yield _look(rule, candidate)
         except DatabaseError:
             raise  # in this transaction no other query would work
-        except SourceError as error:
+        except (SourceError, EmitError) as error:
             yield Look(_text(candidate), why=str(error), has_failed=True)
         except Exception as error:  # noqa: BLE001, shown
             yield Look(_text(candidate), why=describe(error), has_failed=True)

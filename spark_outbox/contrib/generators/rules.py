@@ -76,6 +76,10 @@ class Rule:
         return next((test for test in self.tests if not test.is_met(context)), None)
 
     def event(self, candidate: Any, context: Mapping[str, Any]) -> Event:
-        """Raise InvalidEvent if the key would be too long."""
-        key = f"{self.group}_{self.definition.key(candidate)}"
-        return Event(self.group, key, context=dict(context))
+        """Raise EmitError if it can't be stored, SourceError if the candidate has no key."""
+        own = self.definition.key(candidate)
+        if own is None or own == "":
+            raise SourceError(gettext("It has no key."))
+        event = Event(self.group, f"{self.group}_{own}", context=dict(context))
+        event.check()
+        return event

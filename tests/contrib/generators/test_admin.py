@@ -2,6 +2,7 @@
 
 import re
 from decimal import Decimal
+from itertools import count
 
 import pytest
 from django.contrib.auth.models import User
@@ -80,6 +81,22 @@ def test_a_group_is_for_one_source_since_keys_could_be_the_same(admin, register,
         answer.text
     )
     assert admin.post(f"{ROOT}add/", {"group": "g", "source": "challenges"}).status_code == 302
+    other = generate("h", source="others", is_active=False)
+    answer = admin.post(f"{ROOT}{other.pk}/change/", conditions(group="g"))
+    assert "This group is used with the source “challenges”" in words(answer.text)
+
+
+def test_a_clash_that_is_there_is_shown_and_can_be_ended(admin, register, generate):
+    register()
+    register("others")
+    one, other = generate("g"), generate("g", source="others")
+    assert [each[:33] for each in listed(get(admin, "", ROOT), "problems")] == [
+        "This group is used with the sourc"
+    ] * 2
+    assert "“others”: keys could be the same." in words(get(admin, f"{one.pk}/change/", ROOT))
+    assert admin.post(f"{ROOT}{other.pk}/change/", conditions(group="g")).status_code == 302
+    assert admin.post(f"{ROOT}{other.pk}/change/", conditions(group="h")).status_code == 302
+    assert listed(get(admin, "", ROOT), "problems") == ["-", "-"]
 
 
 @pytest.mark.parametrize(
@@ -191,16 +208,36 @@ def test_the_preview_says_what_would_be_emitted_what_is_known_and_why_not(admin,
     assert "The next sweep emits what is new." in preview(admin, generator)
 
 
+def test_the_preview_knows_which_candidates_come_twice_or_can_not_be_stored(admin, register, generate):
+    def context(challenge):
+        return {"length": 1, "x": object() if challenge.title == "odd" else None}
+
+    register(candidates=lambda: [*Challenge.objects.order_by("pk")] * 2, context=context)
+    challenge, _ = make_challenge("a"), make_challenge("odd")
+    said = preview(admin, generate())
+    key = f"long_{challenge.pk}"
+    assert f"Would be emitted: 1 a {key} Known already: 1 a {key} Failed: 2 odd payload" in said
+
+
+def test_the_preview_says_why_a_key_will_not_do(admin, register, generate):
+    register(key=lambda challenge: challenge.title)
+    make_challenge("x" * 51)
+    said = preview(admin, generate("g" * 200))
+    assert "The key must have 1 to 255 characters" not in said
+    make_challenge("x" * 55)
+    assert "The key must have 1 to 255 characters" in preview(admin, Generator.objects.get())
+
+
 def test_the_preview_reads_a_bounded_number_of_candidates(admin, register, generate):
     endless = {
-        "candidates": lambda: iter(int, 1),
+        "candidates": count,
         "context": lambda n: {"n": n},
         "variables": {"n": int},
     }
     register("endless", **endless, key=str)
     said = preview(admin, generate("g", source="endless"))
     assert f"These are the first {LOOKED_AT} candidates. Would be emitted: {LOOKED_AT} 0 g_0" in said
-    assert said.count("g_0") == SHOWN
+    assert said.count(" g_") == SHOWN
     register()
     Challenge.objects.bulk_create(make_unsaved(f"{number}") for number in range(LOOKED_AT + 1))
     with connection.execute_wrapper(lambda go, sql, *rest: limits(sql) or go(sql, *rest)):
@@ -266,6 +303,8 @@ def test_the_preview_has_a_permission_of_its_own(client, member, register, gener
     get(client, "0/preview/", ROOT, status=404)
     get(client, "x/preview/", ROOT, status=404)
     assert admin_add(client) == 403
+    client.force_login(member("add_generator", name="dora"))  # may not see its page
+    assert client.post(f"{ROOT}add/", {"group": "g", "source": "challenges"}).url == "/admin/"
 
 
 def admin_add(client):

@@ -6,7 +6,7 @@ from datetime import date, timedelta
 import pytest
 from django.contrib.auth.models import User
 from django.core.management import call_command
-from django.db import connection
+from django.db import IntegrityError, connection, transaction
 
 from spark_outbox.contrib.generators.models import Condition, Generator
 from spark_outbox.contrib.generators.preview import LOOKED_AT, SHOWN
@@ -65,6 +65,9 @@ def test_the_sql_copies_the_tables_of_django_spark(register, generate):
     for condition in Condition.objects.all():
         condition.full_clean()
     assert generate("new").pk == 10
+    with pytest.raises(IntegrityError), transaction.atomic(), connection.cursor() as cursor:
+        cursor.execute(*blocks("sql"))  # a second time: nothing is copied
+    assert Condition.objects.count() == 2
     assert not emitted()
 
 

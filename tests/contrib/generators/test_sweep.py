@@ -10,6 +10,7 @@ from django.core.exceptions import ValidationError
 from django.core.management import CommandError, call_command
 from django.db import IntegrityError, connection, connections, transaction
 from django.utils import timezone, translation
+from django.utils.functional import lazy
 
 from spark_outbox import handler
 from spark_outbox.contrib.generators.checks import check_generators
@@ -245,6 +246,17 @@ def test_a_key_that_is_too_long_costs_its_candidate_alone(register, generate):
 
 
 @pytest.mark.django_db
+@pytest.mark.parametrize("key", [None, ""])
+def test_a_candidate_without_a_key_fails_as_others_could_have_none_either(key, register, generate):
+    register(key=lambda challenge: key if challenge.title == "a" else challenge.pk)
+    _, b = challenges("a", "b")
+    generate("g")
+    _, err, code = sweep()
+    assert "1 candidates failed, the first with It has no key." in err
+    assert (code, keys()) == (1, [f"g_{b.pk}"])
+
+
+@pytest.mark.django_db
 def test_candidates_that_can_not_be_read_cost_their_generator_alone(register, generate):
     register(candidates=lambda: 1 / 0)
     register("others")
@@ -258,12 +270,14 @@ def test_candidates_that_can_not_be_read_cost_their_generator_alone(register, ge
 
 @pytest.mark.django_db
 def test_a_value_that_can_not_be_stored_costs_its_candidate_alone(register, generate):
-    register(context=lambda each: {"x": object() if each.title == "a" else 1}, variables={})
-    _, b = challenges("a", "b")
+    odd = {"a": object(), "b": lazy(lambda: 1 / 0, str)()}
+    register(context=lambda each: {"x": odd.get(each.title)}, variables={})
+    *_, c = challenges("a", "b", "c")
     generate()
     _, err, code = sweep()
-    assert 'payload["context"]["x"] is a builtins.object' in err
-    assert (code, keys()) == (1, [f"long_{b.pk}"])
+    assert err.count("\n") == 1
+    assert '2 candidates failed, the first with payload["context"]["x"] is a builtins.object' in err
+    assert (code, keys()) == (1, [f"long_{c.pk}"])
 
 
 # Edits
@@ -349,6 +363,13 @@ def test_dates_are_also_read_as_the_language_writes_them():
         assert to_text(parse(dt.date, "31.12.2026")) == "2026-12-31"
 
 
+def test_a_time_has_no_zone_without_use_tz(settings):
+    settings.USE_TZ = False
+    with pytest.raises(ValidationError, match="A time has a zone if, and only if"):
+        parse(dt.datetime, "2026-12-31 18:00+02:00")
+    assert parse(dt.datetime, "2026-12-31 18:00") == dt.datetime(2026, 12, 31, 18)
+
+
 NOON = dt.datetime(2026, 1, 1, 12, tzinfo=dt.UTC)
 EAST = dt.timezone(dt.timedelta(hours=2))
 
@@ -410,6 +431,14 @@ def test_the_table_refuses_other_operators(generate):
 # Definitions
 
 
+async def never():
+    yield
+
+
+def test_a_translated_name_is_not_read_before_it_is_shown(register):
+    register(verbose_name=lazy(lambda: 1 / 0, str)())
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -421,6 +450,8 @@ def test_the_table_refuses_other_operators(generate):
             {"variables": {"a": list}},
             "these types: int, float, Decimal, bool, str, date, datetime",
         ),
+        ({"variables": {"a": [int]}}, "these types: int, float"),
+        ({"candidates": never}, "The candidates of source 'x' must be a plain function"),
         ({"variables": {"v" * 101: int}}, "1 to 100 characters"),
         ({"variables": ["length"]}, "a dict of names and types"),
         ({"name": "challenges"}, "There is a source 'challenges' of generators already"),
