@@ -8,9 +8,12 @@ from typing import Any
 
 from django.db import OperationalError
 from django.db.transaction import TransactionManagementError
-from django.http import HttpRequest, HttpResponse
+from django.http import HttpRequest, HttpResponseBase
 from django.test import Client
 from django.test.client import ClientHandler
+
+NAMES = ("anna", "bert")
+"""Of the processes that send requests."""
 
 
 class Doomed(Exception):
@@ -20,9 +23,9 @@ class Doomed(Exception):
 class DoomingHandler(ClientHandler):
     """Has doomed views fail at their very end, within the transaction of ATOMIC_REQUESTS."""
 
-    def make_view_atomic(self, view: Callable[..., HttpResponse]) -> Callable[..., HttpResponse]:
+    def make_view_atomic(self, view: Callable[..., HttpResponseBase]) -> Callable[..., HttpResponseBase]:
         @functools.wraps(view)
-        def doomed(request: HttpRequest, *args: Any, **kwargs: Any) -> HttpResponse:
+        def doomed(request: HttpRequest, *args: Any, **kwargs: Any) -> HttpResponseBase:
             response = view(request, *args, **kwargs)
             if "X-Doomed" in request.headers:
                 raise Doomed
@@ -39,14 +42,13 @@ class Driver:
         self.client.handler = DoomingHandler(enforce_csrf_checks=False)
         self.counts: Counter[str] = Counter()
 
-    def get(self, path: str) -> HttpResponse:
+    def get(self, path: str) -> None:
         response = self.client.get(path, follow=True)
         assert response.status_code == 200, (path, response.status_code)
-        return response
 
     def post(self, path: str, data: dict[str, Any] | None = None, *, doomed: bool = False) -> bool:
         """Post a form; return whether it was saved. It was not if it is doomed or met a deadlock."""
-        response = self.client.post(path, data, headers={"X-Doomed": "1"} if doomed else None)
+        response: Any = self.client.post(path, data, headers={"X-Doomed": "1"} if doomed else None)
         if response.status_code == 302 and not doomed:
             return True
         assert response.status_code == 500, (path, response.status_code, errors(response))

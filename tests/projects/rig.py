@@ -17,6 +17,7 @@ from django.conf import settings
 from psycopg.conninfo import make_conninfo
 
 from tests.postgres import ROOT
+from tests.projects.client import NAMES
 from tests.tools import WorkerProcess, eventually, manage
 
 PATIENCE = 300.0
@@ -68,7 +69,7 @@ class Project:
         self._stack = ExitStack()
         self.url = make_conninfo(settings.SERVER.url, dbname=f"projects_{name}")
         self.webhooks = Webhooks()
-        self.environment = {
+        self.environment: dict[str, Any] = {
             "DJANGO_SETTINGS_MODULE": f"tests.projects.{name}.settings",
             "WEBHOOKS": self.webhooks.url,
             "PYTHONPATH": str(ROOT),
@@ -108,14 +109,14 @@ class Project:
         self._stack.callback(process.kill)
         return process
 
-    def drive(self, requests: int, *, names: tuple[str, ...] = ("anna", "bert")) -> Counter[str]:
+    def drive(self, requests: int) -> Counter[str]:
         """Have several processes send so many requests each, and the workers killed meanwhile. Return
         what they have counted."""
         module = f"tests.projects.{self.name}.drive"
         self.manage("shell", "-c", f"from {module} import prepare; prepare()")
         drivers = {
             name: self.start("-m", module, name, str(requests), log=f"{self.name}-{name}")
-            for name in names
+            for name in NAMES
         }
         self.hurt(requests)
         counts: Counter[str] = Counter()

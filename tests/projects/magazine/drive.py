@@ -2,7 +2,6 @@
 
 import random
 import sys
-from typing import Any
 
 import django
 
@@ -12,11 +11,9 @@ from django.contrib.auth.models import User  # noqa: E402
 from django.urls import reverse  # noqa: E402
 from wagtail.models import Page  # noqa: E402
 
-from tests.projects.client import Driver  # noqa: E402
-from tests.projects.magazine.models import Article, Feature  # noqa: E402
+from tests.projects.client import NAMES, Driver  # noqa: E402
 
 WEIGHTS = {"publish": 60, "edit": 15, "unpublish": 10, "move": 8, "delete": 7}
-NAMES = ("anna", "bert")
 FEWEST = 5
 """Pages of a folder; of fewer none is deleted."""
 EVERY = 7
@@ -51,30 +48,26 @@ class Editor:
             action = "create"
         elif action == "unpublish" and not page.live:
             action = "publish"
+        data = None
         match action:
             case "create":
-                model = (Article, Feature)[number % 2]
-                form = self.form(f"{self.name}-{number}")
-                saved = self.post(
-                    "add", "magazine", model.__name__.lower(), folder.pk, data=form, doomed=doomed
-                )
-            case "publish":
-                form = {**self.form(page.slug), "action-publish": "1"}
-                saved = self.post("edit", page.pk, data=form, doomed=doomed)
-            case "edit":
-                saved = self.post("edit", page.pk, data=self.form(page.slug), doomed=doomed)
+                kind = ("article", "feature")[number % 2]
+                view, args = "add", ("magazine", kind, folder.pk)
+                data = self.form(f"{self.name}-{number}")
+            case "edit" | "publish":
+                view, args = "edit", (page.pk,)
+                data = self.form(page.slug) | ({"action-publish": "1"} if action == "publish" else {})
             case "move":
-                saved = self.post("move_confirm", page.pk, other.pk, doomed=doomed)
+                view, args = "move_confirm", (page.pk, other.pk)
             case _:
-                saved = self.post(action, page.pk, doomed=doomed)
+                view, args = action, (page.pk,)
+        path = reverse(f"wagtailadmin_pages:{view}", args=args)
+        saved = self.driver.post(path, data, doomed=doomed)
         self.driver.counts[action if saved else "rolled back"] += 1
 
     def form(self, slug: str) -> dict[str, str]:
         title = f"{slug}, {self.random.randrange(10**6)}"
         return {"title": title, "slug": slug, "body": title, "teaser": title}
-
-    def post(self, name: str, *args: Any, data: dict[str, str] | None = None, doomed: bool) -> bool:
-        return self.driver.post(reverse(f"wagtailadmin_pages:{name}", args=args), data, doomed=doomed)
 
 
 if __name__ == "__main__":
