@@ -32,3 +32,4 @@ ROOT_URLCONF = "tests.projects.shop.urls"
 HAYSTACK_CONNECTIONS = {"default": {"ENGINE": "haystack.backends.simple_backend.SimpleEngine"}}
 EMAIL_BACKEND = "django.core.mail.backends.dummy.EmailBackend"
 OSCAR_ALLOW_ANON_CHECKOUT = True
+THUMBNAIL_DUMMY = True  # its products have no pictures
