@@ -47,17 +47,23 @@ class Driver:
         assert response.status_code == 200, (path, response.status_code)
 
     def post(self, path: str, data: dict[str, Any] | None = None, *, doomed: bool = False) -> bool:
-        """Post a form; return whether it was saved. It was not if it is doomed or met a deadlock."""
+        """Post a form; return whether it was saved. It was not if it is doomed, or met a deadlock or a
+        race of the project's own."""
         response: Any = self.client.post(path, data, headers={"X-Doomed": "1"} if doomed else None)
         if response.status_code == 302 and not doomed:
             return True
         assert response.status_code == 500, (path, response.status_code, errors(response))
         error = response.exc_info[1]
         if not isinstance(error, Doomed):
-            # Wagtail's search index gets into deadlocks, and passes over them until the next query.
+            # Wagtail passes over a deadlock of its search index, and Oscar over a race of its counters,
+            # until the next query.
             assert isinstance(error, TransactionManagementError | OperationalError), error
             self.counts["rolled back unasked"] += 1
         return False
+
+    def insist(self, path: str, data: dict[str, Any]) -> None:
+        """Post a form until it is saved."""
+        assert any(self.post(path, data) for _ in range(10))
 
     def print_counts(self) -> None:
         """For the test, which reads the last line."""
