@@ -21,7 +21,9 @@ from tests.projects.client import NAMES
 from tests.tools import WorkerProcess, eventually, manage
 
 PATIENCE = 300.0
-"""Seconds after the last request within which every event must have ended."""
+"""Seconds within which so many events must be there, and after the last request have ended."""
+
+EVENTS = "select key from spark_outbox_event"
 
 
 class Webhooks(ThreadingHTTPServer):
@@ -127,10 +129,8 @@ class Project:
         return counts
 
     def wait_for_events(self, count: int) -> None:
-        eventually(
-            lambda: self.keys("select key from spark_outbox_event offset %s limit 1", count),
-            patience=PATIENCE,
-        )
+        """Wait until more events than `count` were emitted."""
+        eventually(lambda: self.keys(f"{EVENTS} offset %s limit 1", count), patience=PATIENCE)
 
     def hurt(self, events: int) -> None:
         """After so many events kill -9 the supervisor, whose children find out by themselves. After as
@@ -149,14 +149,8 @@ class Project:
 
     def settle(self) -> None:
         """Wait until no event waits, and stop the workers."""
-        eventually(
-            lambda: (
-                not self.keys(
-                    "select key from spark_outbox_event where status in ('pending', 'running') limit 1"
-                )
-            ),
-            patience=PATIENCE,
-        )
+        waiting = f"{EVENTS} where status in ('pending', 'running') limit 1"
+        eventually(lambda: not self.keys(waiting), patience=PATIENCE)
         self._worker.signal(signal.SIGTERM)
         assert self._worker.wait() == 0
 
@@ -174,13 +168,13 @@ class Project:
         `owed` are the events of what was committed. Those that are `possible` may be there or not.
         Call it when the workers have stopped: it sweeps.
         """
-        events = self.keys("select key from spark_outbox_event")
-        not_done = self.keys("select key from spark_outbox_event where status <> 'done'")
+        events = self.keys(EVENTS)
+        not_done = self.keys(f"{EVENTS} where status <> 'done'")
         self.manage("process_spark_sources")
         return {
             "lost": owed - events,
             "of what was rolled back": events - owed - possible,
-            "left to a sweep": self.keys("select key from spark_outbox_event") - events,
+            "left to a sweep": self.keys(EVENTS) - events,
             "not done": not_done,
             "not mailed": events - self.keys("select key from ledger_mail"),
             "mailed twice": self.keys("select key from ledger_mail group by key having count(*) > 1"),
@@ -191,7 +185,7 @@ class Project:
 
     def figures(self) -> dict[str, int]:
         return {
-            "events": len(self.keys("select key from spark_outbox_event")),
+            "events": len(self.keys(EVENTS)),
             "mails": len(self.keys("select id::text from ledger_mail")),
             "webhooks": len(self.webhooks.accepted),
             "webhooks called again": self.webhooks.accepted.total() - len(self.webhooks.accepted),

@@ -92,10 +92,11 @@ def test_a_service_made_with_ninja_on_uvicorn(tmp_path, nightly, balance):
     from tests.projects.service.load import Load
 
     port = free_port()
-    application = ("-m", "uvicorn", "tests.projects.service.asgi:application", "--port", str(port))
+    application = "tests.projects.service.asgi:application"
 
     def start(project):
-        server = project.start(*application, log="uvicorn")
+        options = ("--port", str(port), "--no-access-log")
+        server = project.start("-m", "uvicorn", application, *options, log="uvicorn")
         eventually(lambda: get(port, "/"))
         return server
 
@@ -107,11 +108,12 @@ def test_a_service_made_with_ninja_on_uvicorn(tmp_path, nightly, balance):
         server = start(project)
         await asyncio.to_thread(project.hurt, load.requests // 2)
         await running
+        server.terminate()  # which waits for what clients that hung up have left behind
+        await asyncio.to_thread(server.wait)
 
     with Project("service", tmp_path) as project:
         load = Load(port, 8000 if nightly else 400)
         asyncio.run(run(project, load))
-        # Clients that hung up left requests behind, which may still be at work.
         project.settle()
         notes = project.keys("select 'noted_' || name from service_note")
         pings = {end: load.pings(end) for end in ("acknowledged", "doomed", "hung up", "cut off")}
