@@ -69,6 +69,7 @@ class Project:
         self.name = name
         self._folder = folder
         self._stack = ExitStack()
+        self._drivers: dict[str, subprocess.Popen[str]] = {}
         self.url = make_conninfo(settings.SERVER.url, dbname=f"projects_{name}")
         self.webhooks = Webhooks()
         self.environment: dict[str, Any] = {
@@ -116,21 +117,28 @@ class Project:
         what they have counted."""
         module = f"tests.projects.{self.name}.drive"
         self.manage("shell", "-c", f"from {module} import prepare; prepare()")
-        drivers = {
-            name: self.start("-m", module, name, str(requests), log=f"{self.name}-{name}")
-            for name in NAMES
-        }
+        for name in NAMES:
+            self._drivers[name] = self.start("-m", module, name, str(requests), log=name)
         self.hurt(requests)
         counts: Counter[str] = Counter()
-        for name, driver in drivers.items():
+        for driver in self._drivers.values():
             output, _ = driver.communicate()
-            assert driver.returncode == 0, (self._folder / f"{self.name}-{name}.log").read_text()[-3000:]
+            self._check_drivers()
             counts.update(json.loads(output.splitlines()[-1]))
         return counts
 
+    def _check_drivers(self) -> None:
+        for name, driver in self._drivers.items():
+            assert not driver.poll(), (self._folder / f"{name}.log").read_text()[-3000:]
+
     def wait_for_events(self, count: int) -> None:
         """Wait until more events than `count` were emitted."""
-        eventually(lambda: self.keys(f"{EVENTS} offset %s limit 1", count), patience=PATIENCE)
+
+        def there() -> set[str]:
+            self._check_drivers()
+            return self.keys(f"{EVENTS} offset %s limit 1", count)
+
+        eventually(there, patience=PATIENCE)
 
     def hurt(self, events: int) -> None:
         """After so many events kill -9 the supervisor, whose children find out by themselves. After as
