@@ -115,17 +115,21 @@ class Project:
     def drive(self, requests: int) -> Counter[str]:
         """Have several processes send so many requests each, and the workers killed meanwhile. Return
         what they have counted."""
-        module = f"tests.projects.{self.name}.drive"
-        self.manage("shell", "-c", f"from {module} import prepare; prepare()")
+        self.manage("shell", "-c", f"from tests.projects.{self.name}.drive import prepare; prepare()")
         for name in NAMES:
-            self._drivers[name] = self.start("-m", module, name, str(requests), log=name)
+            self.start_driver(name, str(requests))
         self.hurt(requests)
-        counts: Counter[str] = Counter()
-        for driver in self._drivers.values():
-            output, _ = driver.communicate()
-            self._check_drivers()
-            counts.update(json.loads(output.splitlines()[-1]))
-        return counts
+        return sum(map(Counter, self.results()), Counter[str]())
+
+    def start_driver(self, name: str, *arguments: str) -> None:
+        module = f"tests.projects.{self.name}.drive"
+        self._drivers[name] = self.start("-m", module, name, *arguments, log=name)
+
+    def results(self) -> list[dict[str, Any]]:
+        """Wait for the drivers; return what they print in their last lines."""
+        outputs = [driver.communicate()[0] for driver in self._drivers.values()]
+        self._check_drivers()
+        return [json.loads(output.splitlines()[-1]) for output in outputs]
 
     def _check_drivers(self) -> None:
         for name, driver in self._drivers.items():
