@@ -31,6 +31,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         metavar="N",
         help="the seed of every random choice (default: a new one, which is printed)",
     )
+    parser.getgroup("projects").addoption(
+        "--nightly",
+        action="store_true",
+        help="drive other people's projects as long as a night allows, and not for a quick look",
+    )
     parser.getgroup("dashboard").addoption(
         "--screenshots",
         action="store_true",

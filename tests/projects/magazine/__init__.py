@@ -1,0 +1,1 @@
+"""A magazine made with Wagtail: articles and features, edited in Wagtail's admin."""

@@ -1,0 +1,1 @@
+"""A shop made with Oscar, where guests and customers check out."""
