@@ -237,7 +237,7 @@ def test_a_report_can_be_read(outbox, own_registry):
     def write(event):
         Handled.objects.bulk_create(Handled(key=f"{n}", note="x" * 1000) for n in range(20))
 
-    with pytest.raises(AssertionError, match=r"note='x+…\n    … and 10 others\n  5") as caught:
+    with pytest.raises(AssertionError, match=r"note='x+…\n    … and 10 others\n  \d") as caught:
         outbox.crash_everywhere(write, Event("g", "key"))
     assert len(str(caught.value)) < 12_000
 
