@@ -77,8 +77,12 @@ class OutboxCommand(BaseCommand):
         vendor = connections[alias].vendor
         if vendor != "postgresql":
             suitable = [other for other in connections if connections[other].vendor == "postgresql"]
+            way_out = (
+                f"Choose another with --database: {', '.join(suitable)}."
+                if suitable
+                else "DATABASES has none."
+            )
             raise CommandError(
-                f"Database {alias!r} is {vendor}, and an outbox needs PostgreSQL. Choose another with "
-                f"--database: {', '.join(suitable) or 'but DATABASES has none'}.",
+                f"Database {alias!r} is {vendor}, and an outbox needs PostgreSQL. {way_out}",
                 returncode=os.EX_CONFIG,
             )
