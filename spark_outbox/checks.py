@@ -81,9 +81,10 @@ def check_vendor(**_: Any) -> list[CheckMessage]:
         return []
     return [
         Error(
-            f"The router sends the outbox to database {alias!r}, which is {vendor}.",
-            hint="spark_outbox needs PostgreSQL. With several databases, write a router whose "
-            "db_for_write() and allow_migrate() send its models to a PostgreSQL database.",
+            f"The outbox would be in database {alias!r}, which is {vendor}.",
+            hint="spark_outbox needs PostgreSQL: set the ENGINE of that database to "
+            "'django.db.backends.postgresql'. With several databases, write a router whose "
+            "db_for_write() and allow_migrate() send its models to one on PostgreSQL.",
             id="spark_outbox.E003",
         )
     ]
@@ -255,7 +256,8 @@ def _ported(alias: str) -> Iterator[CheckMessage]:
     if (problem := ported.problem(using=alias)) and not operations.is_planned(using=alias):
         yield Error(
             problem,
-            hint=f"{ported.remedy(alias)} (before migrate), or silence this check to do without.",
+            hint=f"{ported.remedy(alias)} (before the next migrate), or silence this check to do "
+            "without.",
             id="spark_outbox.E009",
         )
 

@@ -140,9 +140,9 @@ class Settings:
             _whole_number("BREAK_AFTER", self.BREAK_AFTER)
         if not isinstance(self.ENVIRONMENT, str):
             raise _error("ENVIRONMENT", self.ENVIRONMENT, "a text")
-        if not isinstance(self.REDACT, str | list | tuple) or not all(
-            isinstance(name, str) for name in self.REDACT
-        ):
+        is_path = isinstance(self.REDACT, str) and "." in self.REDACT  # and not one name, by mistake
+        is_list = isinstance(self.REDACT, list | tuple) and all(isinstance(n, str) for n in self.REDACT)
+        if not is_path and not is_list:
             raise _error("REDACT", self.REDACT, "a list of names, or the dotted path of a function")
         if not isinstance(self.METRICS_TOKEN, str):
             raise SettingsError("SPARK_OUTBOX['METRICS_TOKEN'] must be text.")  # and not be shown

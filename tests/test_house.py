@@ -114,6 +114,7 @@ def test_the_defaults(settings):
         ({"REQUIRE_ATOMIC": 1}, "True or False"),
         ({"LISTEN_DATABASE": 5}, "alias or None"),
         ({"ENVIRONMENT": None}, "a text"),
+        ({"REDACT": "token"}, "a list of names, or the dotted path of a function"),
         (["WAKE"], "must be a dict"),
     ],
 )

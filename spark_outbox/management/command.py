@@ -5,10 +5,12 @@ import sys
 from typing import Any
 
 from django.core.management.base import BaseCommand, CommandError, SystemCheckError
-from django.db import connections
+from django.db import DEFAULT_DB_ALIAS, OperationalError, ProgrammingError, connections
+from psycopg.errors import UndefinedFunction, UndefinedTable
 
 from spark_outbox import conf
-from spark_outbox.errors import SettingsError, SparkOutboxError
+from spark_outbox.errors import NotMigrated, SettingsError, SparkOutboxError, describe
+from spark_outbox.worker.session import check_outbox
 
 
 class OutboxCommand(BaseCommand):
@@ -26,6 +28,22 @@ class OutboxCommand(BaseCommand):
             return super().execute(*arguments, **options)
         except SparkOutboxError as error:
             raise CommandError(str(error), returncode=os.EX_CONFIG) from error
+        except ProgrammingError as error:  # a table, view or function is not there: are all?
+            self._check_outbox(options["database"] or DEFAULT_DB_ALIAS, error)
+            raise
+        except OperationalError as error:
+            alias = options["database"] or DEFAULT_DB_ALIAS
+            if connections[alias].connection is not None:
+                raise
+            raise CommandError(f"Database {alias!r} can't be used: {describe(error)}") from error
+
+    def _check_outbox(self, alias: str, error: ProgrammingError) -> None:
+        """Raise CommandError if the error is that the database has no outbox."""
+        if isinstance(error.__cause__, UndefinedTable | UndefinedFunction):
+            try:
+                check_outbox(None, using=alias)
+            except NotMigrated as missing:
+                raise CommandError(str(missing), returncode=os.EX_CONFIG) from error
 
     def settings(self) -> conf.Settings:
         """Return the settings, for the options' defaults. If they are invalid, `execute` reports it."""
@@ -59,8 +77,12 @@ class OutboxCommand(BaseCommand):
         vendor = connections[alias].vendor
         if vendor != "postgresql":
             suitable = [other for other in connections if connections[other].vendor == "postgresql"]
+            way_out = (
+                f"Choose another with --database: {', '.join(suitable)}."
+                if suitable
+                else "DATABASES has none."
+            )
             raise CommandError(
-                f"Database {alias!r} is {vendor}, and an outbox needs PostgreSQL. Choose another with "
-                f"--database: {', '.join(suitable) or 'but DATABASES has none'}.",
+                f"Database {alias!r} is {vendor}, and an outbox needs PostgreSQL. {way_out}",
                 returncode=os.EX_CONFIG,
             )

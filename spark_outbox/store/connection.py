@@ -12,13 +12,15 @@ from functools import lru_cache
 from typing import Any
 from weakref import WeakKeyDictionary
 
-from django.db import connections
+from django.db import DEFAULT_DB_ALIAS, connections
 from django.db.backends.base.base import BaseDatabaseWrapper
 from psycopg import Connection
 from psycopg.adapt import Transformer
 from psycopg.errors import Diagnostic, error_from_result
 from psycopg.pq import ExecStatus
 from psycopg.pq.abc import PGconn, PGresult
+
+from spark_outbox.errors import NotMigrated
 
 Using = str | BaseDatabaseWrapper
 
@@ -33,9 +35,21 @@ _TABLE = re.compile(
 )
 
 
+def no_outbox(using: str) -> NotMigrated:
+    elsewhere = "" if using == DEFAULT_DB_ALIAS else f" --database {using}"
+    return NotMigrated(
+        f"Database {using!r} has no outbox. Run: manage.py migrate spark_outbox{elsewhere}"
+    )
+
+
 def fix_schema(*, using: str) -> None:
-    """Have statements on this connection mean the outbox that its search_path finds now."""
-    (schema,) = fetch(SCHEMA, using=using)[0]
+    """Have statements on this connection mean the outbox that its search_path finds now.
+
+    Raises NotMigrated if it finds none."""
+    found = fetch(SCHEMA, using=using)
+    if not found:
+        raise no_outbox(using)
+    ((schema,),) = found
     _schemas[connections[using].connection] = schema
 
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 from spark_outbox.store import sampling, stepping
 from spark_outbox.store.connection import execute, fetch_value
 from spark_outbox.store.reading import HIGHEST_ID, LOWEST_ID
-from spark_outbox.store.viewing import LOOKED_AT, Row, rows
+from spark_outbox.store.viewing import LOOKED_AT, REASON, Row, rows
 
 MOST_GROUPS = 100
 """To choose from."""
@@ -124,10 +124,9 @@ _MATCHING_DELIVERIES = f"""
     where {_EVENT_FITS} order by delivery.id
 """
 
-# An event's last error is a traceback, if it failed, which ends with the reason.
-_EVENT_SHOWN = """
+_EVENT_SHOWN = f"""
     id, key, event_group as "group", status, attempts, available_at, created_at, finished_at, is_pruned,
-    left(substring(right(last_error, 1000) from '[^\\n]+\\s*$'), 500) as error
+    {REASON} as error
 """
 
 _DELIVERY_SHOWN = """

@@ -60,10 +60,12 @@ EXPLANATION = "select sentence from spark_explain(%(key)s) as said (sentence)"
 LOOKED_AT = 10_000
 """How many events of a state are looked at, for those that somebody wants to see."""
 
-_COLUMNS = """
+# An event's last error is a traceback, if it failed, which ends with the reason.
+REASON = "left(substring(right(last_error, 1000) from '[^\\n]+\\s*$'), 500)"
+
+_COLUMNS = f"""
     id, key, event_group as "group", status, attempts, available_at, ordering_key, created_at,
-    finished_at,
-    split_part(last_error, E'\\n', 1) as error
+    finished_at, coalesce({REASON}, '') as error
 """
 
 _LATEST = f"select * from spark_outbox_events order by id desc limit {LOOKED_AT}"

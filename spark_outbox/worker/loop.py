@@ -120,7 +120,8 @@ class Worker:
         """Handle ready events until none is left, on the current connection; return how many.
 
         Of what has waited for a pause that has ended, put back one chunk: its caller may be a request.
-        Raises SettingsError if there are detached handlers, and no connection but a pooler's.
+        Raises NotMigrated if the database has no outbox, SettingsError if there are detached handlers,
+        and no connection but a pooler's.
         """
         check_handlers(self._context)
         total = 0

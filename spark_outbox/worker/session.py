@@ -10,7 +10,7 @@ from spark_outbox.errors import NotMigrated, SettingsError, describe
 from spark_outbox.observing import hooks
 from spark_outbox.registry.handlers import Kind
 from spark_outbox.store import checking, claiming, filtering, limiting
-from spark_outbox.store.connection import fix_schema
+from spark_outbox.store.connection import fix_schema, no_outbox
 from spark_outbox.worker import bounds, ported
 from spark_outbox.worker.context import Context
 from spark_outbox.worker.event_loop import PATIENCE
@@ -192,10 +192,7 @@ class Session:
 def check_outbox(groups: str | None, *, using: str) -> None:
     """Raise NotMigrated if the database has no outbox, SettingsError if it can't read `groups`."""
     if not checking.has_outbox(using=using):
-        raise NotMigrated(
-            f"Database {using!r} has no outbox. Run: manage.py migrate spark_outbox"
-            + ("" if using == "default" else f" --database {using}")
-        )
+        raise no_outbox(using)
     if groups is not None:
         try:
             filtering.check_groups(groups, using=using)

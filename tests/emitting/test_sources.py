@@ -317,8 +317,8 @@ def test_a_source_that_yields_much_is_written_in_chunks(challenges, own_registry
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["challenges.Nope"], "doesn't have a 'Nope' model"),
-        (["nope"], "nope"),
+        (["challenges.Nope"], "There is no model 'challenges.Nope'. Models with a source: challenges."),
+        (["nope"], "There is no model 'nope'."),
         (["auth.User"], "auth.User has no source. Models with one: challenges.Challenge"),
         (["--chunk-size", "0"], "1 or more"),
     ],

@@ -3,10 +3,14 @@
 import os
 
 import pytest
+from django.core.management import CommandError, call_command
+from django.db import connection
 from psycopg.conninfo import make_conninfo
 
 from spark_outbox import emit
+from spark_outbox.errors import NotMigrated
 from spark_outbox.models import OutboxEvent
+from spark_outbox.testing import drain
 from tests.tools import WorkerProcess, conninfo, manage
 
 pytestmark = pytest.mark.django_db(transaction=True)
@@ -89,3 +93,41 @@ def test_replay_of_nothing_says_what_it_looked_for():
     assert done.stderr == (
         "No such event is done in the groups the handler's, '^probe_crash$', and --group '^x'.\n"
     )
+
+
+COMMANDS = [
+    ["spark_status"],
+    ["spark_events"],
+    ["spark_retry", "--failed", "--yes"],
+    ["spark_prune", "--dry-run"],
+    ["spark_pause"],
+    ["spark_catalogue"],
+]
+
+
+@pytest.fixture
+def no_outbox():
+    """The outbox is out of the search_path."""
+    with connection.cursor() as cursor:
+        cursor.execute("set search_path = pg_catalog")
+    yield
+    connection.close()
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_each_command_says_if_the_database_has_no_outbox(no_outbox, command):
+    with pytest.raises(CommandError, match="Database 'default' has no outbox") as caught:
+        call_command(*command, skip_checks=True)
+    assert caught.value.returncode == os.EX_CONFIG
+
+
+def test_a_drain_says_if_the_database_has_no_outbox(no_outbox):
+    with pytest.raises(NotMigrated, match=r"Run: manage\.py migrate spark_outbox"):
+        drain()
+
+
+def test_a_command_says_in_a_sentence_that_the_database_cannot_be_reached():
+    done = manage("spark_status", DATABASE_URL=make_conninfo(conninfo(), host="/nonexistent"))
+    assert done.returncode == 1
+    assert "CommandError: Database 'default' can't be used: OperationalError: " in done.stderr
+    assert "Traceback" not in done.stderr

@@ -248,6 +248,10 @@ def test_events_are_listed(various, options, keys):
     assert errors == ("" if keys else "No such event.\n")
 
 
+def test_the_list_has_the_reason_of_a_failure(various):
+    assert "  ValueError: order 2 is bad\n" in run("spark_events", "--state", "failed")[0]
+
+
 def test_an_event_is_shown_whole(various):
     out, errors, code = run("spark_events", "order_2")
     assert (errors, code) == ("", 0)

@@ -95,13 +95,13 @@ class Command(OutboxCommand):
         return chosen
 
     def _model(self, label: str, swept: Iterable[type[Model]]) -> type[Model]:
+        known = ", ".join(model._meta.label for model in swept) or "none"
         try:
             model = apps.get_model(label)
-        except (LookupError, ValueError) as error:
-            raise CommandError(f"{label}: {error}") from None
+        except (LookupError, ValueError):  # or it is not written as app.Model
+            raise CommandError(f"There is no model {label!r}. Models with a source: {known}") from None
         if not sources_of(model):
-            known = ", ".join(model._meta.label for model in swept)
-            raise CommandError(f"{label} has no source. Models with one: {known or 'none'}")
+            raise CommandError(f"{label} has no source. Models with one: {known}")
         return model
 
     def _sweep(self, model: type[Model], sources: list[SourceFunction], options: dict[str, Any]) -> int:

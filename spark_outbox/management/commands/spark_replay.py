@@ -55,7 +55,7 @@ class Command(OutboxCommand):
         self.check_database(using)
         named = [handler for handler in registry.handlers if handler.name == options["handler"]]
         if not named:
-            known = "\n  ".join(handler.name for handler in registry.handlers)
+            known = "\n  ".join(handler.name for handler in registry.handlers) or "none"
             raise CommandError(f"There is no handler {options['handler']!r}. Handlers:\n  {known}")
         selection = Selection(
             handler=named[0],
