@@ -52,12 +52,13 @@ class OutboxCommand(BaseCommand):
         except SettingsError:
             return conf.Settings()
 
-    def confirm(self, question: str, *, yes: bool) -> None:
-        """Ask on a terminal, unless the answer is given already. Raises CommandError if it is no."""
+    def confirm(self, question: str, *, yes: bool, instead: str = "--dry-run") -> None:
+        """Ask on a terminal, unless the answer is given already. Raises CommandError if it is no, or
+        there is no terminal; it names the option `instead`."""
         if yes:
             return
         if not sys.stdin.isatty():
-            raise CommandError("There is no terminal to ask on: give --yes, or --dry-run.")
+            raise CommandError(f"There is no terminal to ask on: give --yes, or {instead}.")
         self.stderr.write(f"{question} [y/N] ", ending="", style_func=str)
         self.stderr.flush()
         if input().strip().lower() not in {"y", "yes"}:

@@ -373,7 +373,7 @@ def test_they_do_not_stop_emit_replay_or_a_sweep(own_registry):
         call_command("spark_replay", "--handler", "new", "--rehearse", stdout=out)
     assert "The payload must be an object" in out.getvalue()
     assert "A tag can't be read" in out.getvalue()
-    call_command("spark_replay", "--handler", "new", stdout=out)
+    call_command("spark_replay", "--handler", "new", "--yes", stdout=out)
     assert "3 events are given to new" in out.getvalue()
     with worker_thread():
         eventually(lambda: sorted(statuses().values()) == ["done", "failed", "failed"])

@@ -86,6 +86,19 @@ def test_replay_says_why_a_key_is_not_replayed():
     ]
 
 
+def test_replay_asks_before_it_gives_all_of_a_handlers_events():
+    for key in ("one", "two"):
+        emit("probe_crash", key)
+    OutboxEvent.objects.update(status="done")
+    refused = manage("spark_replay", "--handler", "crash")
+    assert refused.returncode == 1
+    assert "There is no terminal to ask on: give --yes, or --rehearse." in refused.stderr
+    assert OutboxEvent.objects.filter(status="done").count() == 2
+    done = manage("spark_replay", "--handler", "crash", "--yes")
+    assert done.stdout == "2 events are given to crash.\n"
+    assert OutboxEvent.objects.filter(status="pending").count() == 2
+
+
 def test_replay_of_nothing_says_what_it_looked_for():
     emit("probe_crash", "key")
     done = manage("spark_replay", "--handler", "crash", "--group", "^x")

@@ -31,7 +31,7 @@ def run(*arguments):
     out = io.StringIO()
     error = None
     try:
-        call_command("spark_replay", *arguments, stdout=out)
+        call_command("spark_replay", "--yes", *arguments, stdout=out)
     except CommandError as caught:
         error = str(caught)
     return out.getvalue(), error

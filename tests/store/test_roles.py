@@ -129,7 +129,7 @@ def test_replays_and_rehearsals_need_the_worker_s_rights(logins):
     replay = partial(manage, "spark_replay", "--handler", "tests.probe.handlers.probe", url=worker)
     assert drain().returncode == 0
     assert "1 rows written to challenges_handled" in replay("--rehearse").stdout
-    assert replay().stdout == "1 events are given to tests.probe.handlers.probe.\n"
+    assert replay("--yes").stdout == "1 events are given to tests.probe.handlers.probe.\n"
     assert drain().returncode == 0
     assert (status(), Handled.objects.count()) == ("done", 2)
     refused = replay(url=logins.url("viewer"))

@@ -46,6 +46,7 @@ class Command(OutboxCommand):
             metavar="N",
             help="rehearse at most N events (default: 100)",
         )
+        parser.add_argument("--yes", action="store_true", help="don't ask before events without --key")
         parser.add_argument(
             "--database", default=DEFAULT_DB_ALIAS, metavar="ALIAS", help="default: %(default)s"
         )
@@ -68,15 +69,16 @@ class Command(OutboxCommand):
         if options["rehearse"]:
             self._rehearse(selection, using, options["limit"])
         else:
-            self._replay(selection, using)
+            self._replay(selection, using, yes=options["yes"])
 
-    def _replay(self, selection: Selection, using: str) -> None:
+    def _replay(self, selection: Selection, using: str, *, yes: bool) -> None:
+        if not (yes or selection.keys) and (count := sum(map(len, selection.ids(using=using)))):
+            question = f"Give {count:,} events to {selection.handler.name}?"
+            self.confirm(question, yes=False, instead="--rehearse")
         total = 0
         for total in replay(selection, using=using):
-            if self.stderr.isatty():
-                self.stderr.write(f"\r{total} events", ending="")
-        if self.stderr.isatty():
-            self.stderr.write("")
+            self.show_progress(f"{total:,} events")
+        self.show_progress("")
         self.stdout.write(f"{total} events are given to {selection.handler.name}.")
         if not total and not selection.keys:
             self.stderr.write(f"No such event is done in the groups {selection.groups()}.")
