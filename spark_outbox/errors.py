@@ -162,6 +162,10 @@ class HandlerTimeout(KeyboardInterrupt):
         super().__init__(message)
 
 
+QUOTES_NOTHING = (SourceError, UnstorableValue)
+"""Errors whose message quotes no data. Of others `describe` tells what can be told."""
+
+
 def describe(error: BaseException) -> str:
     """Describe an exception for a log, by its type and where it was raised.
 

@@ -7,7 +7,7 @@ from django.db.models import QuerySet
 
 from spark_outbox import Event, source
 from spark_outbox.contrib.generators.models import Condition, Generator
-from spark_outbox.errors import SourceError, UnstorableValue, describe
+from spark_outbox.errors import QUOTES_NOTHING, SourceError, describe
 
 CHUNK_SIZE = 1000
 
@@ -39,8 +39,7 @@ def events_of(generator: Generator) -> Iterator[Event]:
             if event:
                 yield event
     if first:
-        is_safe = isinstance(first, SourceError | UnstorableValue)  # its message quotes no value
-        what = str(first) if is_safe else describe(first)
+        what = str(first) if isinstance(first, QUOTES_NOTHING) else describe(first)
         raise SourceError(f"{generator}: {failures} candidates failed, the first with {what}") from first
 
 

@@ -12,7 +12,7 @@ from django.db.models import Model
 
 from spark_outbox.emitting.emit import CHUNK_SIZE
 from spark_outbox.emitting.sources import Sweep, sources_of, sweep, swept_models
-from spark_outbox.errors import IdCollision, SourceError, UnstorableValue, describe
+from spark_outbox.errors import QUOTES_NOTHING, IdCollision, describe
 from spark_outbox.management.command import OutboxCommand
 from spark_outbox.registry.callables import path_of
 from spark_outbox.registry.handlers import SourceFunction
@@ -110,8 +110,8 @@ class Command(OutboxCommand):
         label = model._meta.label
 
         def report(instance: Model, source: SourceFunction, error: Exception) -> None:
-            is_safe = isinstance(error, SourceError | UnstorableValue)  # its message quotes no value
-            what = f"{type(error).__name__}: {error}" if is_safe else describe(error)
+            is_plain = isinstance(error, QUOTES_NOTHING)
+            what = f"{type(error).__name__}: {error}" if is_plain else describe(error)
             self.stderr.write(f"{label} {instance.pk!r}: {path_of(source)} raised {what}")
             if options["traceback"]:
                 self.stderr.write("".join(format_exception(error)))
