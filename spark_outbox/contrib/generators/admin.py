@@ -16,7 +16,7 @@ from django.utils.translation import gettext, gettext_lazy
 
 from spark_outbox.contrib.generators.conditions import KINDS
 from spark_outbox.contrib.generators.definitions import SOURCES
-from spark_outbox.contrib.generators.models import Condition, Generator
+from spark_outbox.contrib.generators.models import Condition, Generator, clashing
 from spark_outbox.contrib.generators.preview import preview
 from spark_outbox.contrib.generators.rules import Rule
 
@@ -54,7 +54,7 @@ class GeneratorAdmin(Admin):
     show_full_result_count = False
 
     def get_queryset(self, request: HttpRequest) -> QuerySet[Generator]:
-        others = Generator.objects.filter(group=OuterRef("group")).exclude(source=OuterRef("source"))
+        others = clashing(OuterRef("group"), OuterRef("source"))
         found = super().get_queryset(request).prefetch_related("conditions")
         return found.annotate(is_clashing=Exists(others))
 

@@ -56,11 +56,16 @@ class Generator(models.Model):
 
     def clash(self) -> str:
         """Return why the keys of this group could be those of other candidates; "" if they can't."""
-        others = Generator.objects.using(self._state.db).filter(group=self.group)
-        for source in others.exclude(source=self.source).values_list("source", flat=True)[:1]:
+        others = clashing(self.group, self.source).using(self._state.db)
+        for source in others.values_list("source", flat=True)[:1]:
             text = gettext("This group is used with the source “%(source)s”: keys could be the same.")
             return text % {"source": source}
         return ""
+
+
+def clashing(group: object, source: object) -> models.QuerySet[Generator]:
+    """Return the generators that use a group with another source than this."""
+    return Generator.objects.filter(group=group).exclude(source=source)
 
 
 class Condition(models.Model):
