@@ -11,13 +11,7 @@ INSTALLED_APPS = [
     "sorl.thumbnail",
 ]
 SITE_ID = 1
-MIDDLEWARE = [
-    "django.contrib.sessions.middleware.SessionMiddleware",
-    "django.middleware.csrf.CsrfViewMiddleware",
-    "django.contrib.auth.middleware.AuthenticationMiddleware",
-    "django.contrib.messages.middleware.MessageMiddleware",
-    "oscar.apps.basket.middleware.BasketMiddleware",
-]
+MIDDLEWARE += ["oscar.apps.basket.middleware.BasketMiddleware"]  # noqa: F405
 TEMPLATES[0]["OPTIONS"]["context_processors"] += [  # noqa: F405
     "oscar.apps.search.context_processors.search_form",
     "oscar.apps.checkout.context_processors.checkout",
