@@ -44,9 +44,10 @@ PARSED = {name: MarkdownIt().parse(text) for name, text in READMES.items()}
 BLOCKS = [token for name in RUN_HERE for token in PARSED[name] if token.type == "fence"]
 
 
-def blocks(info):
-    """Return the fenced blocks of this kind, of all READMEs that are run here."""
-    return [block.content for block in BLOCKS if block.info == info]
+def blocks(info, name=None):
+    """Return the fenced blocks of this kind: of one README, or of all that are run here."""
+    found = BLOCKS if name is None else [each for each in PARSED[name] if each.type == "fence"]
+    return [block.content for block in found if block.info == info]
 
 
 def headings(name):

@@ -1,6 +1,5 @@
-"""The README of generators: its examples run, and its links lead somewhere."""
+"""The README of generators: its examples run."""
 
-import re
 from datetime import date, timedelta
 
 import pytest
@@ -13,14 +12,9 @@ from spark_outbox.contrib.generators.preview import LOOKED_AT, SHOWN
 from spark_outbox.contrib.generators.sources import events_of
 from spark_outbox.testing import drain, emitted
 from tests.challenges.models import Challenge
-from tests.postgres import ROOT
+from tests.test_readme import READMES, blocks
 
-FILE = ROOT / "spark_outbox" / "contrib" / "generators" / "README.md"
-TEXT = FILE.read_text()
-
-
-def blocks(kind):
-    return re.findall(rf"^```{kind}\n(.*?)^```$", TEXT, re.MULTILINE | re.DOTALL)
+NAME = "spark_outbox/contrib/generators/README.md"
 
 
 @pytest.mark.django_db
@@ -29,8 +23,8 @@ def test_the_python_blocks_run(own_registry, generate):
     sent = []
     own_registry.add_source(events_of, model=Generator, on_save=False)
     names = {"__package__": "tests.challenges", "mail": lambda user, text: sent.append((user, text))}
-    for code in blocks("python"):
-        exec(compile(code, str(FILE), "exec"), names)
+    for code in blocks("python", NAME):
+        exec(compile(code, NAME, "exec"), names)
     anna, today = User.objects.create(username="anna"), date.today()
     for days in (1, 2, 3):
         end = today + timedelta(days=days)
@@ -58,7 +52,7 @@ def test_the_sql_copies_the_tables_of_django_spark(register, generate):
     register()
     with connection.cursor() as cursor:
         cursor.execute(OLD)
-        cursor.execute(*blocks("sql"))
+        cursor.execute(*blocks("sql", NAME))
     found = {each.group: [str(c) for c in each.conditions.all()] for each in Generator.objects.all()}
     assert found == {"long": ["length <= 30", "length > 1"], "all": []}
     assert not Generator.objects.filter(is_active=True).exists()
@@ -66,11 +60,12 @@ def test_the_sql_copies_the_tables_of_django_spark(register, generate):
         condition.full_clean()
     assert generate("new").pk == 10
     with pytest.raises(IntegrityError), transaction.atomic(), connection.cursor() as cursor:
-        cursor.execute(*blocks("sql"))  # a second time: nothing is copied
+        cursor.execute(*blocks("sql", NAME))  # a second time: nothing is copied
     assert Condition.objects.count() == 2
     assert not emitted()
 
 
 def test_what_it_says_is_so():
-    assert f"the first {LOOKED_AT} candidates" in " ".join(TEXT.split())
-    assert f"It shows {SHOWN} of each kind" in " ".join(TEXT.split())
+    text = " ".join(READMES[NAME].split())
+    assert f"the first {LOOKED_AT} candidates" in text
+    assert f"It shows {SHOWN} of each kind" in text

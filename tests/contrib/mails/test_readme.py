@@ -1,4 +1,4 @@
-"""What the README of the mails shows is run, and its links lead somewhere."""
+"""What the README of the mails shows is run."""
 
 import re
 
@@ -7,17 +7,14 @@ from django.contrib.auth.models import User
 from django.core import mail as django_mail
 from django.core.exceptions import ValidationError
 from django.db import connection
-from markdown_it import MarkdownIt
 
 from spark_outbox import api, emit
 from spark_outbox.contrib.mails import templating
 from spark_outbox.contrib.mails.models import Mail
-from tests.postgres import ROOT
+from tests.test_readme import READMES, blocks
 
-PLACE = ROOT / "spark_outbox" / "contrib" / "mails" / "README.md"
-TEXT = PLACE.read_text()
-BLOCKS = [token for token in MarkdownIt().parse(TEXT) if token.type == "fence"]
-INSTALL, REGISTER, OTHERS, COPY, PORTED = (each.content for each in BLOCKS if each.info == "python")
+NAME = "spark_outbox/contrib/mails/README.md"
+INSTALL, REGISTER, OTHERS, COPY, PORTED = blocks("python", NAME)
 
 OLD = """
 
@@ -80,5 +77,5 @@ def test_a_template_of_django_spark_that_loads_something_is_told(db):
 
 
 def test_all_tags_are_in_the_readme():
-    (listed,) = re.findall(r"and the tags (.*?)\.", TEXT, re.DOTALL)
+    (listed,) = re.findall(r"and the tags (.*?)\.", READMES[NAME], re.DOTALL)
     assert sorted(re.findall(r"`(\w+)`", listed)) == sorted(templating.TAGS)
